@@ -1,0 +1,143 @@
+"""The values that every layer speaks: addresses, symbols, registers, refusals.
+
+Addresses are not plain integers: a virtual and a physical address never mix (mypy sees to it). The only code that
+turns one into another is :mod:`gdb_kprobe.linux.paging`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType, TypeVar
+
+VirtAddr = NewType("VirtAddr", int)
+"""An address in the kernel's (or the bare-metal guest's) address space."""
+
+PhysAddr = NewType("PhysAddr", int)
+"""A guest physical address."""
+
+_A = TypeVar("_A", VirtAddr, PhysAddr)
+
+PAGE_SIZE = 0x1000
+
+
+def offset(addr: _A, count: int) -> _A:
+    """Return *addr* moved by *count* bytes, modulo 2**64, of the same address kind."""
+    return type(addr)((addr + count) & 0xFFFF_FFFF_FFFF_FFFF)  # type: ignore[return-value]  # NewType is int at run time
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AddressRange:
+    """Half-open range of virtual addresses: *start* is in it, *end* is not."""
+
+    start: VirtAddr
+    end: VirtAddr
+
+    def __post_init__(self) -> None:
+        assert self.start <= self.end, f"{self.start:#x} is above {self.end:#x}"
+
+    def __contains__(self, addr: int) -> bool:
+        return self.start <= addr < self.end
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def overlaps(self, other: AddressRange) -> bool:
+        return self.start < other.end and other.start < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start:#x}-{self.end:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One line of the guest's symbol table.
+
+    *type* is the letter of ``/proc/kallsyms`` (``T``/``t`` text, ``D``/``d`` data, ...); *module* is empty for the
+    core kernel.
+    """
+
+    name: str
+    addr: VirtAddr
+    type: str
+    module: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        return self.type in "tTwW"
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.module}]" if self.module else self.name
+
+
+class Rung(StrEnum):
+    """How a probe is carried out, worst first (docs/architecture.md, "the ladder")."""
+
+    SINGLE_STEP = "single-step"
+    BOOSTED = "boosted"
+    OPTIMIZED = "optimized"
+
+
+class Reason(StrEnum):
+    """Why a probe, or a better rung of one, was refused. One member per rule."""
+
+    NO_SYMBOL = "no such symbol"
+    AMBIGUOUS_SYMBOL = "ambiguous symbol"
+    OFFSET_OUTSIDE_SYMBOL = "offset is outside the symbol"
+    NOT_TEXT = "not kernel text"
+    NOT_EXECUTABLE = "not mapped executable"
+    INIT_TEXT = "init text, freed after boot"
+    NOT_A_BOUNDARY = "not an instruction boundary"
+    UNDECODABLE = "cannot be decoded"
+    NOINSTR = "noinstr text"
+    ENTRY_TEXT = "entry text"
+    KPROBES_TEXT = "kprobes text"
+    BLACKLISTED = "on the guest's kprobe blacklist"
+    BP_PATH = "on the #BP path"
+    JUMP_LABEL = "jump label site"
+    STATIC_CALL = "static call site"
+    BUG_TABLE = "BUG or WARN site"
+    ALTERNATIVE = "SMP alternative site"
+    EX_TABLE = "exception table instruction"
+    FOREIGN_INT3 = "an int3 that is not ours"
+    ALREADY_PROBED = "already probed"
+    UNHANDLED_FAMILY = "instruction family not handled yet"
+    FAR_TRANSFER = "far transfer"
+    OUT_OF_REACH = "out of s32 reach of the region"
+    POLICY = "not allowed by the profile's policy"
+    NEEDS_SINGLE_STEP = "a post-handler needs the single step"
+    REGION_FULL = "region is full"
+    NOT_IMPLEMENTED = "not implemented yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A rule said no: which, where, in what detail, and what the user can do about it."""
+
+    reason: Reason
+    addr: VirtAddr
+    detail: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+CpuId = NewType("CpuId", int)
+"""A virtual CPU, numbered as the gdbstub numbers its threads (from 1)."""
+
+# pt_regs order of the names the kernel's kprobe_events language uses, and the hardware name of each.
+PT_REGS_NAMES: dict[str, str] = {
+    "r15": "r15", "r14": "r14", "r13": "r13", "r12": "r12", "bp": "rbp", "bx": "rbx",
+    "r11": "r11", "r10": "r10", "r9": "r9", "r8": "r8", "ax": "rax", "cx": "rcx",
+    "dx": "rdx", "si": "rsi", "di": "rdi", "ip": "rip", "cs": "cs", "flags": "eflags",
+    "sp": "rsp", "ss": "ss",
+}  # fmt: skip
+
+GENERAL_REGISTERS = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags",
+)  # fmt: skip
+"""The registers, by hardware name, that a dispatch saves, shows to handlers and restores."""

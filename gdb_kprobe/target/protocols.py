@@ -1,0 +1,77 @@
+"""The boundary to a stopped machine: primitives only.
+
+If two implementations of a method would share code, the method belongs one layer up. There are two carriers of
+packets (gdb's own connection and our socket client), one implementation of everything above them
+(:mod:`gdb_kprobe.target.stub`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+
+
+class PacketChannel(Protocol):
+    """Carries one gdb remote-protocol packet to the stub and brings back the reply."""
+
+    def send(self, packet: bytes) -> bytes:
+        """Send *packet* (no framing) and return the reply's payload, unescaped.
+
+        :raises ConnectionLostError: the other end is gone.
+        """
+
+
+class PhysicalMemory(Protocol):
+    """Guest RAM by physical address."""
+
+    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        """Read *size* bytes.
+
+        :raises TargetError: there is no RAM there.
+        """
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        """Write *data*; translated code of the page is thrown away, so text may be written.
+
+        :raises TargetError: there is no RAM there.
+        """
+
+
+class Memory(Protocol):
+    """The kernel's virtual memory, seen through the kernel's own page table (never the current CR3's)."""
+
+    def read(self, addr: VirtAddr, size: int) -> bytes:
+        """Read *size* bytes.
+
+        :raises UnmappedError: a page of the range has no translation.
+        """
+
+    def write(self, addr: VirtAddr, data: bytes) -> None:
+        """Write *data*, whatever the page's protection is.
+
+        :raises UnmappedError: a page of the range has no translation; then nothing was written.
+        """
+
+
+class Cpus(Protocol):
+    """The virtual CPUs of a stopped machine."""
+
+    def cpus(self) -> tuple[CpuId, ...]:
+        """All vCPUs, in the stub's order."""
+
+    def read_registers(self, cpu: CpuId) -> dict[str, int]:
+        """All integer registers by gdb's name (``rax`` ... ``eflags``, ``cs``, ``gs_base``, ``cr3``, ...)."""
+
+    def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
+        """Write only the named registers."""
+
+    def step(self, cpu: CpuId) -> None:
+        """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
+
+
+class Monitor(Protocol):
+    """QEMU's text monitor."""
+
+    def monitor(self, command: str) -> str:
+        """Run one HMP command and return what it printed."""
