@@ -23,7 +23,7 @@ PAGE_SIZE = 0x1000
 
 def offset(addr: _A, count: int) -> _A:
     """Return *addr* moved by *count* bytes, modulo 2**64, of the same address kind."""
-    return type(addr)((addr + count) & 0xFFFF_FFFF_FFFF_FFFF)  # type: ignore[return-value]  # NewType is int at run time
+    return type(addr)((addr + count) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 @dataclass(frozen=True, slots=True, order=True)
