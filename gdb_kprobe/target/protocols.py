@@ -13,10 +13,18 @@ from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
 
 
 class PacketChannel(Protocol):
-    """Carries one gdb remote-protocol packet to the stub and brings back the reply."""
+    """Carries gdb remote-protocol packets to the stub and brings back the replies."""
 
     def send(self, packet: bytes) -> bytes:
         """Send *packet* (no framing) and return the reply's payload, unescaped.
+
+        :raises ConnectionLostError: the other end is gone.
+        """
+
+    def monitor(self, command: str) -> str:
+        """Run one command of QEMU's text monitor and return what it printed.
+
+        Apart from :meth:`send` because its reply is a series of packets.
 
         :raises ConnectionLostError: the other end is gone.
         """
@@ -63,8 +71,14 @@ class Cpus(Protocol):
     def read_registers(self, cpu: CpuId) -> dict[str, int]:
         """All integer registers by gdb's name (``rax`` ... ``eflags``, ``cs``, ``gs_base``, ``cr3``, ...)."""
 
+    def read_register(self, cpu: CpuId, name: str) -> int:
+        """One of them."""
+
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
         """Write only the named registers."""
+
+    def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
+        """Read through *cpu*'s own CR3 (cheap: one packet); ``None`` where that has no translation."""
 
     def step(self, cpu: CpuId) -> None:
         """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
@@ -75,3 +89,7 @@ class Monitor(Protocol):
 
     def monitor(self, command: str) -> str:
         """Run one HMP command and return what it printed."""
+
+
+class Machine(PhysicalMemory, Cpus, Monitor, Protocol):
+    """A stopped machine, whole."""

@@ -1,0 +1,181 @@
+"""QEMU's gdbstub, above any carrier of packets: memory, registers, stepping.
+
+Memory is addressed physically (``Qqemu.PhyMemMode``), because a memory packet is translated with the CR3 of the
+stopped vCPU, which under page-table isolation often is the user's and has no kernel text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+
+from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.target.protocols import PacketChannel
+
+_READ_CHUNK = 2048
+"""Bytes of one ``m`` packet: QEMU's PacketSize is 0x1000 characters, two for a byte."""
+
+_WRITE_CHUNK = 1024
+_XML_CHUNK = 0xFFB
+
+
+class QemuStub:
+    """A stopped machine behind QEMU's gdbstub (a :class:`~gdb_kprobe.target.protocols.Machine`)."""
+
+    def __init__(self, channel: PacketChannel) -> None:
+        self._channel = channel
+        self._physical_depth = 0
+        self._selected: CpuId | None = None
+        self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
+        self._cpus: tuple[CpuId, ...] = ()
+
+    # -- Cpus ---------------------------------------------------------------------------------------------------
+
+    def cpus(self) -> tuple[CpuId, ...]:
+        """All vCPUs. Asked once: QEMU's list changes only by hot-plug (:meth:`forget_cpus`)."""
+        if not self._cpus:
+            ids: list[CpuId] = []
+            reply = self._channel.send(b"qfThreadInfo")
+            while reply[:1] == b"m":
+                ids += [_cpu_of(item) for item in reply[1:].split(b",") if item]
+                reply = self._channel.send(b"qsThreadInfo")
+            self._cpus = tuple(sorted(ids))
+        return self._cpus
+
+    def forget_cpus(self) -> None:
+        """Ask the stub for its vCPUs anew the next time."""
+        self._cpus = ()
+
+    def select(self, cpu: CpuId) -> None:
+        """Make *cpu* the one that register and memory packets speak of."""
+        if self._selected != cpu:
+            self._expect_ok(b"Hgp1.%x" % cpu, f"select vCPU {cpu}")
+            self._selected = cpu
+
+    def forget_selection(self) -> None:
+        """Somebody else may have selected a vCPU since (gdb itself, or a stop, which selects the stopped one)."""
+        self._selected = None
+
+    def read_registers(self, cpu: CpuId) -> dict[str, int]:
+        layout = self._register_layout()
+        self.select(cpu)
+        data = bytes.fromhex(self._channel.send(b"g").decode())
+        return {
+            name: int.from_bytes(data[start : start + size], "little")
+            for name, (_, start, size) in layout.items()
+            if start + size <= len(data)
+        }
+
+    def read_register(self, cpu: CpuId, name: str) -> int:
+        number, _, _ = self._register_layout()[name]
+        self.select(cpu)
+        reply = self._channel.send(b"p%x" % number)
+        return int.from_bytes(bytes.fromhex(reply.decode()), "little")
+
+    def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
+        layout = self._register_layout()
+        self.select(cpu)
+        for name, value in values.items():
+            number, _, size = layout[name]
+            data = value.to_bytes(size, "little").hex().encode()
+            self._expect_ok(b"P%x=%b" % (number, data), f"write {name} of vCPU {cpu}")
+
+    def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
+        self.select(cpu)
+        reply = self._channel.send(b"m%x,%x" % (addr, size))
+        return None if _is_error(reply) or len(reply) != 2 * size else bytes.fromhex(reply.decode())
+
+    def step(self, cpu: CpuId) -> None:
+        reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
+        self._selected = None
+        if reply[:1] not in (b"T", b"S"):
+            raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
+
+    # -- PhysicalMemory -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def physical_mode(self) -> Iterator[None]:
+        """Make memory packets physical. It holds for everybody on the stub, so it is left at once, come what may."""
+        if self._physical_depth == 0:
+            self._expect_ok(b"Qqemu.PhyMemMode:1", "switch to physical addresses")
+        self._physical_depth += 1
+        try:
+            yield
+        finally:
+            self._physical_depth -= 1
+            if self._physical_depth == 0:
+                self._expect_ok(b"Qqemu.PhyMemMode:0", "switch to virtual addresses")
+
+    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        parts: list[bytes] = []
+        with self.physical_mode():
+            for start in range(addr, addr + size, _READ_CHUNK):
+                count = min(_READ_CHUNK, addr + size - start)
+                reply = self._channel.send(b"m%x,%x" % (start, count))
+                if _is_error(reply) or len(reply) != 2 * count:
+                    raise TargetError(f"no guest memory at physical {start:#x} ({count} bytes): {reply[:16]!r}")
+                parts.append(bytes.fromhex(reply.decode()))
+        return b"".join(parts)
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        with self.physical_mode():
+            for start in range(0, len(data), _WRITE_CHUNK):
+                chunk = data[start : start + _WRITE_CHUNK]
+                packet = b"M%x,%x:%b" % (addr + start, len(chunk), chunk.hex().encode())
+                self._expect_ok(packet, f"write {len(chunk)} bytes at physical {addr + start:#x}")
+
+    # -- Monitor ------------------------------------------------------------------------------------------------
+
+    def monitor(self, command: str) -> str:
+        return self._channel.monitor(command)
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    def _expect_ok(self, packet: bytes, what: str) -> None:
+        reply = self._channel.send(packet)
+        if reply != b"OK":
+            raise TargetError(
+                f"the gdbstub would not {what}: it answered {reply.decode(errors='replace') or 'nothing'}"
+            )
+
+    def _register_layout(self) -> dict[str, tuple[int, int, int]]:
+        if not self._registers:
+            number = position = 0
+            for name, bits in self._described("target.xml"):
+                if bits <= 64:
+                    self._registers.setdefault(name, (number, position, bits // 8))
+                number += 1
+                position += bits // 8
+        return self._registers
+
+    def _described(self, annex: str) -> Iterator[tuple[str, int]]:
+        """(name, bits) of every register of the target description, in order, includes followed."""
+        root = ET.fromstring(self._read_annex(annex))
+        for element in root.iter():
+            if element.tag == "include":
+                yield from self._described(element.attrib["href"])
+            elif element.tag == "reg":
+                yield element.attrib["name"], int(element.attrib["bitsize"])
+
+    def _read_annex(self, annex: str) -> str:
+        text = b""
+        while True:
+            reply = self._channel.send(b"qXfer:features:read:%b:%x,%x" % (annex.encode(), len(text), _XML_CHUNK))
+            if reply[:1] not in (b"l", b"m"):
+                raise ConnectionLostError(f"the gdbstub does not describe its registers: {reply[:40]!r}")
+            text += reply[1:]
+            if reply[:1] == b"l":
+                # QEMU declares neither the DTD's file nor the prefix of its includes.
+                return re.sub(r"<!DOCTYPE[^>]*>", "", text.decode()).replace("<xi:include", "<include")
+
+
+def _is_error(reply: bytes) -> bool:
+    return len(reply) == 3 and reply[:1] == b"E"
+
+
+def _cpu_of(thread_id: bytes) -> CpuId:
+    """``p01.02`` or ``02`` -> 2."""
+    return CpuId(int(thread_id.rpartition(b".")[2], 16))
