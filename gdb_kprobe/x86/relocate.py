@@ -1,0 +1,161 @@
+"""Code that does at another address what an instruction does at its own.
+
+For the boosted rung: run at *slot*, the code of :func:`relocate` leaves registers, flags, memory and stack as the
+instruction would have left them, and ends with RIP where the instruction would have left it. It uses no register, does
+not touch the flags, and leaves no address of the slot behind: what a call pushes is the original return address.
+"""
+
+from __future__ import annotations
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.x86.assemble import (
+    JMP_REL32_SIZE,
+    Assembler,
+    DisplacementError,
+    Label,
+    fits_s32,
+    rel32,
+)
+from gdb_kprobe.x86.decode import Insn
+from gdb_kprobe.x86.families import Family, Unhandled, classify
+
+_JCC_REL32_SIZE = 6
+_RSP = 4
+
+
+class RelocateError(KprobeError):
+    """The instruction cannot be carried to the slot, for *reason*."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def relocated_size(insn: Insn) -> int:
+    """How many bytes :func:`relocate` gives, wherever the slot is.
+
+    :raises RelocateError: the instruction's family is not handled.
+    """
+    match _family(insn):
+        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE:
+            return insn.length + JMP_REL32_SIZE
+        case Family.JCC:
+            return _JCC_REL32_SIZE + JMP_REL32_SIZE
+        case Family.JMP:
+            return JMP_REL32_SIZE
+        case Family.CALL_REL:
+            return _push_size(insn.end) + JMP_REL32_SIZE
+        case Family.CALL_INDIRECT if _reads_stack_or_memory(insn):
+            return insn.length + 3 + (9 if fits_s32(insn.end) else 16) + 1
+        case Family.CALL_INDIRECT:
+            return _push_size(insn.end) + insn.length
+        case Family.JMP_INDIRECT | Family.RET:
+            return insn.length
+        case Family.LOOP:
+            return insn.length + 2 * JMP_REL32_SIZE
+
+
+def relocate(insn: Insn, slot: VirtAddr) -> bytes:
+    """The code that stands in for *insn* when it is run at *slot*.
+
+    :raises RelocateError: the family is not handled, or something that *insn* refers to is out of reach of *slot*.
+    """
+    asm = Assembler(slot)
+    try:
+        _emit(asm, insn)
+    except DisplacementError as error:
+        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+    return asm.finish()
+
+
+def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
+    """The instruction itself, to be single-stepped at *slot* and corrected by :func:`gdb_kprobe.x86.step.fix_up`.
+
+    Only a RIP-relative operand is changed; a relative branch goes astray by as much as it was moved.
+
+    :raises RelocateError: the family is not handled, or the operand is out of reach of *slot*.
+    """
+    _family(insn)
+    try:
+        return _moved(insn, slot)
+    except DisplacementError as error:
+        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+
+
+def _family(insn: Insn) -> Family:
+    family = classify(insn)
+    if isinstance(family, Unhandled):
+        raise RelocateError(family.reason, family.detail)
+    return family
+
+
+def _emit(asm: Assembler, insn: Insn) -> None:
+    target = insn.branch_target
+    match _family(insn):
+        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE:
+            asm.raw(_moved(insn, asm.pc))
+            asm.jmp_rel32(insn.end)
+        case Family.JCC:
+            assert target is not None
+            assert insn.condition is not None
+            asm.jcc_rel32(insn.condition, target)
+            asm.jmp_rel32(insn.end)
+        case Family.JMP:
+            assert target is not None
+            asm.jmp_rel32(target)
+        case Family.CALL_REL:
+            assert target is not None
+            asm.push_imm64(insn.end)
+            asm.jmp_rel32(target)
+        case Family.CALL_INDIRECT if _reads_stack_or_memory(insn):
+            # The target is read first, as the call does: before RSP moves, before anything is stored, and so that a
+            # fault leaves everything as it was. Then: the return address under it, and go there.
+            asm.raw(_with_reg(_moved(insn, asm.pc), insn, 6))  # push r/m64
+            asm.push_stack_top()
+            asm.store_qword_at_rsp(8, insn.end)
+            asm.ret()
+        case Family.CALL_INDIRECT:
+            asm.push_imm64(insn.end)
+            asm.raw(_with_reg(insn.raw, insn, 4))  # jmp r64
+        case Family.JMP_INDIRECT | Family.RET:
+            asm.raw(_moved(insn, asm.pc))
+        case Family.LOOP:
+            # There is no long form: hop over the jump that is taken when the loop is left.
+            assert target is not None
+            taken = Label("taken")
+            asm.raw(insn.raw[:-1] + bytes((JMP_REL32_SIZE,)))  # loop taken
+            asm.jmp_rel32(insn.end)
+            asm.bind(taken)
+            asm.jmp_rel32(target)
+
+
+def _push_size(value: int) -> int:
+    return 5 if fits_s32(value) else 13
+
+
+def _reads_stack_or_memory(insn: Insn) -> bool:
+    """The target of an indirect call is in memory, or is RSP itself: it must be taken before the push."""
+    modrm = insn.modrm
+    assert modrm is not None
+    return insn.has_memory_operand or (modrm & 7 == _RSP and not insn.rex & 1)
+
+
+def _with_reg(raw: bytes, insn: Insn, reg: int) -> bytes:
+    """*raw* with another ModRM.reg, which in group 5 selects the instruction."""
+    at = insn.encoding.opcode_offset + 1
+    return raw[:at] + bytes((raw[at] & ~0x38 | reg << 3,)) + raw[at + 1 :]
+
+
+def _moved(insn: Insn, slot: VirtAddr) -> bytes:
+    """The bytes of *insn* for *slot*: the same length, the same RIP-relative operand.
+
+    :raises DisplacementError: the operand is out of reach.
+    """
+    operand = insn.rip_target
+    if operand is None or classify(insn) is Family.NOP:  # a nop's operand is never accessed
+        return insn.raw
+    at = insn.encoding.disp_offset
+    end = VirtAddr(slot + insn.length)
+    return insn.raw[:at] + rel32(insn.mnemonic, slot, end, operand) + insn.raw[at + 4 :]
