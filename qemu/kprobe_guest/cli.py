@@ -1,0 +1,161 @@
+"""The ``gdb-kprobe`` launcher: set up, boot a guest, and what others register in :data:`SUBCOMMANDS`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import socket
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kprobe_guest.build.initramfs import build_initramfs
+from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
+from kprobe_guest.errors import GuestError
+from kprobe_guest.spec import GuestSpec
+from kprobe_guest.vm import TICK, GuestVm
+
+
+@dataclass(frozen=True, slots=True)
+class Subcommand:
+    """One verb of the launcher: *arguments* declares its options, *run* returns the exit status."""
+
+    name: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the ``gdb-kprobe`` script."""
+    parser = argparse.ArgumentParser(prog="gdb-kprobe", description="kprobes on a live QEMU guest, from outside")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    for command in SUBCOMMANDS:
+        sub = verbs.add_parser(command.name, help=command.summary, description=command.summary)
+        command.arguments(sub)
+        sub.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except GuestError as error:
+        print(f"gdb-kprobe: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _build_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernel", choices=["debian", "newest", "bare", "all"], default="all")
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    kinds: tuple[LinuxKind, ...] = ("debian", "newest")
+    for kind in kinds:
+        if arguments.kernel in (kind, "all"):
+            kernel = fetch_kernel(kind)
+            build_initramfs(kernel)
+            print(f"{kind}: {kernel.release}")
+    return 0
+
+
+def _boot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernel", choices=["debian", "newest", "bare"], default="debian")
+    parser.add_argument("--vcpus", type=int, default=1)
+    parser.add_argument("--memory", type=int, default=512, metavar="MIB")
+    parser.add_argument("--cpu", choices=["max", "default"], default="max")
+    parser.add_argument("--region", choices=["reserved", "ivshmem", "none"], default="reserved")
+    parser.add_argument("--no-kaslr", action="store_true")
+    parser.add_argument("--paused", action="store_true", help="leave the machine stopped at its reset vector")
+    parser.add_argument("--directory", type=Path, help="where sockets and logs go (default: a new one in /tmp)")
+    parser.add_argument("--append", default="", help="more words for the kernel's command line")
+    parser.add_argument("--gdb", type=Path, help="also make this path a link to the gdbstub's socket")
+
+
+def _boot(arguments: argparse.Namespace) -> int:
+    spec = GuestSpec(
+        kernel=arguments.kernel,
+        vcpus=arguments.vcpus,
+        memory_mb=arguments.memory,
+        cpu=arguments.cpu,
+        kaslr=not arguments.no_kaslr,
+        region=arguments.region,
+        extra_cmdline=tuple(arguments.append.split()),
+    )
+    guest = GuestVm(spec, arguments.directory)
+    try:
+        guest.start(paused=arguments.paused)
+        if arguments.gdb is not None:
+            arguments.gdb.unlink(missing_ok=True)
+            arguments.gdb.symlink_to(guest.gdb_address)
+        if not arguments.paused:
+            guest.wait_ready()
+        print(_how_to_attach(guest), flush=True)
+        _console(guest)
+    finally:
+        if arguments.gdb is not None:
+            arguments.gdb.unlink(missing_ok=True)
+        guest.close()
+    return 0
+
+
+def _how_to_attach(guest: GuestVm) -> str:
+    plugin = Path(__file__).resolve().parents[2] / "gdb_kprobe" / "gdbext" / "load.py"
+    return (
+        f"guest:    {guest.spec.label()}, logs and sockets in {guest.directory}\n"
+        f"gdbstub:  {guest.gdb_address}\n"
+        f"QMP:      {guest.qmp_path}\n"
+        f"attach:   gdb -ex 'source {plugin}' -ex 'target remote {guest.gdb_address}' -ex 'kprobe attach'\n"
+        "The guest's console follows; Ctrl-] or the end of input ends the guest."
+    )
+
+
+def _console(guest: GuestVm) -> None:
+    """Join the terminal and the guest's console until the user or the guest ends it.
+
+    Ctrl-C goes to the guest when stdin is a terminal; without one it ends the guest, as SIGTERM does.
+    """
+    console = socket.socket(socket.AF_UNIX)
+    console.connect(str(guest.paths.console))
+    terminal = sys.stdin.isatty()
+    inputs: list[object] = [console, sys.stdin] if terminal else [console]
+    with console, _raw_terminal() if terminal else contextlib.nullcontext():
+        while guest.alive():
+            ready = select.select(inputs, [], [], TICK)[0]
+            if console in ready:
+                data = console.recv(1 << 16)
+                if not data:
+                    return
+                os.write(sys.stdout.fileno(), data)
+            if sys.stdin in ready:
+                typed = os.read(sys.stdin.fileno(), 1 << 12)
+                if not typed or b"\x1d" in typed:
+                    return
+                console.sendall(typed)
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    saved = termios.tcgetattr(sys.stdin)
+    tty.setraw(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+
+
+SUBCOMMANDS = (
+    Subcommand("build", "make everything that guests boot", _build_arguments, _build),
+    Subcommand("boot", "boot a guest and show its console", _boot_arguments, _boot),
+)
+"""The verbs. ``attach`` and ``demo`` are to be added here."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

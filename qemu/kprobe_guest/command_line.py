@@ -1,0 +1,110 @@
+"""QEMU's command line for a :class:`~kprobe_guest.spec.GuestSpec`; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kprobe_guest.spec import GuestSpec
+
+QEMU = "qemu-system-x86_64"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPaths:
+    """Everything of one running guest that has a name in the file system."""
+
+    directory: Path
+    ram: Path
+    region: Path
+
+    @property
+    def gdb(self) -> Path:
+        return self.directory / "gdb"
+
+    @property
+    def qmp(self) -> Path:
+        """The monitor left free for users of the guest: a monitor has one client at a time."""
+        return self.directory / "qmp"
+
+    @property
+    def harness_qmp(self) -> Path:
+        return self.directory / "harness-qmp"
+
+    @property
+    def console(self) -> Path:
+        return self.directory / "console"
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def channel(self) -> Path:
+        return self.directory / "channel"
+
+    @property
+    def stderr(self) -> Path:
+        return self.directory / "qemu.stderr"
+
+    @property
+    def command(self) -> Path:
+        return self.directory / "qemu.command"
+
+
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """What ``-kernel`` and ``-initrd`` get; a bare-metal guest has no initramfs."""
+
+    kernel: Path
+    initramfs: Path | None = None
+
+
+def kernel_command_line(spec: GuestSpec) -> str:
+    """The Linux guest's ``-append``."""
+    words = [
+        "console=ttyS0",
+        # Warnings and worse are printed, the rest is in the guest's log; printing all of it takes a second.
+        "loglevel=5",
+        "panic=-1",  # together with -no-reboot: a panic ends QEMU
+    ]
+    if not spec.kaslr:
+        words.append("nokaslr")
+    if spec.reserved_base is not None:
+        words.append(f"memmap={spec.region_mb}M${spec.reserved_base:#x}")
+    return " ".join([*words, *spec.extra_cmdline])
+
+
+def qemu_command(spec: GuestSpec, boot: BootFiles, paths: GuestPaths, gdb_port: int | None = None) -> list[str]:
+    """The argument vector, QEMU's name first. The machine is created stopped (``-S``)."""
+    command = [QEMU, "-S", "-accel", "tcg,thread=multi", "-nodefaults", "-display", "none", "-no-reboot"]
+    machine = spec.machine
+    if spec.shared_ram:
+        backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={paths.ram},share=on"
+        command += ["-object", backend]
+        machine_option = f"{machine},memory-backend=ram"
+    else:
+        machine_option = machine
+    command += ["-machine", machine_option, "-m", f"{spec.memory_mb}M", "-smp", str(spec.vcpus)]
+    if spec.cpu != "default":
+        command += ["-cpu", spec.cpu]
+    if spec.region == "ivshmem":
+        command += [
+            "-object", f"memory-backend-file,id=region,size={spec.region_mb}M,mem-path={paths.region},share=on",
+            "-device", "ivshmem-plain,memdev=region",
+        ]  # fmt: skip
+    command += ["-kernel", str(boot.kernel)]
+    if boot.initramfs is not None:
+        command += ["-initrd", str(boot.initramfs), "-append", kernel_command_line(spec)]
+    command += [
+        *_serial("console", paths.console, f",logfile={paths.console_log}"),
+        *_serial("channel", paths.channel),
+        "-qmp", f"unix:{paths.harness_qmp},server=on,wait=off",
+        "-qmp", f"unix:{paths.qmp},server=on,wait=off",
+        "-gdb", f"unix:{paths.gdb},server=on,wait=off" if gdb_port is None else f"tcp:localhost:{gdb_port}",
+    ]  # fmt: skip
+    return [*command, *spec.extra_args]
+
+
+def _serial(name: str, path: Path, options: str = "") -> list[str]:
+    return ["-chardev", f"socket,id={name},path={path},server=on,wait=off{options}", "-serial", f"chardev:{name}"]

@@ -1,0 +1,31 @@
+"""What goes wrong with a guest, as the reader of a test log or a terminal must see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class GuestError(Exception):
+    """Base of all errors of the guest harness; the message says what, where, why and what to do."""
+
+
+class BuildError(GuestError):
+    """A guest's kernel, initramfs or image could not be made."""
+
+
+class LaunchError(GuestError):
+    """QEMU did not start; carries its command line and what it wrote to stderr."""
+
+
+class GuestFailedError(GuestError):
+    """The guest panicked, oopsed, warned, or its QEMU ended unasked."""
+
+    def __init__(self, what: str, console_tail: str, directory: Path) -> None:
+        super().__init__(f"guest failed: {what}\n  artefacts: {directory}\n  end of the console:\n{console_tail}")
+        self.what = what
+        self.console_tail = console_tail
+        self.directory = directory
+
+
+class GuestTimeoutError(GuestError):
+    """The guest is alive as far as one can see, but did not answer in the time given."""

@@ -1,0 +1,425 @@
+"""A guest and its QEMU, from start to end.
+
+The machine belongs to the process that started it: QEMU dies with it. Everything it writes is in a directory of its
+own, which is removed at the end unless the guest failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qemu.qmp import QMPError
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from kprobe_guest.boot_files import boot_files
+from kprobe_guest.channel import ChannelClosedError, CommandChannel
+from kprobe_guest.command_line import GuestPaths, qemu_command
+from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
+from kprobe_guest.spec import GuestSpec
+
+FAILURE_PATTERNS = re.compile(
+    r"Kernel panic|\bOops\b|\bBUG:|kernel BUG at|WARNING:|Call Trace|soft lockup|hard LOCKUP|rcu:.*stall"
+    r"|general protection fault|insmod \S+ failed"
+)
+
+TICK = 0.1
+"""Seconds between two looks at the console and at QEMU while waiting for something else."""
+
+
+class GuestVm:
+    """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``."""
+
+    def __init__(self, spec: GuestSpec | None = None, directory: Path | None = None) -> None:
+        self.spec = spec or GuestSpec()
+        self._own_directory = directory is None
+        self._given_directory = directory
+        self._paths: GuestPaths | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._monitor: QEMUMonitorProtocol | None = None
+        self._channel: CommandChannel | None = None
+        self._ram: mmap.mmap | None = None
+        self._gdb_port: int | None = None
+        self._console_seen = 0
+        self._jobs = 0
+        self._failed = False
+
+    # -- names of things ------------------------------------------------------------------------------------------
+
+    @property
+    def paths(self) -> GuestPaths:
+        if self._paths is None:
+            raise GuestError("the guest was not started")
+        return self._paths
+
+    @property
+    def directory(self) -> Path:
+        return self.paths.directory
+
+    @property
+    def gdb_address(self) -> str:
+        """What gdb's ``target remote`` takes: a socket's path or ``localhost:PORT``."""
+        return str(self.paths.gdb) if self._gdb_port is None else f"localhost:{self._gdb_port}"
+
+    @property
+    def qmp_path(self) -> Path:
+        """A QMP socket for whoever wants one; the harness has another."""
+        return self.paths.qmp
+
+    @property
+    def console_log(self) -> Path:
+        return self.paths.console_log
+
+    @property
+    def ram_path(self) -> Path | None:
+        """The file that is the guest's RAM, offset = physical address below 2 GiB; ``None`` when it is private."""
+        return self.paths.ram if self.spec.shared_ram else None
+
+    @property
+    def region_path(self) -> Path | None:
+        """The file behind the ivshmem device."""
+        return self.paths.region if self.spec.region == "ivshmem" else None
+
+    @property
+    def reserved_base(self) -> int | None:
+        return self.spec.reserved_base
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close(keep=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(keep=self._failed)
+
+    def start(self, *, paused: bool = False) -> None:
+        """Launch QEMU; with *paused* the machine stays at its reset vector until :meth:`cont`.
+
+        :raises LaunchError: QEMU did not come up.
+        :raises BuildError: there is nothing to boot.
+        """
+        assert self._process is None, "already started"
+        boot = boot_files(self.spec)
+        self._paths = self._make_paths()
+        self._gdb_port = _free_port() if self.spec.gdb == "tcp" else None
+        command = qemu_command(self.spec, boot, self.paths, self._gdb_port)
+        self.paths.command.write_text(shlex.join(command) + "\n")
+        with self.paths.stderr.open("wb") as stderr:
+            # setpriv asks the kernel to kill QEMU when the thread that started it ends, however it ends.
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", *command],
+                stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+            )  # fmt: skip
+        try:
+            self._connect(deadline=time.monotonic() + 20)
+        except BaseException:
+            self.close(keep=True)
+            raise
+        if not paused:
+            self.cont()
+
+    def _make_paths(self) -> GuestPaths:
+        if self._given_directory is not None:
+            directory = self._given_directory.absolute()
+            directory.mkdir(parents=True, exist_ok=True)
+            self._own_directory = not any(directory.iterdir())
+        else:
+            # In /tmp whatever TMPDIR says: a unix socket's path has 107 characters at most.
+            directory = Path(tempfile.mkdtemp(prefix=f"gdb-kprobe-{self.spec.label()}-", dir="/tmp"))
+        _remove_orphaned_memory()
+        shared = Path("/dev/shm")
+        memory = shared if shared.is_dir() and os.access(shared, os.W_OK) else directory
+        name = f"gdb-kprobe-{os.getpid()}-{directory.name}"
+        return GuestPaths(directory, memory / f"{name}.ram", memory / f"{name}.region")
+
+    def _connect(self, deadline: float) -> None:
+        while True:
+            self._require_running("while starting")
+            try:
+                self._monitor = QEMUMonitorProtocol(str(self.paths.harness_qmp))
+                self._monitor.connect()
+                self._channel = CommandChannel(self.paths.channel)
+            except (OSError, QMPError):
+                if time.monotonic() > deadline:
+                    raise LaunchError(f"QEMU does not answer; its command line is in {self.paths.command}") from None
+                time.sleep(0.02)
+            else:
+                return
+
+    def _require_running(self, when: str) -> None:
+        assert self._process is not None
+        if (status := self._process.poll()) is not None:
+            raise LaunchError(
+                f"QEMU ended {when} (status {status})\n  {self.paths.command.read_text().strip()}\n"
+                f"  {self.paths.stderr.read_text(errors='replace').strip()}"
+            )
+
+    def wait_ready(self, timeout: float = 120) -> None:
+        """Wait until the guest's shell (or the bare-metal guest's loop) is up.
+
+        :raises GuestFailedError: it failed on the way.
+        :raises GuestTimeoutError: it did not come up in *timeout* seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.channel.take_ready():
+            self._tick(deadline, "the guest to come up")
+
+    def quit(self) -> None:
+        """End QEMU politely; kill it when it does not listen."""
+        if self.alive():
+            with contextlib.suppress(QMPError, OSError):
+                self.qmp("quit")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert self._process is not None
+                self._process.wait(5)
+        self.kill()
+
+    def kill(self) -> None:
+        """End QEMU at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self, *, keep: bool = False) -> None:
+        """End QEMU and remove what it left; with *keep* the logs stay. May be called twice."""
+        self.quit()
+        if self._monitor is not None:
+            with contextlib.suppress(Exception):  # the other end is gone: whatever it says about that
+                self._monitor.close()
+            self._monitor = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._ram is not None:
+            self._ram.close()
+            self._ram = None
+        if self._paths is not None:
+            self._paths.ram.unlink(missing_ok=True)
+            self._paths.region.unlink(missing_ok=True)
+            if self._own_directory and not keep:
+                shutil.rmtree(self._paths.directory, ignore_errors=True)
+
+    def alive(self) -> bool:
+        """Whether QEMU runs (the guest in it may be stopped)."""
+        return self._process is not None and self._process.poll() is None
+
+    # -- looking after it -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Look at the console and at QEMU.
+
+        :raises GuestFailedError: the console shows a failure, or QEMU ended.
+        """
+        new = self._new_console_text()
+        if match := FAILURE_PATTERNS.search(new):
+            # The rest of the report (registers, call trace) is still on its way.
+            time.sleep(0.3)
+            self._fail(_line_around(new, match.start()))
+        if not self.alive():
+            assert self._process is not None
+            self._fail(f"QEMU ended (status {self._process.returncode})")
+
+    def _new_console_text(self) -> str:
+        """What the console printed since the last look, in whole lines."""
+        if not self.console_log.exists():
+            return ""
+        with self.console_log.open("rb") as log:
+            log.seek(self._console_seen)
+            data = log.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._console_seen += len(data)
+        return data.decode(errors="replace")
+
+    def console_tail(self, lines: int = 30) -> str:
+        """The last *lines* of the console."""
+        if not self.console_log.exists():
+            return ""
+        text = self.console_log.read_text(errors="replace").replace("\r", "")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _fail(self, what: str) -> None:
+        self._failed = True
+        raise GuestFailedError(what, self.console_tail(), self.directory)
+
+    def _tick(self, deadline: float, waiting_for: str) -> None:
+        """Wait a moment for the channel, looking after the guest meanwhile."""
+        try:
+            got = self.channel.receive(TICK)
+        except ChannelClosedError:
+            time.sleep(TICK)
+            got = False
+        if got:
+            return
+        self.check()
+        if time.monotonic() > deadline:
+            self._failed = True
+            raise GuestTimeoutError(
+                f"waited in vain for {waiting_for}; is the VM stopped?\n  artefacts: {self.directory}\n"
+                f"  end of the console:\n{self.console_tail()}"
+            )
+
+    # -- commands in the guest ------------------------------------------------------------------------------------
+
+    @property
+    def channel(self) -> CommandChannel:
+        if self._channel is None:
+            raise GuestError("the guest was not started, or has ended")
+        return self._channel
+
+    def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
+        """Run a shell command in the guest; exit status and output (stdout and stderr).
+
+        :raises GuestFailedError: the guest failed meanwhile.
+        :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
+        """
+        self.check()
+        markers = self.channel.send(command)
+        deadline = time.monotonic() + timeout
+        while (result := self.channel.take_result(markers)) is None:
+            try:
+                self._tick(deadline, f"the end of: {command}")
+            except GuestTimeoutError:
+                self.channel.interrupt()
+                raise
+        self.check()
+        return result
+
+    def check_output(self, command: str, timeout: float = 60) -> str:
+        """Like :meth:`run`, for a command that must succeed.
+
+        :raises GuestError: its status was not 0.
+        """
+        status, output = self.run(command, timeout)
+        if status:
+            raise GuestError(f"in the guest, status {status}: {command}\n{output}")
+        return output
+
+    def spawn(self, command: str, timeout: float = 60) -> int:
+        """Start *command* in the background; returns the job's number for :meth:`finish`."""
+        self._jobs += 1
+        base = f"/tmp/job{self._jobs}"
+        # A session of its own: its process group can be killed as a whole.
+        script = f"{command}\necho $? > {base}.status"
+        self.check_output(f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid", timeout)
+        return self._jobs
+
+    def finish(self, job: int, timeout: float = 60, *, kill: bool = False) -> tuple[int, str]:
+        """Wait for a background job (after killing it, with *kill*); exit status and output.
+
+        A job that was killed has the status 137.
+        """
+        base = f"/tmp/job{job}"
+        if kill:
+            self.run(f"kill -9 -$(cat {base}.pid) && [ -s {base}.status ] || echo 137 > {base}.status", timeout)
+        self.check_output(f"while [ ! -s {base}.status ]; do sleep 0.1; done", timeout)
+        output = self.check_output(f"cat {base}.status {base}.output; rm -f {base}.*", timeout)
+        status, _, rest = output.partition("\n")
+        return int(status), rest
+
+    def dmesg_problems(self) -> list[str]:
+        """Lines of the guest's kernel log that look like a failure; empty when it is clean."""
+        _, log = self.run("dmesg")
+        return [line for line in log.splitlines() if FAILURE_PATTERNS.search(line)]
+
+    def dmesg_clean(self) -> bool:
+        """Whether the guest's kernel log shows no failure."""
+        return not self.dmesg_problems()
+
+    # -- oracles --------------------------------------------------------------------------------------------------
+
+    def kallsyms(self) -> str:
+        """The guest's own /proc/kallsyms, as root sees it."""
+        return self.check_output("cat /proc/kallsyms", timeout=120)
+
+    def modules(self) -> dict[str, int]:
+        """The guest's loaded modules: name and address of the core section."""
+        lines = self.check_output("cat /proc/modules").splitlines()
+        return {(fields := line.split())[0]: int(fields[5], 16) for line in lines}
+
+    def read_ram(self, physical: int, size: int) -> bytes:
+        """Guest RAM by physical address (below the hole under 4 GiB), also while the guest runs."""
+        return bytes(self.ram()[physical : physical + size])
+
+    def ram(self) -> mmap.mmap:
+        """The host's mapping of the guest's RAM."""
+        if self._ram is None:
+            if not self.spec.shared_ram:
+                raise GuestError("this guest's RAM is private to QEMU; set shared_ram in its GuestSpec")
+            with self.paths.ram.open("r+b") as file:
+                self._ram = mmap.mmap(file.fileno(), 0)
+        return self._ram
+
+    # -- the machine ----------------------------------------------------------------------------------------------
+
+    def qmp(self, command: str, **arguments: object) -> object:
+        """Execute one QMP command and return its result.
+
+        :raises QMPError: QEMU refused it or is gone.
+        """
+        assert self._monitor is not None, "not started"
+        return self._monitor.cmd(command, **arguments)
+
+    def hmp(self, command: str) -> str:
+        """Execute one command of the text monitor and return what it printed."""
+        return str(self.qmp("human-monitor-command", **{"command-line": command})).replace("\r", "")
+
+    def stop(self) -> None:
+        self.qmp("stop")
+
+    def cont(self) -> None:
+        self.qmp("cont")
+
+    def reset(self, timeout: float = 120, *, wait: bool = True) -> None:
+        """Reset the machine, as its button would; with *wait* until the guest is up again."""
+        # With -no-reboot a reset from outside, too, would end QEMU.
+        self.qmp("set-action", reboot="reset")
+        self.qmp("system_reset")
+        self.qmp("set-action", reboot="shutdown")
+        if wait:
+            self.wait_ready(timeout)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _remove_orphaned_memory() -> None:
+    """Remove guest memory whose owner was killed before it could do so: its name holds the owner's process id."""
+    for path in Path("/dev/shm").glob("gdb-kprobe-*"):
+        owner = path.name.split("-")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _line_around(text: str, at: int) -> str:
+    start = text.rfind("\n", 0, at) + 1
+    end = text.find("\n", at)
+    return text[start : end if end >= 0 else None].strip()
