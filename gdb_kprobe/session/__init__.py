@@ -1,0 +1,1 @@
+"""A live machine, safely: attach, arm, dispatch, disarm, restore."""

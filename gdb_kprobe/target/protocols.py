@@ -80,6 +80,9 @@ class Cpus(Protocol):
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         """Read through *cpu*'s own CR3 (cheap: one packet); ``None`` where that has no translation."""
 
+    def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
+        """Write through *cpu*'s own CR3; ``False`` where that has no translation."""
+
     def step(self, cpu: CpuId) -> None:
         """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
 
@@ -89,6 +92,16 @@ class Monitor(Protocol):
 
     def monitor(self, command: str) -> str:
         """Run one HMP command and return what it printed."""
+
+
+class Breakpoints(Protocol):
+    """Breakpoints of the stub, by virtual address."""
+
+    def insert(self, addr: VirtAddr) -> None:
+        """Have every vCPU stop before it executes *addr*."""
+
+    def remove(self, addr: VirtAddr) -> None:
+        """Take it away again; nothing happens when there is none."""
 
 
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):

@@ -120,7 +120,7 @@ class RspSocket:
                 escaped += bytes((0x7D, byte ^ 0x20))
             else:
                 escaped.append(byte)
-        self._raw(b"$%b#%02x" % (escaped, sum(escaped) & 0xFF))
+        self._raw(b"$%b#%02x" % (bytes(escaped), sum(escaped) & 0xFF))
 
     def _get(self, timeout: float) -> bytes:
         deadline = time.monotonic() + timeout

@@ -88,6 +88,10 @@ class QemuStub:
         reply = self._channel.send(b"m%x,%x" % (addr, size))
         return None if _is_error(reply) or len(reply) != 2 * size else bytes.fromhex(reply.decode())
 
+    def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
+        self.select(cpu)
+        return self._channel.send(b"M%x,%x:%b" % (addr, len(data), data.hex().encode())) == b"OK"
+
     def step(self, cpu: CpuId) -> None:
         reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
         self._selected = None
@@ -143,11 +147,10 @@ class QemuStub:
 
     def _register_layout(self) -> dict[str, tuple[int, int, int]]:
         if not self._registers:
-            number = position = 0
-            for name, bits in self._described("target.xml"):
+            position = 0
+            for number, (name, bits) in enumerate(self._described("target.xml")):
                 if bits <= 64:
                     self._registers.setdefault(name, (number, position, bits // 8))
-                number += 1
                 position += bits // 8
         return self._registers
 

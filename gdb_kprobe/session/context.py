@@ -1,0 +1,149 @@
+"""What a Python handler sees of a hit, and what it may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import TYPE_CHECKING
+
+from gdb_kprobe.errors import UnmappedError
+from gdb_kprobe.model import GENERAL_REGISTERS, PT_REGS_NAMES, CpuId, VirtAddr
+
+if TYPE_CHECKING:
+    from gdb_kprobe.session.probes import Probe
+    from gdb_kprobe.target.protocols import Cpus
+
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+_WRITABLE = frozenset(GENERAL_REGISTERS)
+
+
+class Registers(MutableMapping[str, int]):
+    """The registers at the probe point, by the kernel's pt_regs name (``di``, ``ip``) or the hardware's (``rdi``).
+
+    Both ``regs["di"]`` and ``regs.di`` work, for reading and writing. Writes reach the vCPU when the handler returns.
+    """
+
+    __slots__ = ("_changed", "_values")
+    _values: dict[str, int]
+    _changed: set[str]
+
+    def __init__(self, values: dict[str, int]) -> None:
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_changed", set())
+
+    def __getitem__(self, name: str) -> int:
+        return self._values[_hardware(name)]
+
+    def __setitem__(self, name: str, value: int) -> None:
+        hardware = _hardware(name)
+        if hardware not in _WRITABLE:
+            raise KeyError(f"{name} cannot be written from a handler; these can: {', '.join(GENERAL_REGISTERS)}")
+        self._values[hardware] = value & _MASK
+        self._changed.add(hardware)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a register cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PT_REGS_NAMES)
+
+    def __len__(self) -> int:
+        return len(PT_REGS_NAMES)
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __setattr__(self, name: str, value: int) -> None:
+        try:
+            self[name] = value
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __repr__(self) -> str:
+        return "Registers(" + ", ".join(f"{name}={self[name]:#x}" for name in self) + ")"
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Hardware names of the registers written so far."""
+        return frozenset(self._changed)
+
+
+def _hardware(name: str) -> str:
+    hardware = PT_REGS_NAMES.get(name, name)
+    if hardware not in _WRITABLE and hardware not in ("cs", "ss"):
+        raise KeyError(f"no register {name!r}; the names are those of struct pt_regs: {', '.join(PT_REGS_NAMES)}")
+    return hardware
+
+
+class HitContext:
+    """One hit of one probe, as its handler sees it.
+
+    *regs* are the registers at the probe point, before the instruction (pre-handler) or after it (post-handler).
+    Changing ``regs.ip`` in a pre-handler skips the instruction: the guest goes on at the new address.
+    """
+
+    def __init__(self, probe: Probe, cpu: CpuId, regs: Registers, next_ip: VirtAddr, machine: Cpus) -> None:
+        self.probe = probe
+        self.cpu = cpu
+        self.regs = regs
+        self.next_ip = next_ip
+        self._machine = machine
+        self.stop_requested = False
+
+    @property
+    def hit(self) -> int:
+        """Which hit of the probe this is, counted from 1."""
+        return self.probe.hits
+
+    def read(self, addr: int, size: int) -> bytes:
+        """Read *size* bytes of the current address space, the user's part included.
+
+        :raises UnmappedError: not mapped now (a page that the guest would fault in is not).
+        """
+        data = self._machine.read_current(self.cpu, VirtAddr(addr), size)
+        if data is None:
+            raise UnmappedError(VirtAddr(addr), "in the address space of the current task")
+        return data
+
+    def write(self, addr: int, data: bytes) -> None:
+        """Write *data* to the current address space, whatever the page's protection is.
+
+        :raises UnmappedError: not mapped now.
+        """
+        if not self._machine.write_current(self.cpu, VirtAddr(addr), data):
+            raise UnmappedError(VirtAddr(addr), "in the address space of the current task")
+
+    def read_int(self, addr: int, size: int = 8) -> int:
+        """Read an unsigned little-endian integer of *size* bytes."""
+        return int.from_bytes(self.read(addr, size), "little")
+
+    def read_string(self, addr: int, limit: int = 256) -> str:
+        """Read a zero-terminated string of at most *limit* bytes; stops early at an unmapped page.
+
+        :raises UnmappedError: not even the first byte is mapped.
+        """
+        data = b""
+        while len(data) < limit and b"\0" not in data:
+            at = addr + len(data)
+            count = min(limit - len(data), 0x1000 - (at & 0xFFF), 64)
+            try:
+                data += self.read(at, count)
+            except UnmappedError:
+                if not data:
+                    raise
+                break
+        return data.partition(b"\0")[0].decode(errors="backslashreplace")
+
+    def skip(self) -> None:
+        """Do not execute the probed instruction: go on right behind it."""
+        self.regs.ip = self.next_ip
+
+    def stop(self) -> None:
+        """Stop the machine at the probe point and give the user the prompt."""
+        self.stop_requested = True
+
+
+Handler = Callable[[HitContext], object]
+"""A pre- or post-handler. Returning ``True`` is the same as calling :meth:`HitContext.stop`."""

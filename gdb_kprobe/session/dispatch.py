@@ -1,0 +1,269 @@
+"""Dispatch through the stub: what happens when a vCPU stops at the guest's #BP entry.
+
+At that stop nothing of the handler has run. The exception frame on the stack holds the trapped context and all other
+registers are as they were at the int3::
+
+    rsp+0   RIP: the address behind the int3
+    rsp+8   CS
+    rsp+16  RFLAGS
+    rsp+24  RSP
+    rsp+32  SS
+
+So a hit is: read the frame, run the handlers, and send the vCPU to the probe's slot with RFLAGS and RSP as they were.
+The exception is undone; the guest never sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from gdb_kprobe.errors import TargetError
+from gdb_kprobe.model import PT_REGS_NAMES, CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.session.context import Handler, HitContext, Registers
+from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.probes import Hit, Probe, Site
+from gdb_kprobe.target.protocols import Cpus
+from gdb_kprobe.x86 import step
+
+_FRAME = struct.Struct("<5Q")
+MAX_STEPS = 64
+"""Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
+
+MAX_STEPS_OUT = 16
+"""Steps that bring a vCPU out of a slot: one instruction, relocated, and a jump."""
+
+
+class Outcome(Enum):
+    """What a stop at the #BP entry was."""
+
+    FOREIGN = auto()
+    """Not a probe of ours: the guest's own handler must run."""
+    HANDLED = auto()
+    """A hit; the vCPU may go on."""
+    STOP = auto()
+    """A hit whose handler asked for the prompt; the vCPU stands at the probe point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """The context that an int3 interrupted, read from the exception frame; *rip* is the int3's own address."""
+
+    rip: VirtAddr
+    cs: int
+    eflags: int
+    rsp: int
+
+    @property
+    def from_user(self) -> bool:
+        return bool(self.cs & 3)
+
+
+class StubDispatcher:
+    """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
+
+    *sites* is the session's own table, by address. *on_hit* is told of every hit. *uninterrupted* and *interruptible*
+    are the adapter's: the first is around a whole dispatch, the second around a user's handler within it.
+    """
+
+    def __init__(
+        self,
+        machine: Cpus,
+        guest: Guest,
+        sites: Mapping[VirtAddr, Site],
+        on_hit: Callable[[Hit], None],
+        interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._machine = machine
+        self._guest = guest
+        self._sites = sites
+        self._on_hit = on_hit
+        self._interruptible = interruptible
+        self._resumed: dict[tuple[VirtAddr, int], None] = {}
+        self._skip: dict[CpuId, tuple[VirtAddr, int]] = {}
+        self.failed: list[Probe] = []
+        """Probes whose handler raised; the session takes them away."""
+
+    def trap_of(self, cpu: CpuId) -> Trap | None:
+        """The trap that *cpu* stands at, or ``None`` when it does not stand at the #BP entry."""
+        if self._machine.read_register(cpu, "rip") != self._guest.bp_entry:
+            return None
+        rsp = self._machine.read_register(cpu, "rsp")
+        frame = self._machine.read_current(cpu, VirtAddr(rsp), _FRAME.size)
+        if frame is None:
+            raise TargetError(f"vCPU {cpu} stands at the #BP entry, but its stack at {rsp:#x} is not mapped")
+        rip, cs, eflags, old_rsp, _ = _FRAME.unpack(frame)
+        return Trap(offset(VirtAddr(rip), -1), cs, eflags, old_rsp)
+
+    def site_of(self, trap: Trap) -> Site | None:
+        """The site of ours that *trap* hit."""
+        site = self._sites.get(trap.rip)
+        return site if site is not None and site.armed and not trap.from_user else None
+
+    def dispatch(self, cpu: CpuId) -> Outcome | None:
+        """Handle the trap that *cpu* stands at; ``None`` when it stands somewhere else."""
+        trap = self.trap_of(cpu)
+        if trap is None:
+            return None
+        site = self.site_of(trap)
+        return Outcome.FOREIGN if site is None else self._hit(cpu, trap, site)
+
+    def undo_trap(self, cpu: CpuId) -> bool:
+        """Send a vCPU that stands at the #BP entry because of a site of ours back to the probed instruction.
+
+        For when the site's text is about to be restored: no handler runs, nothing is counted.
+        """
+        trap = self.trap_of(cpu)
+        if trap is None or self.site_of(trap) is None:
+            return False
+        self._machine.write_registers(cpu, {"rip": trap.rip, "rsp": trap.rsp, "eflags": trap.eflags})
+        return True
+
+    def leave_slots(self, cpu: CpuId, in_slots: Callable[[int], bool]) -> bool:
+        """Step a vCPU that is inside a slot out of it, as the guest itself would go on; whether it was in one.
+
+        :raises TargetError: it did not come out in a bounded number of steps.
+        """
+        if not in_slots(self._machine.read_register(cpu, "rip")):
+            return False
+        for _ in range(MAX_STEPS_OUT * 4):
+            self._machine.step(cpu)
+            if not in_slots(self._machine.read_register(cpu, "rip")):
+                return True
+        raise TargetError(f"vCPU {cpu} does not leave the slot at {self._machine.read_register(cpu, 'rip'):#x}")
+
+    def forget_stale_skips(self) -> None:
+        """A stopped probe is resumed without a second hit only while its vCPU still stands there."""
+        for cpu, (addr, rsp) in tuple(self._skip.items()):
+            values = self._machine.read_registers(cpu)
+            if (values["rip"], values["rsp"]) != (addr, rsp):
+                del self._skip[cpu]
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    def _hit(self, cpu: CpuId, trap: Trap, site: Site) -> Outcome:
+        values = self._machine.read_registers(cpu)
+        values.update(rip=trap.rip, rsp=trap.rsp, eflags=trap.eflags, cs=trap.cs)
+        regs = Registers(values)
+        key = (trap.rip, trap.rsp)
+        resumed = self._skip.get(cpu) == key or key in self._resumed
+        self._skip.pop(cpu, None)
+        self._resumed.pop(key, None)
+
+        stop = False
+        if not resumed:
+            stop = self._run_handlers(cpu, site, regs)
+        frame = {"rip": trap.rip, "rsp": trap.rsp, "eflags": trap.eflags}
+        frame.update({name: values[name] for name in regs.changed})
+        if "rip" in regs.changed:
+            # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
+            self._machine.write_registers(cpu, frame)
+            return Outcome.STOP if stop else Outcome.HANDLED
+        if stop:
+            self._machine.write_registers(cpu, frame)
+            self._skip[cpu] = (trap.rip, frame["rsp"])
+            return Outcome.STOP
+
+        frame["rip"] = site.plan.slot.code
+        self._machine.write_registers(cpu, frame)
+        if site.plan.rung is Rung.SINGLE_STEP:
+            values.update(frame)
+            return Outcome.STOP if self._single_step(cpu, site, values) else Outcome.HANDLED
+        return Outcome.HANDLED
+
+    def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> bool:
+        stop = False
+        next_ip = offset(site.addr, site.plan.insn.length)
+        for probe in tuple(site.probes):
+            condition = probe.spec.condition
+            if not probe.enabled or (condition is not None and not condition.evaluate(_pt_regs(regs))):
+                continue
+            probe.hits += 1
+            self._on_hit(
+                Hit(probe, cpu, tuple((arg.name, arg.type.extract(regs[arg.register])) for arg in probe.spec.args))
+            )
+            if probe.pre is not None:
+                stop |= self._call(probe, probe.pre, HitContext(probe, cpu, regs, next_ip, self._machine))
+        return stop
+
+    def _call(self, probe: Probe, handler: Handler, context: HitContext) -> bool:
+        """Run a user's handler. Whatever it raises, the guest's instruction is executed all the same."""
+        try:
+            with self._interruptible():
+                returned = handler(context)
+        except KeyboardInterrupt:
+            return True
+        except Exception:
+            probe.last_error = traceback.format_exc()
+            probe.missed += 1
+            self.failed.append(probe)
+            return False
+        return context.stop_requested or returned is True
+
+    def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int]) -> bool:
+        """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
+        insn, slot = site.plan.insn, site.plan.slot.code
+        after = before
+        for _ in range(MAX_STEPS):
+            self._machine.step(cpu)
+            after = self._machine.read_registers(cpu)
+            if self._took_exception(cpu, site, after, before):
+                return False
+            if step.stepped(insn, slot, before, after):
+                break
+        else:
+            # Nothing was executed: let the guest execute the original instruction as if it had not been probed.
+            raise TargetError(
+                f"vCPU {cpu} does not step in the slot of {site.addr:#x}",
+                "the site is still armed; 'kprobe delete' it and report the instruction",
+            )
+
+        def read_stack(addr: int, size: int) -> bytes:
+            data = self._machine.read_current(cpu, VirtAddr(addr), size)
+            if data is None:
+                raise TargetError(f"the stack at {addr:#x} is not mapped after the single step at {site.addr:#x}")
+            return data
+
+        fix = step.fix_up(insn, slot, before, after, read_stack)
+        for addr, data in fix.memory:
+            self._machine.write_current(cpu, VirtAddr(addr), data)
+        self._machine.write_registers(cpu, fix.registers)
+        if not site.needs_post:
+            return False
+        after.update(fix.registers)
+        return self._run_post(cpu, site, after)
+
+    def _run_post(self, cpu: CpuId, site: Site, values: dict[str, int]) -> bool:
+        stop = False
+        regs = Registers(values)
+        for probe in tuple(site.probes):
+            if probe.enabled and probe.post is not None:
+                stop |= self._call(probe, probe.post, HitContext(probe, cpu, regs, VirtAddr(regs.ip), self._machine))
+        if regs.changed:
+            self._machine.write_registers(cpu, {name: values[name] for name in regs.changed})
+        return stop
+
+    def _took_exception(self, cpu: CpuId, site: Site, after: Mapping[str, int], before: Mapping[str, int]) -> bool:
+        """Whether the step ended at an exception's entry; then the saved IP is made the original address.
+
+        The guest's handler sees the fault where the instruction really is, so that its exception table works. When it
+        returns, the instruction runs into the int3 again: that is the same hit, not another one.
+        """
+        gate = self._guest.gates.get(VirtAddr(after["rip"]))
+        if gate is None:
+            return False
+        at = after["rsp"] + (8 if gate.pushes_error_code else 0)
+        frame = self._machine.read_current(cpu, VirtAddr(at), _FRAME.size)
+        if frame is None or _FRAME.unpack(frame)[0] != site.plan.slot.code:
+            return False  # the instruction itself went there
+        self._machine.write_current(cpu, VirtAddr(at), site.addr.to_bytes(8, "little"))
+        self._resumed[(site.addr, before["rsp"])] = None
+        return True
+
+
+def _pt_regs(regs: Registers) -> dict[str, int]:
+    return {name: regs[name] for name in PT_REGS_NAMES}

@@ -1,0 +1,90 @@
+"""What a session needs to know of the software in the guest, whichever it is.
+
+Two implementations: :mod:`gdb_kprobe.session.linux_guest` and :mod:`gdb_kprobe.session.bare_guest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.linux.idt import Gate
+from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.model import AddressRange, CpuId, Refusal, Symbol, VirtAddr
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An address with the function it lies in: *start* is where decoding begins, *end* where the function ends."""
+
+    addr: VirtAddr
+    start: VirtAddr
+    end: VirtAddr
+    symbol: Symbol | None
+
+    @property
+    def offset(self) -> int:
+        return self.addr - self.start
+
+    def __str__(self) -> str:
+        if self.symbol is None:
+            return f"{self.addr:#x}"
+        return f"{self.symbol.name}+{self.offset:#x}" + (f" [{self.symbol.module}]" if self.symbol.module else "")
+
+
+class Guest(Protocol):
+    """The software in the guest. Everything is read from guest memory; nothing here writes."""
+
+    @property
+    def description(self) -> str:
+        """One line: kind and version."""
+
+    @property
+    def memory(self) -> PageTable:
+        """The kernel's address space."""
+
+    @property
+    def bp_entry(self) -> VirtAddr:
+        """First instruction of the #BP handler: IDT[3]."""
+
+    @property
+    def gates(self) -> Mapping[VirtAddr, Gate]:
+        """Exception and interrupt entries by address."""
+
+    @property
+    def text_base(self) -> VirtAddr:
+        """Start of the kernel image; with KASLR another one at each boot."""
+
+    @property
+    def build_id(self) -> bytes:
+        """20 bytes that tell this kernel from another."""
+
+    @property
+    def reach(self) -> AddressRange:
+        """All text that slots must be able to reach."""
+
+    def resolve(self, location: Location) -> Place:
+        """Return the place that the user named.
+
+        :raises RefusedError: there is no such symbol, there are several, or the offset is outside of it.
+        """
+
+    def place_of(self, addr: VirtAddr) -> Place:
+        """Return the function around *addr*; without one, the place is just the address."""
+
+    def refusal_at(self, place: Place, length: int) -> Refusal | None:
+        """Why the guest's own rules forbid to touch *length* bytes there, or ``None``."""
+
+    def in_extable(self, addr: VirtAddr) -> bool:
+        """Whether a fault of the instruction at *addr* is fixed up by the guest's exception table."""
+
+    def match(self, prefix: str) -> Iterable[str]:
+        """Names of functions that begin with *prefix*, for completion."""
+
+    def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
+        """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found."""
+
+    def refresh(self) -> None:
+        """Forget what may change while the guest runs (page tables, modules)."""

@@ -1,0 +1,152 @@
+"""The reserved piece of guest memory: put in place, checked, taken away.
+
+Physical memory comes from where the profile says; the virtual addresses are our own doing, by stores to the kernel's
+page table from outside (:mod:`gdb_kprobe.linux.mapping`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import RegionError
+from gdb_kprobe.kprobes.slots import SlotAllocator
+from gdb_kprobe.linux.mapping import find_hole, plan_mapping
+from gdb_kprobe.linux.paging import ADDRESS_MASK, PRESENT, Entry, PageTable
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr, offset
+from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.header import PMD_SIZE, Header, HeaderStore, Identity, Layout
+from gdb_kprobe.target.protocols import Cpus, PhysicalMemory
+
+COOKIE_SIZE = 16
+
+
+@dataclass(slots=True)
+class Region:
+    """A region in use: its header, its page-table entries, its slots."""
+
+    memory: PhysicalMemory
+    table: PageTable
+    store: HeaderStore
+    links: tuple[Entry, ...]
+    slots: SlotAllocator
+
+    @property
+    def header(self) -> Header:
+        return self.store.header
+
+    def check(self) -> None:
+        """Verify that the entries that map us are still there.
+
+        :raises RegionError: somebody changed them; nothing may be armed then.
+        """
+        for link in self.links:
+            value = int.from_bytes(self.memory.read_physical(link.addr, 8), "little")
+            if value != link.value:
+                raise RegionError(
+                    f"the page-table entry at physical {link.addr:#x} that maps the region holds {value:#x}, "
+                    f"not {link.value:#x}",
+                    "the guest was reset, or has unmapped the region; 'kprobe detach' and attach again",
+                )
+
+    def unmap(self, machine: Cpus) -> None:
+        """Take the mapping and the header away. Only when nothing can be executing in the region any more."""
+        self.store.erase()
+        unlink(self.memory, machine, self.links)
+        self.table.invalidate()
+
+
+def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
+    """Clear the page-table entries *links* and have every vCPU forget what it cached of them.
+
+    Reloading CR3 drops all translations but global ones, and ours are not global.
+    """
+    for link in links:
+        memory.write_physical(link.addr, bytes(8))
+    for cpu in machine.cpus():
+        machine.write_registers(cpu, {"cr3": machine.read_register(cpu, "cr3")})
+
+
+def links_of(table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int) -> tuple[Entry, ...]:
+    """The guest's page-table entries that lead from *virt* into tables lying in the region's own memory."""
+    found: dict[PhysAddr, Entry] = {}
+    for slot in range(virt, virt + size, PMD_SIZE):
+        for entry in table.entries(VirtAddr(slot)):
+            if entry.value & PRESENT and phys <= entry.value & ADDRESS_MASK < phys + size:
+                if not phys <= entry.addr < phys + size:
+                    found[entry.addr] = entry
+                break
+    return tuple(found.values())
+
+
+def create_mapped(
+    memory: PhysicalMemory, guest: Guest, phys: PhysAddr, size: int, virt: VirtAddr | None, window: AddressRange
+) -> Region:
+    """Map *size* bytes at *phys* into the guest's kernel and start an empty region there.
+
+    :raises RegionError: *virt* is taken, or the window has no room. Nothing was written then.
+    """
+    table = guest.memory
+    layout = Layout(size)
+    if virt is None:
+        virt = find_hole(table, window, size)
+        if virt is None:
+            raise RegionError(
+                f"no {size >> 20} MiB of empty 2 MiB slots in {window}",
+                "use a smaller region, or give its place (region.virtual in the profile)",
+            )
+    code = AddressRange(offset(virt, layout.data_end), offset(virt, layout.code_end))
+    tables = (offset(phys, layout.code_end), size - layout.code_end)
+    plan = plan_mapping(table, virt, phys, layout.code_end, tables=tables, code=code)
+    for addr, image in plan.tables:
+        memory.write_physical(addr, image)
+    for link in plan.links:
+        memory.write_physical(link.addr, link.new)
+    table.invalidate()
+    return _start(memory, guest, virt, phys, size, links_of(table, virt, phys, size))
+
+
+def adopt_mapped(memory: PhysicalMemory, guest: Guest, header: Header) -> Region:
+    """Go on with the mapping that *header* describes; slots that were ever given out there are not given out again."""
+    links = links_of(guest.memory, header.virt, header.phys, header.size)
+    return _start(memory, guest, header.virt, header.phys, header.size, links, header.code_high_water)
+
+
+def create_premapped(memory: PhysicalMemory, guest: Guest, virt: VirtAddr, size: int) -> Region:
+    """Start an empty region in memory that the guest has mapped itself.
+
+    :raises RegionError: it is not mapped, not contiguous, or not writable and executable.
+    """
+    first = guest.memory.walk(virt)
+    if first is None:
+        raise RegionError(f"region.virtual {virt:#x} is not mapped in the guest", "see 'info tlb' in QEMU's monitor")
+    for page in range(virt, virt + size, 0x1000):
+        found = guest.memory.walk(VirtAddr(page))
+        if found is None or found.phys != first.phys + page - virt or not (found.writable and found.executable):
+            what = (
+                "not mapped" if found is None else "not contiguous in physical memory, or not writable and executable"
+            )
+            raise RegionError(
+                f"the premapped region {virt:#x} (+{size:#x}) is {what} at {page:#x}",
+                "a premapped region must be one piece, mapped for writing and executing",
+            )
+    return _start(memory, guest, virt, first.phys, size, ())
+
+
+def _start(
+    memory: PhysicalMemory,
+    guest: Guest,
+    virt: VirtAddr,
+    phys: PhysAddr,
+    size: int,
+    links: tuple[Entry, ...],
+    high_water: VirtAddr | None = None,
+) -> Region:
+    first = links[0] if links else Entry(0, PhysAddr(0), 0)
+    identity = Identity(guest.build_id, guest.text_base, guest.bp_entry, first.addr, first.value)
+    header = Header(size, virt, phys, identity, secrets.token_bytes(COOKIE_SIZE), high_water or virt)
+    store = HeaderStore(memory, header)
+    store.create()
+    area = header.code if high_water is None else AddressRange(max(high_water, header.code.start), header.code.end)
+    return Region(memory, guest.memory, store, links, SlotAllocator(area))

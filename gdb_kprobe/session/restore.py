@@ -1,0 +1,98 @@
+"""Put a guest right that another gdb left with probes armed, from what the region's header says."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import TargetError, UnmappedError
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.model import PhysAddr, VirtAddr, offset
+from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.header import Header, Identity, Record, iter_records, read_header
+from gdb_kprobe.session.region import links_of, unlink
+from gdb_kprobe.session.transaction import write_verified
+from gdb_kprobe.target.protocols import Machine, PhysicalMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was found and done. *kept* is the header whose mapping must stay, for somebody may still be in a slot."""
+
+    messages: tuple[str, ...] = ()
+    kept: Header | None = None
+    sites: int = 0
+
+
+def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr) -> Restored:
+    """Restore what the header at *phys* records, if it is of this boot; clear it if it is of an earlier one.
+
+    :raises TargetError: text could not be written; it names the sites that are left.
+    """
+    header = read_header(memory, phys)
+    if header is None:
+        return Restored()
+    if not _is_of_this_boot(memory, guest, header):
+        memory.write_physical(phys, bytes(8))
+        return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
+
+    records = tuple(iter_records(memory, header))
+    undo_traps(machine, guest, records)
+    messages = [note for record in records if (note := _restore_site(guest, record))]
+    if records:
+        messages.insert(0, f"an earlier session left {len(records)} site(s) armed; their text is restored")
+    words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
+    if words is None or words:
+        return Restored((*messages, "a task is still inside the old region: its mapping is kept"), header, len(records))
+    memory.write_physical(phys, bytes(8))
+    unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
+    guest.memory.invalidate()
+    return Restored(tuple(messages), None, len(records))
+
+
+def undo_traps(machine: Machine, guest: Guest, records: tuple[Record, ...]) -> None:
+    """Send vCPUs that took one of our int3s, or stand at the start of a slot, back to the original instruction."""
+    sites = {record.patch.addr for record in records}
+    slots = {record.slot.code: record.patch.addr for record in records}
+    for cpu in machine.cpus():
+        rip = VirtAddr(machine.read_register(cpu, "rip"))
+        if rip in slots:
+            machine.write_registers(cpu, {"rip": slots[rip]})
+        elif rip == guest.bp_entry:
+            frame = machine.read_current(cpu, VirtAddr(machine.read_register(cpu, "rsp")), 40)
+            if frame is None:
+                continue
+            ip, cs, flags, rsp, _ = struct.unpack("<5Q", frame)
+            if offset(VirtAddr(ip), -1) in sites and not cs & 3:
+                machine.write_registers(cpu, {"rip": ip - 1, "rsp": rsp, "eflags": flags})
+
+
+def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:
+    found = header.identity
+    now = Identity(guest.build_id, guest.text_base, guest.bp_entry, found.entry_addr, found.entry_value)
+    if not found.same_boot(now):
+        return False
+    if not found.entry_addr:
+        return True  # premapped: no entry of ours
+    try:
+        value = memory.read_physical(found.entry_addr, 8)
+    except TargetError:
+        return False
+    return int.from_bytes(value, "little") == found.entry_value
+
+
+def _restore_site(guest: Guest, record: Record) -> str | None:
+    patch = record.patch
+    try:
+        found = guest.memory.read(patch.addr, len(patch.new))
+    except UnmappedError:
+        return f"{patch.addr:#x} is not mapped any more; left alone"
+    if found == patch.old:
+        return None
+    if found != patch.new:
+        return (
+            f"{guest.place_of(patch.addr)} holds {found.hex(' ')}, neither our {patch.new.hex(' ')} "
+            f"nor the original {patch.old.hex(' ')}; left alone"
+        )
+    write_verified(guest.memory, CodePatch(patch.addr, patch.new, patch.old))
+    return None
