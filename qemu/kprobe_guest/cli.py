@@ -13,6 +13,7 @@ import tty
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
@@ -124,7 +125,7 @@ def _console(guest: GuestVm) -> None:
     console = socket.socket(socket.AF_UNIX)
     console.connect(str(guest.paths.console))
     terminal = sys.stdin.isatty()
-    inputs: list[object] = [console, sys.stdin] if terminal else [console]
+    inputs: list[socket.socket | TextIO] = [console, sys.stdin] if terminal else [console]
     with console, _raw_terminal() if terminal else contextlib.nullcontext():
         while guest.alive():
             ready = select.select(inputs, [], [], TICK)[0]

@@ -53,6 +53,7 @@ class GuestVm:
         self._gdb_port: int | None = None
         self._console_seen = 0
         self._jobs = 0
+        self._resetting = False
         self._failed = False
 
     # -- names of things ------------------------------------------------------------------------------------------
@@ -188,6 +189,9 @@ class GuestVm:
         deadline = time.monotonic() + timeout
         while not self.channel.take_ready():
             self._tick(deadline, "the guest to come up")
+        if self._resetting:
+            self.qmp("set-action", reboot="shutdown")
+            self._resetting = False
 
     def quit(self) -> None:
         """End QEMU politely; kill it when it does not listen."""
@@ -396,10 +400,11 @@ class GuestVm:
 
     def reset(self, timeout: float = 120, *, wait: bool = True) -> None:
         """Reset the machine, as its button would; with *wait* until the guest is up again."""
-        # With -no-reboot a reset from outside, too, would end QEMU.
+        # With -no-reboot a reset from outside, too, would end QEMU; and the firmware, when it finds that it has run
+        # before, resets the machine once more by itself. Taken back when the guest is up.
         self.qmp("set-action", reboot="reset")
+        self._resetting = True
         self.qmp("system_reset")
-        self.qmp("set-action", reboot="shutdown")
         if wait:
             self.wait_ready(timeout)
 

@@ -112,7 +112,8 @@ def _compare_releases(left: str, right: str) -> int:
     if left == right:
         return 0
     versions = [name.removeprefix("linux-image-") for name in (left, right)]
-    return -1 if subprocess.run(["dpkg", "--compare-versions", versions[0], "lt", versions[1]]).returncode == 0 else 1
+    compared = subprocess.run(["dpkg", "--compare-versions", versions[0], "lt", versions[1]], check=False)
+    return -1 if compared.returncode == 0 else 1
 
 
 def _unpack(package: str) -> Kernel:
