@@ -1,7 +1,7 @@
 """``if CONDITION``: text to expression. What the expression means is in :mod:`gdb_kprobe.language.expression`.
 
 From loosest to tightest, as in C: ``||``, ``&&``, ``|``, ``^``, ``&``, ``== !=``, ``< <= > >=``, ``<< >>``, ``+ -``,
-and the prefixes ``! ~ - +``. Operands are numbers (``10``, ``0xa``, ``012``), registers (``di`` or ``%di``), the names of
+and the prefixes ``! ~ - +``. Operands are numbers (``10``, ``0xa``, ``012``), registers (``di`` or ``%di``), names of
 the probe's own arguments, casts (``s32(di)``) and parentheses.
 """
 

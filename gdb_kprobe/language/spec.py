@@ -102,8 +102,8 @@ class ProbeSpec:
 def default_name(location: Location) -> str:
     """Return the event name that the kernel generates for an unnamed probe at *location*.
 
-    ``p_SYMBOL_OFFSET`` with the offset in decimal, or ``p_0xADDRESS``; what may not be in a name becomes ``_``; too long
-    a name is cut. A negative offset, which the kernel does not have, is written ``mN``.
+    ``p_SYMBOL_OFFSET`` with the offset in decimal, or ``p_0xADDRESS``; what may not be in a name becomes ``_``; too
+    long a name is cut. A negative offset, which the kernel does not have, is written ``mN``.
     """
     if location.address is not None:
         return f"p_{location.address:#x}"

@@ -55,10 +55,10 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True)
 class ProbeView:
-    """One probe of the list."""
+    """One probe of the list; *place* is None while it is not known (the guest is not up, the module not loaded)."""
 
     name: str
-    place: PlaceView
+    place: PlaceView | None
     rung: Rung | None = None
     hits: int = 0
     missed: int = 0
