@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import find_kernel
 from kprobe_guest.command_line import BootFiles
@@ -14,6 +15,6 @@ def boot_files(spec: GuestSpec) -> BootFiles:
     :raises BuildError: they are not there and cannot be made.
     """
     if spec.kernel == "bare":
-        raise NotImplementedError
+        return BootFiles(build_bare_image().path)
     kernel = find_kernel(spec.kernel)
     return BootFiles(kernel.vmlinuz, build_initramfs(kernel))

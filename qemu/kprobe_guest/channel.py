@@ -69,7 +69,7 @@ class CommandChannel:
         """Whether the shell's ready line has arrived; if so, all up to it is dropped."""
         return self._take_through(READY_MARKER) is not None
 
-    def take_result(self, markers: tuple[bytes, bytes]) -> tuple[int, str] | None:
+    def take_result(self, markers: tuple[bytes, bytes]) -> tuple[int, bytes] | None:
         """Exit status and output of the command that *markers* belong to, once all of it has arrived."""
         begin, end = markers
         at = self._received.find(end)
@@ -81,7 +81,7 @@ class CommandChannel:
         assert 0 <= start < at, "a command's end without its beginning"
         output = bytes(self._received[start + len(begin) : at])
         del self._received[: line_end + 1]
-        return status, output.decode(errors="replace")
+        return status, output
 
     def _take_through(self, marker: bytes) -> bytes | None:
         at = self._received.find(marker)

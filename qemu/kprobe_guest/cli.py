@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
 from kprobe_guest.errors import GuestError
@@ -63,6 +64,8 @@ def _build(arguments: argparse.Namespace) -> int:
             kernel = fetch_kernel(kind)
             build_initramfs(kernel)
             print(f"{kind}: {kernel.release}")
+    if arguments.kernel in ("bare", "all"):
+        print(f"bare: {build_bare_image().path}")
     return 0
 
 

@@ -7,6 +7,7 @@ own, which is removed at the end unless the guest failed.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import mmap
 import os
 import re
@@ -24,7 +25,8 @@ from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from kprobe_guest.boot_files import boot_files
-from kprobe_guest.channel import ChannelClosedError, CommandChannel
+from kprobe_guest.build.bare import BareImage, build_bare_image
+from kprobe_guest.channel import READY_MARKER, ChannelClosedError, CommandChannel
 from kprobe_guest.command_line import GuestPaths, qemu_command
 from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
 from kprobe_guest.spec import GuestSpec
@@ -32,6 +34,7 @@ from kprobe_guest.spec import GuestSpec
 FAILURE_PATTERNS = re.compile(
     r"Kernel panic|\bOops\b|\bBUG:|kernel BUG at|WARNING:|Call Trace|soft lockup|hard LOCKUP|rcu:.*stall"
     r"|general protection fault|insmod \S+ failed"
+    r"|guest: exception|guest: wrong result"  # the bare-metal guest's own words
 )
 
 TICK = 0.1
@@ -54,6 +57,7 @@ class GuestVm:
         self._console_seen = 0
         self._jobs = 0
         self._resetting = False
+        self._reset_at = 0
         self._failed = False
 
     # -- names of things ------------------------------------------------------------------------------------------
@@ -187,11 +191,14 @@ class GuestVm:
         :raises GuestTimeoutError: it did not come up in *timeout* seconds.
         """
         deadline = time.monotonic() + timeout
-        while not self.channel.take_ready():
+        while not (self._bare_is_ready() if self.spec.kernel == "bare" else self.channel.take_ready()):
             self._tick(deadline, "the guest to come up")
         if self._resetting:
             self.qmp("set-action", reboot="shutdown")
             self._resetting = False
+
+    def _bare_is_ready(self) -> bool:
+        return self.console_log.exists() and READY_MARKER in self.console_log.read_bytes()[self._reset_at :]
 
     def quit(self) -> None:
         """End QEMU politely; kill it when it does not listen."""
@@ -301,7 +308,13 @@ class GuestVm:
         :raises GuestFailedError: the guest failed meanwhile.
         :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
         """
+        status, output = self._run(command, timeout)
+        return status, output.decode(errors="replace")
+
+    def _run(self, command: str, timeout: float) -> tuple[int, bytes]:
         self.check()
+        if self.spec.kernel == "bare":
+            raise GuestError("a bare-metal guest runs no commands")
         markers = self.channel.send(command)
         deadline = time.monotonic() + timeout
         while (result := self.channel.take_result(markers)) is None:
@@ -356,14 +369,31 @@ class GuestVm:
 
     # -- oracles --------------------------------------------------------------------------------------------------
 
+    def read_file(self, path: str, timeout: float = 60) -> bytes:
+        """A file of the guest's. Compressed on the way: the channel carries some 0.5 MB a second."""
+        return gzip.decompress(self._run(f"gzip -c < {shlex.quote(path)}", timeout)[1])
+
     def kallsyms(self) -> str:
         """The guest's own /proc/kallsyms, as root sees it."""
-        return self.check_output("cat /proc/kallsyms", timeout=120)
+        return self.read_file("/proc/kallsyms").decode()
 
     def modules(self) -> dict[str, int]:
         """The guest's loaded modules: name and address of the core section."""
         lines = self.check_output("cat /proc/modules").splitlines()
         return {(fields := line.split())[0]: int(fields[5], 16) for line in lines}
+
+    def bare_image(self) -> BareImage:
+        """The bare-metal guest's image, with its symbols."""
+        assert self.spec.kernel == "bare", self.spec
+        return build_bare_image()
+
+    def bare_counters(self) -> dict[str, int]:
+        """How often each function of the bare-metal guest was called: its own counters, read while it runs."""
+        image = self.bare_image()
+        return {name: self.read_u64(image.physical(f"count_{name}")) for name in image.functions}
+
+    def read_u64(self, physical: int) -> int:
+        return int.from_bytes(self.read_ram(physical, 8), "little")
 
     def read_ram(self, physical: int, size: int) -> bytes:
         """Guest RAM by physical address (below the hole under 4 GiB), also while the guest runs."""
@@ -404,6 +434,7 @@ class GuestVm:
         # before, resets the machine once more by itself. Taken back when the guest is up.
         self.qmp("set-action", reboot="reset")
         self._resetting = True
+        self._reset_at = self.console_log.stat().st_size
         self.qmp("system_reset")
         if wait:
             self.wait_ready(timeout)
