@@ -1,6 +1,7 @@
 # Known work for the guest: exactly N raw system calls, and little else. x86-64 Linux, no C library.
 #
-#   workload syscall NR N [ARG...]   N times the system call NR; ARG is a number or s:STRING (passed by address)
+#   workload syscall NR N [ARG...]   N times the system call NR (-1: for ever). ARG is a number, s:STRING (passed by
+#                                    address), or b: (the address of a buffer of 64 KiB)
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #
@@ -124,7 +125,17 @@ do_int3:
 1:      lea     rsi, [rip + text_not_trapped]
         call    print
         mov     edi, 1
-exit:   mov     eax, SYS_exit
+
+# edi = the exit status
+exit:   mov     ebx, edi
+        mov     eax, SYS_write
+        mov     edi, 1
+        lea     rsi, [rip + line]
+        mov     rdx, [rip + line_end]
+        sub     rdx, rsi
+        syscall
+        mov     eax, SYS_exit
+        mov     edi, ebx
         syscall
 
 handler:
@@ -155,12 +166,15 @@ same:   push    rdi
 2:      pop     rdi
         ret
 
-# rax = the argument at rdi: s:STRING by address, else a number
+# rax = the argument at rdi: an address for s: and b:, else a number
 argument:
+        cmp     word ptr [rdi], 0x3a62          # "b:"
+        lea     rax, [rip + buffer]
+        je      1f
         cmp     word ptr [rdi], 0x3a73          # "s:"
-        jne     number
         lea     rax, [rdi + 2]
-        ret
+        jne     number
+1:      ret
 
 # rax = the number at rdi; anything else is a mistake of the caller
 number: xor     eax, eax
@@ -186,6 +200,8 @@ number: xor     eax, eax
         jmp     2b
 hexadecimal:
         add     rdi, 2
+        cmp     byte ptr [rdi], 0
+        je      usage
 3:      movzx   ecx, byte ptr [rdi]
         test    ecx, ecx
         jz      4f
@@ -204,18 +220,19 @@ hexadecimal:
         jmp     3b
 4:      ret
 
-# write the string at rsi to stdout
-print:  xor     edx, edx
-1:      cmp     byte ptr [rsi + rdx], 0
-        je      2f
-        inc     edx
+# append the string at rsi to the line that exit writes, in one piece: one write() a run, whatever is printed
+print:  mov     rdi, [rip + line_end]
+1:      mov     al, [rsi]
+        test    al, al
+        jz      2f
+        mov     [rdi], al
+        inc     rsi
+        inc     rdi
         jmp     1b
-2:      mov     eax, SYS_write
-        mov     edi, 1
-        syscall
+2:      mov     [rip + line_end], rdi
         ret
 
-# write rax to stdout, signed decimal
+# append rax, signed decimal
 print_number:
         lea     rsi, [rip + digits_end]
         mov     r8, rax
@@ -246,9 +263,16 @@ timespec:
         .quad   0, 0
 trapped:
         .long   0
-digits: .fill   24, 1, 0
+line_end:
+        .quad   line
+        .fill   24, 1, 0
 digits_end:
         .byte   0
+
+        .bss
+        .balign 4096
+buffer: .fill   65536, 1, 0
+line:   .fill   256, 1, 0
 
         .section .rodata
 word_syscall:   .asciz "syscall"
