@@ -71,11 +71,15 @@ def find_hole(table: PageTable, window: AddressRange, size: int, align: int = PM
 
     Empty means that the entry is all zeros: one that is not present may still mean something to the guest.
     """
-    assert align >= PMD_SIZE and not align & align - 1, f"{align:#x}"
+    assert align >= PMD_SIZE, f"{align:#x}"
+    assert not align & align - 1, f"{align:#x}"
     addr = window.end - size & -align
     while addr >= window.start:
         last = addr + size - 1 & -PMD_SIZE
-        taken = next((slot for slot in range(last, addr - 1, -PMD_SIZE) if not _is_empty(table, slot)), None)
+        taken = next(
+            (slot for slot in range(last, addr - 1, -PMD_SIZE) if not _is_empty(table.entries(VirtAddr(slot))[-1])),
+            None,
+        )
         if taken is None:
             return VirtAddr(addr)
         addr = taken - size & -align
@@ -91,7 +95,8 @@ def plan_mapping(
 
     :raises RegionError: a slot is not empty, or *tables* is too small.
     """
-    assert not (virt & PMD_SIZE - 1 or (phys | size | tables[0] | code.start | code.end) & PAGE_SIZE - 1)
+    assert not virt & PMD_SIZE - 1, f"{virt:#x}"
+    assert not (phys | size | tables[0] | code.start | code.end) & PAGE_SIZE - 1
     builder = _Builder(table, tables)
     for slot in range(virt, virt + size, PMD_SIZE):
         leaves = [0] * ENTRIES
@@ -121,9 +126,10 @@ class _Builder:
     def hang(self, slot: VirtAddr, leaves: list[int]) -> None:
         """Put *leaves* at the 2 MiB of *slot*, with new tables above them where the guest has none."""
         entry = self.table.entries(slot)[-1]
-        if entry.value:
+        if not _is_empty(entry):
             raise RegionError(
-                f"{slot:#x} is taken in the guest: its {LEVEL_NAMES[entry.level]} entry holds {entry.value:#x}",
+                f"{slot:#x} is taken in the guest: its {LEVEL_NAMES[entry.level]} entry, at physical {entry.addr:#x}, "
+                f"holds {entry.value:#x}",
                 "choose another place for the region, or leave the choice to the plugin (placement: auto)",
             )
         below = self._new_table(leaves)
@@ -153,6 +159,6 @@ class _Builder:
         self.links.append(EntryWrite(entry.addr, bytes(8), struct.pack("<Q", table | TABLE_FLAGS)))
 
 
-def _is_empty(table: PageTable, slot: int) -> bool:
-    entry = table.entries(VirtAddr(slot))[-1]
+def _is_empty(entry: Entry) -> bool:
+    """Say whether *entry*, the last one on the way, leaves a whole 2 MiB slot free: no PTE table, nothing in it."""
     return entry.level >= _PMD_LEVEL and entry.value == 0

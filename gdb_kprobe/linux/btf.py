@@ -1,0 +1,250 @@
+"""The kernel's type information (BTF), read from the guest: member offsets, sizes and enumerators.
+
+Format: Documentation/bpf/btf.rst. A type's id is its position, so one pass over all types is needed; it looks at two
+words of each and keeps only where it is and, for what can be asked for by name, its name.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.model import AddressRange
+from gdb_kprobe.target.protocols import Memory
+
+_MAGIC = 0xEB9F
+
+# Kinds, include/uapi/linux/btf.h.
+_INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 2, 3, 4, 5, 6
+_TYPEDEF, _VOLATILE, _CONST, _RESTRICT = 8, 9, 10, 11
+_FLOAT, _TYPE_TAG, _ENUM64 = 16, 18, 19
+_TRANSPARENT = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
+_NAMED = frozenset({_STRUCT, _UNION, _ENUM, _ENUM64})
+
+# 32-bit words after the three that every type has: (fixed, for each of its vlen items), by kind.
+_EXTRA = {
+    _INT: (1, 0),
+    _ARRAY: (3, 0),
+    _STRUCT: (0, 3),
+    _UNION: (0, 3),
+    _ENUM: (0, 2),
+    13: (0, 2),  # FUNC_PROTO
+    14: (1, 0),  # VAR
+    15: (0, 3),  # DATASEC
+    17: (1, 0),  # DECL_TAG
+    _ENUM64: (0, 3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a member is in its outermost structure, in bytes, and the size of its type."""
+
+    offset: int
+    size: int
+    type_id: int
+
+
+class Btf:
+    """One BTF blob. Type names are looked up among structs and unions (``task_struct``) or enums."""
+
+    def __init__(self, data: bytes) -> None:
+        """Index *data*.
+
+        :raises GuestStateError: it is not BTF.
+        """
+        try:
+            magic, _version, _flags, header, type_start, type_size, str_start, str_size = struct.unpack_from(
+                "<HBBIIIII", data
+            )
+        except struct.error:
+            magic = header = type_start = type_size = str_start = str_size = 0
+        if magic != _MAGIC or header + str_start + str_size > len(data) or type_size % 4:
+            raise GuestStateError(
+                "the kernel's type information (BTF) is damaged or cut off",
+                "the kernel needs CONFIG_DEBUG_INFO_BTF, and must have been booted far enough",
+            )
+        self._strings = data[header + str_start : header + str_start + str_size]
+        self._words = array("I", data[header + type_start : header + type_start + type_size])
+        self._starts = array("I", [0])
+        self._ids_of_name: dict[int, list[int]] = {}
+        self._enums: list[int] = []
+        self._members: dict[tuple[str, str], Member | None] = {}
+        self._index()
+
+    def find_member(self, type_name: str, path: str) -> Member | None:
+        """Return member *path* (``a.b``; anonymous structs need no name, an array means its first element) or None."""
+        key = (type_name, path)
+        if key not in self._members:
+            self._members[key] = next(
+                (found for type_id in self._ids(type_name) if (found := self._resolve(type_id, path))), None
+            )
+        return self._members[key]
+
+    def member(self, type_name: str, path: str) -> Member:
+        """Like :meth:`find_member`.
+
+        :raises GuestStateError: this kernel has no such type or member.
+        """
+        found = self.find_member(type_name, path)
+        if found is None:
+            raise GuestStateError(
+                f"the guest's kernel has no {type_name}.{path}",
+                "its version or configuration has another layout than is known here",
+            )
+        return found
+
+    def has_member(self, type_name: str, path: str) -> bool:
+        """Say whether this kernel has that member: the way to tell layouts apart."""
+        return self.find_member(type_name, path) is not None
+
+    def offset_of(self, type_name: str, path: str) -> int:
+        """Return a member's offset in bytes.
+
+        :raises GuestStateError: this kernel has no such type or member.
+        """
+        return self.member(type_name, path).offset
+
+    def size_of(self, type_name: str) -> int:
+        """Return the size in bytes of a struct or union.
+
+        :raises GuestStateError: this kernel has no such type.
+        """
+        for type_id in self._ids(type_name):
+            if self._kind(type_id) in (_STRUCT, _UNION):
+                return self._words[self._starts[type_id] + 2]
+        raise GuestStateError(f"the guest's kernel has no type {type_name}", "its version or configuration lacks it")
+
+    def enum(self, type_name: str) -> dict[str, int]:
+        """Return the enumerators of ``enum type_name``.
+
+        :raises GuestStateError: this kernel has no such type.
+        """
+        for type_id in self._ids(type_name):
+            if self._kind(type_id) in (_ENUM, _ENUM64):
+                return dict(self._enumerators(type_id))
+        raise GuestStateError(f"the guest's kernel has no enum {type_name}", "its version or configuration lacks it")
+
+    def enumerator(self, name: str) -> int | None:
+        """Return the value of the enumerator *name* of whatever enum, also an anonymous one, or None."""
+        wanted = self._string_offset(name)
+        if wanted is None:
+            return None
+        for type_id in self._enums:
+            step = 3 if self._kind(type_id) == _ENUM64 else 2
+            start = self._starts[type_id] + 3
+            if wanted in self._words[start : start + step * self._vlen(type_id) : step]:
+                return dict(self._enumerators(type_id))[name]
+        return None
+
+    def _index(self) -> None:
+        words, starts = self._words, self._starts
+        extra = [_EXTRA.get(kind, (0, 0)) for kind in range(32)]
+        at = 0
+        end = len(words)
+        while at < end:
+            info = words[at + 1]
+            kind = info >> 24 & 0x1F
+            if kind in _NAMED:
+                if words[at]:
+                    self._ids_of_name.setdefault(words[at], []).append(len(starts))
+                if kind in (_ENUM, _ENUM64):
+                    self._enums.append(len(starts))
+            starts.append(at)
+            fixed, each = extra[kind]
+            at += 3 + fixed + each * (info & 0xFFFF)
+
+    def _kind(self, type_id: int) -> int:
+        return self._words[self._starts[type_id] + 1] >> 24 & 0x1F if type_id else 0
+
+    def _vlen(self, type_id: int) -> int:
+        return self._words[self._starts[type_id] + 1] & 0xFFFF
+
+    def _string(self, at: int) -> str:
+        return self._strings[at : self._strings.index(b"\0", at)].decode("utf-8", "replace")
+
+    def _string_offset(self, name: str) -> int | None:
+        # pahole and the linker's BTF pass store each string once.
+        found = self._strings.find(b"\0" + name.encode() + b"\0")
+        return None if found < 0 else found + 1
+
+    def _ids(self, type_name: str) -> list[int]:
+        at = self._string_offset(type_name)
+        return [] if at is None else self._ids_of_name.get(at, [])
+
+    def _strip(self, type_id: int) -> int:
+        """Follow typedefs and qualifiers."""
+        while self._kind(type_id) in _TRANSPARENT:
+            type_id = self._words[self._starts[type_id] + 2]
+        return type_id
+
+    def _size(self, type_id: int) -> int:
+        type_id = self._strip(type_id)
+        start = self._starts[type_id]
+        match self._kind(type_id):
+            case kind if kind == _PTR:
+                return 8
+            case kind if kind == _ARRAY:
+                return self._size(self._words[start + 3]) * self._words[start + 5]
+            case kind if kind in (_INT, _STRUCT, _UNION, _ENUM, _ENUM64, _FLOAT):
+                return self._words[start + 2]
+        return 0
+
+    def _enumerators(self, type_id: int) -> Iterator[tuple[str, int]]:
+        words, at = self._words, self._starts[type_id] + 3
+        signed = bool(words[at - 2] >> 31)
+        wide = self._kind(type_id) == _ENUM64
+        for _ in range(self._vlen(type_id)):
+            value = words[at + 1] | (words[at + 2] << 32 if wide else 0)
+            bits = 64 if wide else 32
+            if signed and value >> bits - 1:
+                value -= 1 << bits
+            yield self._string(words[at]), value
+            at += 3 if wide else 2
+
+    def _resolve(self, type_id: int, path: str) -> Member | None:
+        offset = 0
+        for name in path.split("."):
+            found = self._direct(type_id, name)
+            if found is None:
+                return None
+            offset += found[0]
+            type_id = found[1]
+        return Member(offset, self._size(type_id), type_id)
+
+    def _direct(self, type_id: int, name: str) -> tuple[int, int] | None:
+        """Return (byte offset, type) of the member *name*, also inside anonymous members."""
+        type_id = self._strip(type_id)
+        while self._kind(type_id) == _ARRAY:
+            type_id = self._strip(self._words[self._starts[type_id] + 3])
+        if self._kind(type_id) not in (_STRUCT, _UNION):
+            return None
+        start = self._starts[type_id]
+        # With the flag (bit 31) the upper 8 bits of an offset are a bit field's width.
+        mask = 0xFF_FFFF if self._words[start + 1] >> 31 else 0xFFFF_FFFF
+        for at in range(start + 3, start + 3 + 3 * self._vlen(type_id), 3):
+            name_at, member_type, bits = self._words[at : at + 3]
+            offset = (bits & mask) // 8
+            if name_at:
+                if self._string(name_at) == name:
+                    return offset, member_type
+            else:
+                inner = self._direct(member_type, name)
+                if inner is not None:
+                    return offset + inner[0], inner[1]
+        return None
+
+
+def read_btf(memory: Memory, section: AddressRange | None) -> Btf:
+    """Read the BTF between ``__start_BTF`` and ``__stop_BTF``.
+
+    :raises GuestStateError: there is none, or it is damaged.
+    """
+    if section is None or not section.size:
+        raise GuestStateError(
+            "the guest's kernel has no type information (BTF)", "the kernel needs CONFIG_DEBUG_INFO_BTF"
+        )
+    return Btf(memory.read(section.start, section.size))

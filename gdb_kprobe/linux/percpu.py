@@ -1,0 +1,35 @@
+"""Per-CPU variables."""
+
+from __future__ import annotations
+
+import struct
+
+from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.target.protocols import Memory
+
+
+def possible_cpus(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[int, ...]:
+    """Return the numbers of the CPUs in ``cpu_possible_mask``.
+
+    :raises GuestStateError: this kernel lacks the mask.
+    """
+    mask = memory.read(kallsyms.address("__cpu_possible_mask"), btf.size_of("cpumask"))
+    bits = int.from_bytes(mask, "little")
+    return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
+
+
+def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, int]:
+    """Return what to add to a per-CPU symbol's address (modulo 2**64), for each possible CPU.
+
+    :raises GuestStateError: this kernel lacks the table.
+    """
+    cpus = possible_cpus(memory, kallsyms, btf)
+    data = memory.read(kallsyms.address("__per_cpu_offset"), 8 * (cpus[-1] + 1))
+    return {cpu: struct.unpack_from("<Q", data, 8 * cpu)[0] for cpu in cpus}
+
+
+def per_cpu_ptr(symbol: VirtAddr, offset: int) -> VirtAddr:
+    """Return the address of one CPU's copy of the variable at *symbol*."""
+    return VirtAddr((symbol + offset) & 0xFFFF_FFFF_FFFF_FFFF)

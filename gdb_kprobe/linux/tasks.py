@@ -1,0 +1,151 @@
+"""The guest's tasks and stacks, and the search for addresses on them."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.percpu import per_cpu_offsets, per_cpu_ptr
+from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_pointer
+from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.target.protocols import Memory
+
+assert sys.byteorder == "little", "stack words are taken as the host's"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One ``struct task_struct``. *pid* is the thread's, *tgid* the process's; *sp* was saved at its last switch."""
+
+    addr: VirtAddr
+    pid: int
+    tgid: int
+    comm: str
+    stack: AddressRange
+    sp: VirtAddr
+
+    def __str__(self) -> str:
+        return f"{self.comm}[{self.pid}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A kernel stack and whose it is: a task's, or a CPU's for interrupts or exceptions."""
+
+    owner: str
+    range: AddressRange
+
+
+@dataclass(frozen=True, slots=True)
+class StackWord:
+    """A word on a stack whose value was looked for."""
+
+    owner: str
+    addr: VirtAddr
+    value: int
+
+
+def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Task, ...]:
+    """Return every thread of every process, and the idle task (pid 0) of each possible CPU.
+
+    :raises GuestStateError: this kernel's structures are not as known here.
+    """
+    init_task = kallsyms.address("init_task")
+    found = {init_task: None}
+    # Idle tasks of the other CPUs are on no list. CPU 0's is init_task.
+    idle_threads = kallsyms.find("idle_threads")
+    if idle_threads is not None:
+        for offset in per_cpu_offsets(memory, kallsyms, btf).values():
+            found[read_pointer(memory, per_cpu_ptr(idle_threads, offset))] = None
+    found.pop(VirtAddr(0), None)
+    signal = btf.offset_of("task_struct", "signal")
+    thread_head = btf.offset_of("signal_struct", "thread_head")
+    thread_node = btf.offset_of("task_struct", "thread_node")
+    tasks_head = VirtAddr(init_task + btf.offset_of("task_struct", "tasks"))
+    for leader in for_each_list_entry(memory, tasks_head, tasks_head - init_task):
+        threads = VirtAddr(read_pointer(memory, VirtAddr(leader + signal)) + thread_head)
+        for thread in for_each_list_entry(memory, threads, thread_node):
+            found[thread] = None
+    return tuple(_read_task(memory, btf, addr) for addr in found)
+
+
+def _read_task(memory: Memory, btf: Btf, addr: VirtAddr) -> Task:
+    members = ("pid", "tgid", "comm", "stack", "thread.sp")
+    size = max(btf.offset_of("task_struct", name) + btf.member("task_struct", name).size for name in members)
+    task = Struct(btf, "task_struct", addr, memory.read(addr, size))
+    base = task.pointer("stack")
+    return Task(
+        addr=addr,
+        pid=task.sint("pid"),
+        tgid=task.sint("tgid"),
+        comm=task.string("comm"),
+        # THREAD_SIZE is a macro and no type has that size; an interrupt's stack is as large on x86-64, by
+        # THREAD_SIZE_ORDER and IRQ_STACK_ORDER in arch/x86/include/asm/page_64_types.h.
+        stack=AddressRange(base, VirtAddr(base + btf.size_of("irq_stack"))),
+        sp=task.pointer("thread.sp"),
+    )
+
+
+def task_on_stack(tasks: Iterable[Task], rsp: int) -> Task | None:
+    """Return the task whose kernel stack *rsp* is in: the one that runs on a vCPU, unless that is on another stack."""
+    return next((task for task in tasks if rsp in task.stack), None)
+
+
+def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...]:
+    """Return the interrupt, exception (IST) and entry stacks of all possible CPUs.
+
+    :raises GuestStateError: this kernel's variables are not as known here.
+    """
+    stacks = []
+    for cpu, offset in per_cpu_offsets(memory, kallsyms, btf).items():
+        for symbol, type_name, what in (
+            ("irq_stack_backing_store", "irq_stack", "interrupt stack"),
+            ("exception_stacks", "exception_stacks", "exception stacks"),
+            ("entry_stack_storage", "entry_stack_page", "entry stack"),
+        ):
+            start = per_cpu_ptr(kallsyms.address(symbol), offset)
+            end = VirtAddr(start + btf.size_of(type_name))
+            stacks.append(Stack(f"{what} of CPU {cpu}", AddressRange(start, end)))
+    return tuple(stacks)
+
+
+def task_stacks(tasks: Iterable[Task], running: Iterable[VirtAddr] = ()) -> Iterator[Stack]:
+    """Yield the part of each task's stack that is in use.
+
+    *running* holds the addresses of the tasks that are on a CPU: their saved stack pointer is out of date, so the whole
+    stack is taken. So is that of a task whose saved pointer is not in its stack.
+    """
+    on_cpu = frozenset(running)
+    for task in tasks:
+        start = task.sp if task.sp in task.stack and task.addr not in on_cpu else task.stack.start
+        yield Stack(str(task), AddressRange(VirtAddr(start & ~7), task.stack.end))
+
+
+def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, VirtAddr]:
+    """Return the task that runs on each possible CPU, by its ``struct task_struct``.
+
+    :raises GuestStateError: this kernel keeps the current task where it is not known here.
+    """
+    # Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
+    if btf.has_member("pcpu_hot", "current_task") and kallsyms.find("pcpu_hot") is not None:
+        symbol = VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", "current_task"))
+    else:
+        symbol = kallsyms.address("current_task")
+    offsets = per_cpu_offsets(memory, kallsyms, btf)
+    return {cpu: read_pointer(memory, per_cpu_ptr(symbol, offset)) for cpu, offset in offsets.items()}
+
+
+def scan_stacks(memory: Memory, stacks: Iterable[Stack], wanted: AddressRange) -> Iterator[StackWord]:
+    """Yield every aligned word on *stacks* whose value lies in *wanted*.
+
+    :raises UnmappedError: a stack is not mapped.
+    """
+    for stack in stacks:
+        words = array("Q", memory.read(stack.range.start, stack.range.size & ~7))
+        for index, value in enumerate(words):
+            if wanted.start <= value < wanted.end:
+                yield StackWord(stack.owner, VirtAddr(stack.range.start + 8 * index), value)
