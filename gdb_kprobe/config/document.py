@@ -19,6 +19,7 @@ from gdb_kprobe.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)", re.ASCII)
 _MAX_BYTES = 1 << 20
+"""pyyaml takes a second for 100 KB; a file of this size was not meant to be read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class Section:
             value = self._environment.get(found["name"], "") or found["default"]
             if value is None:
                 hint = f"export {found['name']}=..., or give a default: ${{{found['name']}:-default}}"
-                message = f"'{name}' uses the environment variable {found['name']}, which is not set"
+                message = f"'{name}' uses the environment variable {found['name']}, which is not set or empty"
                 raise ConfigError(self.path, line, message, hint)
             return value
 
@@ -137,18 +138,26 @@ def read_document(path: Path, keys: Collection[str], environment: Mapping[str, s
 
     :raises ConfigError: it cannot be read, is not YAML, or is not a mapping of known keys.
     """
-    text = _read_text(path)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise _yaml_error(path, error) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(path, 1, f"not YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(path, 1, "not a profile: nested too deeply") from None
+    node = compose_file(path)
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         raise ConfigError(path, 1, "the profile is empty", f"its keys are {', '.join(keys)}")
     return Section(path, "", node, keys, environment)
+
+
+def compose_file(path: Path) -> yaml.Node | None:
+    """Return the YAML node that is the whole of the file *path*, None when there is nothing in it.
+
+    :raises ConfigError: it cannot be read, or is not YAML.
+    """
+    text = _read_text(path)
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise _yaml_error(path, error) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(path, 1, f"not YAML: {error}", "the file holds a character that text does not have") from None
+    except RecursionError:
+        raise ConfigError(path, 1, "not YAML: nested too deeply", "check the path") from None
 
 
 def _read_text(path: Path) -> str:
@@ -156,14 +165,14 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(path, 1, f"the profile cannot be read: {error.strerror}", "check the path") from None
+        raise ConfigError(path, 1, f"the file cannot be read: {error.strerror}", "check the path") from None
     if len(raw) > _MAX_BYTES:
-        raise ConfigError(path, 1, "not a profile: larger than 1 MiB", "check the path")
+        raise ConfigError(path, 1, "the file is larger than 1 MiB", "check the path")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(path, line, "the profile is not UTF-8 text", "check the path") from None
+        raise ConfigError(path, line, "the file is not UTF-8 text", "check the path") from None
 
 
 def _yaml_error(path: Path, error: yaml.MarkedYAMLError) -> ConfigError:
@@ -173,5 +182,5 @@ def _yaml_error(path: Path, error: yaml.MarkedYAMLError) -> ConfigError:
     if r"'\t'" in problem:
         return ConfigError(path, line, "a tab is used for indentation", "YAML indents with spaces")
     if "but found another document" in problem or "expected a single document" in (error.context or ""):
-        return ConfigError(path, line, "there is more than one document", "a profile is one; remove the '---'")
+        return ConfigError(path, line, "there is more than one document", "remove the '---'")
     return ConfigError(path, line, f"not YAML: {problem}", "check the indentation, the colons and the quotes")
