@@ -66,7 +66,10 @@ def run_tool(command: Sequence[str], *, package: str, cwd: Path | None = None) -
     :raises BuildError: it is missing (then *package* is named) or failed.
     """
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C"},  # apt speaks the user's language, and we read what it says
+        )  # fmt: skip
     except FileNotFoundError:
         raise BuildError(f"{command[0]} is not installed; run: sudo apt-get install {package}") from None
     if done.returncode:

@@ -91,7 +91,7 @@ def _resolve(kind: LinuxKind) -> str:
         names = [name for line in depends.splitlines() if (name := line.partition("Depends: ")[2])]
     else:
         names = run_tool(["apt-cache", "pkgnames", "linux-image-"], package="apt").split()
-    images = [name for name in names if _IMAGE_PACKAGE.fullmatch(name) and _candidate(name)]
+    images = list(_candidates([name for name in names if _IMAGE_PACKAGE.fullmatch(name)]))
     if not images:
         raise BuildError(
             f"Debian's package lists name no {META_PACKAGE} image; run: sudo apt-get update"
@@ -100,11 +100,13 @@ def _resolve(kind: LinuxKind) -> str:
     return max(images, key=functools.cmp_to_key(_compare_releases))
 
 
-def _candidate(package: str) -> str:
-    """The version that apt would fetch, or an empty string for a package that is only mentioned, or not any more."""
-    policy = run_tool(["apt-cache", "policy", package], package="apt")
-    match = re.search(r"^  Candidate: (\S+)", policy, re.M)
-    return match[1] if match and match[1] != "(none)" else ""
+def _candidates(packages: list[str]) -> dict[str, str]:
+    """The version that apt would fetch of each of *packages*; those that are only mentioned somewhere are left out."""
+    if not packages:
+        return {}
+    policy = run_tool(["apt-cache", "policy", *packages], package="apt")
+    found = re.findall(r"^(\S+):\n  Installed: .*\n  Candidate: (\S+)$", policy, re.M)
+    return {name: version for name, version in found if version != "(none)"}
 
 
 def _compare_releases(left: str, right: str) -> int:
@@ -121,7 +123,7 @@ def _unpack(package: str) -> Kernel:
     assert match, package
     release = match[1]
     kernel = Kernel(release, _kernels() / release)
-    version = _candidate(package)
+    version = _candidates([package])[package]
     stamp = kernel.directory / "package.json"
     if stamp.exists() and json.loads(stamp.read_text()) == {"package": package, "version": version}:
         return kernel
