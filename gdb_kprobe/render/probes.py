@@ -1,0 +1,57 @@
+"""The list of probes, and one of them in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdb_kprobe.render.plan import located
+from gdb_kprobe.render.text import symbolic, table
+from gdb_kprobe.render.views import ProbeView
+
+
+def probe_list(probes: Sequence[ProbeView]) -> str:
+    """The columns of the kernel's ``/sys/kernel/debug/kprobes/list`` (address, type, place, module, flags), then ours.
+
+    Columns in which no probe has anything are left out.
+    """
+    if not probes:
+        return "no probes"
+    headers = ("address", "", "symbol", "module", "flags", "hits", "missed", "rung", "name")
+    rows = [_row(view) for view in probes]
+    kept = [index for index in range(len(headers)) if any(row[index] for row in rows)]
+    return table([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def _row(view: ProbeView) -> tuple[str, ...]:
+    place = view.place
+    return (
+        "-" if place is None else f"{place.addr:016x}",
+        "k",
+        symbolic(place.symbol, place.offset) if place is not None and place.symbol else "",
+        f"[{place.module}]" if place is not None and place.module else "",
+        flags(view),
+        str(view.hits),
+        str(view.missed),
+        view.rung or "",
+        view.name,
+    )
+
+
+def flags(view: ProbeView) -> str:
+    """``[GONE]``, ``[DISABLED]`` as the kernel has them, and ``[PENDING]`` for a place that is not known yet."""
+    marks = (("GONE", view.is_gone), ("DISABLED", not view.is_enabled), ("PENDING", view.place is None))
+    return "".join(f"[{name}]" for name, is_set in marks if is_set)
+
+
+def probe_info(view: ProbeView) -> str:
+    """Everything about one probe, a line each."""
+    lines = [
+        ("probe", view.name),
+        ("definition", view.definition),
+        ("at", located(view.place) if view.place is not None else "not known yet"),
+        ("state", flags(view) or "enabled"),
+        ("rung", view.rung or ""),
+        ("hits", str(view.hits)),
+        ("missed", str(view.missed)),
+    ]
+    return "\n".join(f"{label:13}{text}" for label, text in lines if text)
