@@ -1,0 +1,142 @@
+"""The tables in which the guest lists places of its text: those that it patches itself, and those that may fault.
+
+Each is read for the core kernel, between two symbols of the linker script, and for each module, from a pointer and a
+count in its ``struct module``. Their entries hold addresses relative to themselves.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.modules import Module
+from gdb_kprobe.linux.structs import for_each_list_entry, read_struct
+from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.target.protocols import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Where a table is: the entry's type and its relative member, the section's symbols, the members of a module."""
+
+    type_name: str
+    members: tuple[str, ...]
+    start: str
+    stop: str
+    module_start: str
+    module_count: str
+
+
+_EX_TABLE = _Table(
+    "exception_table_entry", ("insn", "fixup"), "__start___ex_table", "__stop___ex_table", "extable", "num_exentries"
+)
+_JUMP_TABLE = _Table(
+    "jump_entry", ("code", "target"), "__start___jump_table", "__stop___jump_table", "jump_entries", "num_jump_entries"
+)
+_STATIC_CALLS = _Table(
+    "static_call_site",
+    ("addr",),
+    "__start_static_call_sites",
+    "__stop_static_call_sites",
+    "static_call_sites",
+    "num_static_call_sites",
+)
+_BUG_TABLE = _Table(
+    "bug_entry", ("bug_addr_disp",), "__start___bug_table", "__stop___bug_table", "bug_table", "num_bugs"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TextTables:
+    """Sorted addresses of places in text (for the two pairs, the second is in its own order).
+
+    ======================  ==================================================================================
+    *ex_table*              instructions that may fault; *ex_fixups* are where they then go on
+    *jump_labels*           2- or 5-byte nops and jumps that static keys switch; *jump_targets* are where they go
+    *static_calls*          5-byte calls and jumps that are redirected
+    *bugs*                  ``ud2`` of BUG and WARN
+    *locks*                 lock prefixes that are patched when a second CPU comes or the last but one goes
+    ======================  ==================================================================================
+    """
+
+    ex_table: array[int]
+    ex_fixups: array[int]
+    jump_labels: array[int]
+    jump_targets: array[int]
+    static_calls: array[int]
+    bugs: array[int]
+    locks: array[int]
+
+
+def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...]) -> TextTables:
+    """Read all tables of the core kernel and of *modules*. A table that this kernel does not have is empty.
+
+    :raises GuestStateError: a table is there, but its entries are not as known here.
+    """
+
+    def read(table: _Table) -> list[array[int]]:
+        columns = [array("Q") for _ in table.members]
+        for section, inside in _sections(kallsyms, btf, modules, table):
+            for column, member in zip(columns, table.members, strict=True):
+                found = _relative_column(memory, btf, section, table.type_name, member)
+                column.extend([addr for addr in found if any(addr in window for window in inside)])
+        return [array("Q", sorted(column)) for column in columns]
+
+    ex_table, ex_fixups = read(_EX_TABLE)
+    jump_labels, jump_targets = read(_JUMP_TABLE)
+    (static_calls,) = read(_STATIC_CALLS)
+    (bugs,) = read(_BUG_TABLE)
+    locks = array("Q", sorted(_lock_prefixes(memory, kallsyms, btf)))
+    return TextTables(ex_table, ex_fixups, jump_labels, jump_targets, static_calls, bugs, locks)
+
+
+def _sections(
+    kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...], table: _Table
+) -> Iterator[tuple[AddressRange, tuple[AddressRange, ...]]]:
+    """Yield where each copy of *table* is, and the memory of the kernel or module that it speaks of.
+
+    A module's tables keep the entries for its init text when that is freed: another module may be there by now.
+    """
+    core = kallsyms.section(table.start, table.stop)
+    if core is not None and core.size:
+        yield core, kallsyms.tables[0].ranges
+    if not btf.has_member("module", table.module_count):
+        return
+    for module in modules:
+        count = module.raw.uint(table.module_count)
+        if count:
+            start = module.raw.pointer(table.module_start)
+            section = AddressRange(start, VirtAddr(start + count * btf.size_of(table.type_name)))
+            yield section, module.ranges
+
+
+def _relative_column(
+    memory: Memory, btf: Btf, section: AddressRange, type_name: str, member_name: str
+) -> Iterator[int]:
+    """Yield what a self-relative 32-bit member of each entry in *section* points to."""
+    member, step = btf.member(type_name, member_name), btf.size_of(type_name)
+    data = memory.read(section.start, section.size)
+    entry = struct.Struct(f"<{member.offset}xi{step - member.offset - 4}x")
+    at = section.start + member.offset
+    for index, (distance,) in enumerate(entry.iter_unpack(data[: len(data) // step * step])):
+        yield (at + index * step + distance) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[int]:
+    """Yield the places in ``smp_alt_modules``, the list of what the kernel may still patch.
+
+    The section's own symbols do not help: after boot it is freed where no further CPU is possible.
+    """
+    head = kallsyms.find("smp_alt_modules")
+    if head is None or not btf.has_member("smp_alt_module", "locks"):
+        return
+    for addr in for_each_list_entry(memory, head, btf.offset_of("smp_alt_module", "next")):
+        entry = read_struct(memory, btf, "smp_alt_module", addr)
+        start, end = entry.uint("locks"), entry.uint("locks_end")
+        data = memory.read(VirtAddr(start), end - start & ~3)
+        for index, (distance,) in enumerate(struct.iter_unpack("<i", data)):
+            yield (start + 4 * index + distance) & 0xFFFF_FFFF_FFFF_FFFF
