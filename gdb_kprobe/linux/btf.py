@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.model import AddressRange
+from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.target.protocols import Memory
 
 _MAGIC = 0xEB9F
@@ -238,11 +238,12 @@ class Btf:
         return None
 
 
-def read_btf(memory: Memory, section: AddressRange | None) -> Btf:
-    """Read the BTF between ``__start_BTF`` and ``__stop_BTF``.
+def read_btf(memory: Memory, kallsyms: Kallsyms) -> Btf:
+    """Read the BTF of the core kernel.
 
     :raises GuestStateError: there is none, or it is damaged.
     """
+    section = kallsyms.section("__start_BTF", "__stop_BTF")
     if section is None or not section.size:
         raise GuestStateError(
             "the guest's kernel has no type information (BTF)", "the kernel needs CONFIG_DEBUG_INFO_BTF"

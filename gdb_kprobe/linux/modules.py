@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import GuestStateError
@@ -45,7 +45,7 @@ class Module:
     ranges: tuple[AddressRange, ...]
     text: AddressRange
     init_text: AddressRange | None
-    raw: Struct
+    raw: Struct = field(compare=False, repr=False)
 
     @property
     def size(self) -> int:

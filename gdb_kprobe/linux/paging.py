@@ -33,7 +33,6 @@ LEVEL_NAMES = {1: "PTE", 2: "PMD", 3: "PUD", 4: "PGD", 5: "PGD"}
 """Linux's name of a level's entries, for messages (with five levels, level 4 is the P4D)."""
 
 _PTI_USER_BIT = 0x1000
-_PCID_MASK = 0xFFF
 
 
 def shift(level: int) -> int:
@@ -250,6 +249,11 @@ def _continues(run: Mapping, more: Mapping) -> bool:
     )
 
 
+def loaded_table(memory: PhysicalMemory, cr3: int, cr4: int) -> PageTable:
+    """Return the page table that a vCPU has loaded: enough to read its IDT, but it may be a user's (see below)."""
+    return PageTable(memory, PhysAddr(cr3 & ADDRESS_MASK), 5 if cr4 & CR4_LA57 else 4)
+
+
 def kernel_root(memory: PhysicalMemory, cr3: int, cr4: int, probe_addr: VirtAddr) -> PageTable:
     """Return the kernel's page table, found from the CR3 of any vCPU.
 
@@ -260,18 +264,16 @@ def kernel_root(memory: PhysicalMemory, cr3: int, cr4: int, probe_addr: VirtAddr
 
     :raises GuestStateError: no candidate maps *probe_addr*.
     """
-    levels = 5 if cr4 & CR4_LA57 else 4
-    loaded = cr3 & ADDRESS_MASK & ~_PCID_MASK
-    as_loaded = PageTable(memory, PhysAddr(loaded), levels)
+    as_loaded = loaded_table(memory, cr3, cr4)
     here = _try_translate(as_loaded, probe_addr)
-    if loaded & _PTI_USER_BIT:
-        sibling = PageTable(memory, PhysAddr(loaded & ~_PTI_USER_BIT), levels)
+    if as_loaded.root & _PTI_USER_BIT:
+        sibling = loaded_table(memory, cr3 & ~_PTI_USER_BIT, cr4)
         there = _try_translate(sibling, probe_addr)
         if there is not None and here in (None, there):
             return sibling
     if here is None:
         raise GuestStateError(
-            f"the page table at {loaded:#x} (CR3 {cr3:#x}) does not map {probe_addr:#x}",
+            f"the page table at {as_loaded.root:#x} (CR3 {cr3:#x}) does not map {probe_addr:#x}",
             "the guest is in its firmware or booting; let it run until its kernel is up",
         )
     return as_loaded
