@@ -46,7 +46,7 @@ class Section:
         self._name = name
         self._environment = environment
         if not isinstance(node, yaml.MappingNode):
-            what = f"{name} must be a mapping" if name else "a profile is a mapping"
+            what = f"'{name}' must be a mapping" if name else "a profile is a mapping"
             raise self.error(what, f"write 'key: value' lines; the keys are {', '.join(keys)}")
         self._entries: dict[str, tuple[yaml.Node, int]] = {}
         for key, value in node.value:

@@ -48,7 +48,9 @@ def as_path(value: Value) -> Path:
     try:
         path = Path(value.text).expanduser()
     except RuntimeError:
-        raise value.error(f"'{value.key}' names an unknown home directory: {value.text}") from None
+        raise value.error(
+            f"'{value.key}' names an unknown home directory: {value.text}", "write the whole path"
+        ) from None
     return Path(value.path.absolute().parent, path)
 
 
