@@ -1,0 +1,1 @@
+"""The only package that imports gdb: the plugin itself, and the commands."""

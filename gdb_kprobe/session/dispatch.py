@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from gdb_kprobe.errors import TargetError
-from gdb_kprobe.model import PT_REGS_NAMES, CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.context import Handler, HitContext, Registers
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Hit, Probe, Site
@@ -180,12 +180,10 @@ class StubDispatcher:
         next_ip = offset(site.addr, site.plan.insn.length)
         for probe in tuple(site.probes):
             condition = probe.spec.condition
-            if not probe.enabled or (condition is not None and not condition.evaluate(_pt_regs(regs))):
+            if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
                 continue
             probe.hits += 1
-            self._on_hit(
-                Hit(probe, cpu, tuple((arg.name, arg.type.extract(regs[arg.register])) for arg in probe.spec.args))
-            )
+            self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
             if probe.pre is not None:
                 stop |= self._call(probe, probe.pre, HitContext(probe, cpu, regs, next_ip, self._machine))
         return stop
@@ -207,20 +205,6 @@ class StubDispatcher:
     def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int]) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
         insn, slot = site.plan.insn, site.plan.slot.code
-        after = before
-        for _ in range(MAX_STEPS):
-            self._machine.step(cpu)
-            after = self._machine.read_registers(cpu)
-            if self._took_exception(cpu, site, after, before):
-                return False
-            if step.stepped(insn, slot, before, after):
-                break
-        else:
-            # Nothing was executed: let the guest execute the original instruction as if it had not been probed.
-            raise TargetError(
-                f"vCPU {cpu} does not step in the slot of {site.addr:#x}",
-                "the site is still armed; 'kprobe delete' it and report the instruction",
-            )
 
         def read_stack(addr: int, size: int) -> bytes:
             data = self._machine.read_current(cpu, VirtAddr(addr), size)
@@ -228,9 +212,20 @@ class StubDispatcher:
                 raise TargetError(f"the stack at {addr:#x} is not mapped after the single step at {site.addr:#x}")
             return data
 
+        after = self._step(cpu, site, before)
+        if after is None:
+            # Nothing was executed: the guest executes the probed instruction as if it had not been hit.
+            self._machine.write_registers(cpu, {"rip": site.addr})
+            self._resumed[(site.addr, before["rsp"])] = None
+            return False
+        if step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
+            # The guest's handler sees the fault where the instruction really is, so that its exception table works.
+            # When it returns, the instruction runs into the int3 again: that is the same hit, not another one.
+            self._write_memory(cpu, step.fix_up_fault(insn, slot, after, read_stack).memory)
+            self._resumed[(site.addr, before["rsp"])] = None
+            return False
         fix = step.fix_up(insn, slot, before, after, read_stack)
-        for addr, data in fix.memory:
-            self._machine.write_current(cpu, VirtAddr(addr), data)
+        self._write_memory(cpu, fix.memory)
         self._machine.write_registers(cpu, fix.registers)
         if not site.needs_post:
             return False
@@ -247,23 +242,19 @@ class StubDispatcher:
             self._machine.write_registers(cpu, {name: values[name] for name in regs.changed})
         return stop
 
-    def _took_exception(self, cpu: CpuId, site: Site, after: Mapping[str, int], before: Mapping[str, int]) -> bool:
-        """Whether the step ended at an exception's entry; then the saved IP is made the original address.
+    def _step(self, cpu: CpuId, site: Site, before: Mapping[str, int]) -> dict[str, int] | None:
+        """Step until something was executed; ``None`` when nothing ever is."""
+        for _ in range(MAX_STEPS):
+            self._machine.step(cpu)
+            after = self._machine.read_registers(cpu)
+            if step.stepped(site.plan.insn, site.plan.slot.code, before, after):
+                return after
+        return None
 
-        The guest's handler sees the fault where the instruction really is, so that its exception table works. When it
-        returns, the instruction runs into the int3 again: that is the same hit, not another one.
-        """
-        gate = self._guest.gates.get(VirtAddr(after["rip"]))
-        if gate is None:
-            return False
-        at = after["rsp"] + (8 if gate.pushes_error_code else 0)
-        frame = self._machine.read_current(cpu, VirtAddr(at), _FRAME.size)
-        if frame is None or _FRAME.unpack(frame)[0] != site.plan.slot.code:
-            return False  # the instruction itself went there
-        self._machine.write_current(cpu, VirtAddr(at), site.addr.to_bytes(8, "little"))
-        self._resumed[(site.addr, before["rsp"])] = None
-        return True
+    def _is_exception_entry(self, addr: int) -> bool:
+        return addr in self._guest.gates
 
-
-def _pt_regs(regs: Registers) -> dict[str, int]:
-    return {name: regs[name] for name in PT_REGS_NAMES}
+    def _write_memory(self, cpu: CpuId, writes: tuple[tuple[int, bytes], ...]) -> None:
+        for addr, data in writes:
+            if not self._machine.write_current(cpu, VirtAddr(addr), data):
+                raise TargetError(f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step")

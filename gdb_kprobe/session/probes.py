@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.language.spec import ProbeSpec
+from gdb_kprobe.language.spec import FetchArg, ProbeSpec
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.session.context import Handler
 from gdb_kprobe.session.guest import Place
@@ -71,11 +71,11 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What is told of one hit: *args* are the fetched values, already cut to their types."""
+    """What is told of one hit: *args* are the values fetched, as 64-bit registers."""
 
     probe: Probe
     cpu: CpuId
-    args: tuple[tuple[str, int], ...]
+    args: tuple[tuple[FetchArg, int], ...]
 
 
 class ProbeTable:

@@ -32,6 +32,13 @@ class QemuStub:
         self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
         self._cpus: tuple[CpuId, ...] = ()
 
+    def use_channel(self, channel: PacketChannel) -> None:
+        """Go on over another connection to the same machine (after the first was lost)."""
+        self._channel = channel
+        self._physical_depth = 0
+        self._selected = None
+        self._cpus = ()
+
     # -- Cpus ---------------------------------------------------------------------------------------------------
 
     def cpus(self) -> tuple[CpuId, ...]:

@@ -1,0 +1,25 @@
+"""The ``kprobe`` commands: one file for each, and this table of them."""
+
+from __future__ import annotations
+
+from gdb_kprobe.gdbext.commands import (
+    add,
+    attach,
+    delete,
+    detach,
+    enable,
+    info,
+    list_,
+    mi,
+    plan,
+    prefix,
+    symbols,
+    trace,
+)
+
+
+def register() -> None:
+    """Define all commands in gdb. Called once, by the plugin."""
+    prefix.KprobePrefix()
+    for module in (attach, detach, add, list_, info, plan, enable, delete, trace, symbols, mi):
+        module.register()

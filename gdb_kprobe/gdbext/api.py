@@ -1,0 +1,153 @@
+"""The Python API, for scripts in a gdb session::
+
+    from gdb_kprobe.gdbext import api as kprobe
+
+    kprobe.attach("debian")
+
+    @kprobe.probe("p:open do_sys_openat2 dfd=%di:s32")
+    def on_open(hit):
+        print(hit.regs.di, hit.read_string(hit.regs.si))
+
+    gdb.execute("continue")
+
+A handler gets a :class:`~gdb_kprobe.session.context.HitContext`. It may read and write registers and memory, skip the
+instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hit.stop()``, or return ``True``). What
+it raises is shown, its probe is disabled, and the guest goes on.
+
+Every function raises :class:`~gdb_kprobe.errors.KprobeError` for what cannot be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext import plugin, settings
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.session.attach import Attached
+from gdb_kprobe.session.context import Handler, HitContext
+from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.session.session import Detached
+
+__all__ = [
+    "Handler",
+    "Hit",
+    "HitContext",
+    "Probe",
+    "add",
+    "attach",
+    "delete",
+    "detach",
+    "get",
+    "named",
+    "on_hit",
+    "plan",
+    "probe",
+    "probes",
+    "set_enabled",
+]
+
+_H = TypeVar("_H", bound=Handler)
+
+
+def attach(profile: str | None = None) -> Attached:
+    """Attach to the guest of *profile* (a name in configs/, or a file) and arm what was added before."""
+    the_plugin = plugin.the_plugin()
+    attached, _ = the_plugin.attach(the_plugin.profile(profile))
+    return attached
+
+
+def detach() -> Detached:
+    """Undo everything in the guest. gdb stays connected, the guest stopped."""
+    return plugin.the_plugin().detach()
+
+
+def add(definition: str, pre: Handler | None = None, post: Handler | None = None, *, enabled: bool = True) -> Probe:
+    """Add the probe of *definition* (``p:NAME SYMBOL ...``); before an attach it is only noted.
+
+    *pre* is called before the probed instruction, *post* after it (which needs the single-step rung).
+    """
+    the_plugin = plugin.the_plugin()
+    new = Probe(parse_definition(definition), pre, post, enabled)
+    if the_plugin.link is None:
+        if any(other.name == new.name for other in the_plugin.pending):
+            raise KprobeError(f"there is a probe named {new.name} already", f"'kprobe delete {new.name}' first")
+        the_plugin.pending.append(new)
+        return new
+    with the_plugin.link.stopped():
+        return the_plugin.link.session.add(new, settings.settings().strategy)
+
+
+def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:
+    """Decorate a function as the handler of a new probe; with *post* it runs after the instruction."""
+
+    def decorate(handler: _H) -> _H:
+        add(definition, post=handler) if post else add(definition, handler)
+        return handler
+
+    return decorate
+
+
+def plan(definition: str) -> tuple[Probe, Place, Plan]:
+    """Plan a probe and change nothing; the probe returned is not added."""
+    link = plugin.the_plugin().need_link()
+    new = Probe(parse_definition(definition))
+    with link.stopped():
+        place, made = link.session.plan(new.spec, settings.settings().strategy)
+    return new, place, made
+
+
+def probes() -> tuple[Probe, ...]:
+    """All probes, the noted ones last."""
+    the_plugin = plugin.the_plugin()
+    return (*(the_plugin.link.session.probes if the_plugin.link else ()), *the_plugin.pending)
+
+
+def get(name: str) -> Probe:
+    """The probe called *name*."""
+    found = next((probe for probe in probes() if probe.name == name), None)
+    if found is None:
+        raise KprobeError(
+            f"there is no probe named {name}", f"probes: {', '.join(p.name for p in probes()) or 'none'}; 'kprobe list'"
+        )
+    return found
+
+
+def named(text: str, command: str) -> tuple[Probe, ...]:
+    """The probes that the words of *text* name; ``all`` is all of them."""
+    words = text.split()
+    if not words:
+        raise KprobeError(f"{command}: which probe?", "give names, or 'all'; 'kprobe list' shows them")
+    return probes() if words == ["all"] else tuple(get(word) for word in words)
+
+
+def set_enabled(probe: Probe, enabled: bool) -> None:
+    """Enable or disable *probe*."""
+    the_plugin = plugin.the_plugin()
+    if probe in the_plugin.pending:
+        probe.enabled = enabled
+        return
+    link = the_plugin.need_link()
+    with link.stopped():
+        link.session.set_enabled(probe, enabled)
+
+
+def delete(probe: Probe) -> None:
+    """Delete *probe*."""
+    the_plugin = plugin.the_plugin()
+    if probe in the_plugin.pending:
+        the_plugin.pending.remove(probe)
+        return
+    link = the_plugin.need_link()
+    with link.stopped():
+        link.session.delete(probe)
+
+
+def on_hit(listener: Callable[[Hit], None]) -> Callable[[], None]:
+    """Have *listener* called at each hit, before the probe's handler; returns the function that ends it."""
+    session = plugin.the_plugin().need_link().session
+    session.listeners.append(listener)
+    return lambda: session.listeners.remove(listener)

@@ -1,0 +1,55 @@
+"""The one breakpoint at the guest's #BP entry, as gdb breakpoints go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gdb
+
+from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.model import VirtAddr
+
+
+class EntryBreakpoint(gdb.Breakpoint):
+    """Internal, so that the user's list stays theirs; of the hardware kind, so that gdb writes no guest memory."""
+
+    def __init__(self, addr: VirtAddr, on_stop: Callable[[], bool]) -> None:
+        super().__init__(f"*{addr:#x}", type=gdb.BP_HARDWARE_BREAKPOINT, internal=True)
+        self._on_stop = on_stop
+
+    def stop(self) -> bool:
+        """Called by gdb at each stop there; ``True`` gives the user the prompt.
+
+        A Ctrl-C that came meanwhile is not lost: it ends the run. What was not dispatched then is, when the machine
+        is settled for the prompt.
+        """
+        try:
+            with uninterrupted():
+                return self._on_stop()
+        except KeyboardInterrupt:
+            return True
+
+
+class GdbBreakpoints:
+    """:class:`~gdb_kprobe.target.protocols.Breakpoints` by gdb's own."""
+
+    def __init__(self, on_stop: Callable[[], bool]) -> None:
+        self._on_stop = on_stop
+        self._breakpoint: EntryBreakpoint | None = None
+        self._kept = False
+
+    def insert(self, addr: VirtAddr) -> None:
+        if self._breakpoint is None or not self._breakpoint.is_valid():
+            self._breakpoint = EntryBreakpoint(addr, self._on_stop)
+        self._kept = True
+
+    def remove(self, addr: VirtAddr) -> None:
+        """gdb allows no deleting inside ``stop()``; then the breakpoint goes at the next :meth:`tidy`."""
+        self._kept = False
+
+    def tidy(self) -> None:
+        """Delete the breakpoint if it is not wanted any more. Not from inside ``stop()``."""
+        if not self._kept and self._breakpoint is not None:
+            if self._breakpoint.is_valid():
+                self._breakpoint.delete()
+            self._breakpoint = None

@@ -1,0 +1,119 @@
+"""gdb's own connection to the stub as a carrier of packets, shared with gdb itself.
+
+gdb keeps in its head which vCPU it last selected, and the registers it read. Neither hears of our packets, so whoever
+uses the channel does it inside :meth:`GdbChannel.borrowed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import gdb
+
+from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
+from gdb_kprobe.model import CpuId
+from gdb_kprobe.target.stub import QemuStub
+
+
+class GdbChannel:
+    """A :class:`~gdb_kprobe.target.protocols.PacketChannel` over the connection of gdb's current inferior."""
+
+    def __init__(self) -> None:
+        self._connection = _connection()
+
+    @property
+    def address(self) -> str:
+        """What the user gave to ``target remote``."""
+        return self._connection.details or ""
+
+    def send(self, packet: bytes) -> bytes:
+        try:
+            return bytes(self._connection.send_packet(packet) or b"")
+        except (gdb.error, RuntimeError) as error:
+            raise _translated(error) from error
+
+    def monitor(self, command: str) -> str:
+        try:
+            return gdb.execute(f"monitor {command}", to_string=True) or ""
+        except gdb.error as error:
+            raise _translated(error) from error
+
+    @contextlib.contextmanager
+    def borrowed(self, stub: QemuStub) -> Iterator[CpuId]:
+        """Use the connection through *stub*; yields gdb's current vCPU, which is selected again at the end.
+
+        :raises GuestStateError: the machine is running.
+        """
+        cpu = current_cpu()
+        # Make gdb select its current thread now: then both sides are known to agree.
+        flush_registers()
+        try:
+            gdb.selected_frame().pc()
+        except gdb.error as error:
+            raise _translated(error) from error
+        stub.forget_selection()
+        try:
+            yield cpu
+        finally:
+            with contextlib.suppress(TargetError):
+                stub.forget_selection()
+                stub.select(cpu)
+            flush_registers()
+
+
+def current_cpu() -> CpuId:
+    """The vCPU that gdb shows.
+
+    :raises GuestStateError: gdb has no thread, or it runs.
+    """
+    thread = gdb.selected_thread()
+    if thread is None or not thread.is_valid():
+        raise ConnectionLostError("gdb is connected to no machine", "connect with 'kprobe attach PROFILE'")
+    if thread.is_running():
+        raise GuestStateError("the guest is running", "stop it first (Ctrl-C, or 'interrupt')")
+    return CpuId(thread.ptid[1])
+
+
+def flush_registers() -> None:
+    """Have gdb forget the registers it has read."""
+    gdb.execute("maintenance flush register-cache", to_string=True)
+
+
+def find_socket(address: str) -> int | None:
+    """The file descriptor of gdb's own socket to *address*, found among this process's.
+
+    Needed when gdb can no longer be asked for anything (:mod:`gdb_kprobe.gdbext.rescue`).
+    """
+    wanted = address.removeprefix("unix:").removeprefix("tcp:")
+    port = wanted.rpartition(":")[2]
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
+                peer = sock.getpeername()
+        except OSError:
+            continue
+        if peer == wanted or (isinstance(peer, tuple) and str(peer[1]) == port):
+            return int(entry.name)
+    return None
+
+
+def _connection() -> gdb.RemoteTargetConnection:
+    connection = gdb.selected_inferior().connection
+    if not isinstance(connection, gdb.RemoteTargetConnection):
+        raise ConnectionLostError(
+            "gdb is connected to no machine", "connect with 'kprobe attach PROFILE', or 'target remote ADDRESS' first"
+        )
+    return connection
+
+
+def _translated(error: Exception) -> TargetError:
+    text = str(error)
+    if "closed" in text or "is lost" in text or "invalid" in text:
+        return ConnectionLostError(f"the connection to the guest is lost: {text}")
+    return TargetError(text)

@@ -1,0 +1,59 @@
+"""``kprobe attach``."""
+
+from __future__ import annotations
+
+import time
+
+from gdb_kprobe.config.load import profile_names
+from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.waiting import wait_for_kernel
+
+
+class Attach(Command):
+    """Attach to the guest that a profile describes.
+
+    kprobe attach [--wait] [PROFILE]
+
+    PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which.
+    gdb is connected to the profile's gdbstub, if it is not connected already. Then the kernel, its symbols and its
+    modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
+    added before are armed. Probes that an earlier gdb left behind are restored first.
+    With --wait a guest that is still booting runs until its kernel is up.
+
+    Example:
+      kprobe attach debian"""
+
+    def run(self, argument: str) -> None:
+        import gdb
+
+        parser = ArgumentParser("attach")
+        parser.add_argument("--wait", action="store_true")
+        parser.add_argument("profile", nargs="?")
+        args = parser.parse_args(gdb.string_to_argv(argument))
+        the_plugin = plugin.the_plugin()
+        profile = the_plugin.profile(args.profile)
+        started = time.monotonic()
+        if args.wait:
+            wait_for_kernel(profile)
+        attached, refused = the_plugin.attach(profile)
+        for message in attached.messages:
+            write(f"kprobe: {message}.")
+        session = attached.session
+        region = session.region.header
+        write(f"Attached to {attached.guest.description}; {len(session.machine.cpus())} vCPU(s).")
+        write(f"Region: {region.size >> 20} MiB at {region.virt:#x} (physical {region.phys:#x}).")
+        for probe in session.probes:
+            write(f"{probe.name}: {probe.place} armed.")
+        for probe, reason in refused:
+            write(f"{probe.name}: not armed, still noted: {reason}")
+        if profile.kernel.vmlinux is not None:
+            write(f"Debug info: 'kprobe symbols' loads {profile.kernel.vmlinux} at the right addresses.")
+        write(f"Attached in {time.monotonic() - started:.2f} s.")
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return [name for name in profile_names((plugin.CONFIGS,)) if name.startswith(word)]
+
+
+def register() -> None:
+    Attach("attach")

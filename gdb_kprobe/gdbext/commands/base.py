@@ -1,0 +1,44 @@
+"""What the commands have in common: errors, arguments, completion."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+import gdb
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext.errors import user_errors
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, whose mistakes are errors of ours and end nothing."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"kprobe {command}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise KprobeError(f"{self.prog}: {message}", f"{self.format_usage().strip()}; 'help {self.prog}'")
+
+
+class Command(gdb.Command):
+    """One sub-command; a subclass's docstring is its help, its :meth:`run` does the work."""
+
+    def __init__(self, name: str, completion: int | None = None) -> None:
+        if completion is None:
+            super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS)
+        else:
+            super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, completion)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        with user_errors():
+            self.run(argument.strip())
+
+    def run(self, argument: str) -> None:
+        """Do the work; errors are :class:`~gdb_kprobe.errors.KprobeError`."""
+        raise NotImplementedError
+
+
+def write(text: str) -> None:
+    """Show *text* (with a newline) to the user."""
+    gdb.write(text.rstrip("\n") + "\n")

@@ -1,0 +1,37 @@
+"""``kprobe detach``."""
+
+from __future__ import annotations
+
+import gdb
+
+from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+
+
+class Detach(Command):
+    """Undo everything in the guest and let it run.
+
+    kprobe detach [--stay]
+
+    The text of every probe is restored and verified, the region unmapped; then gdb disconnects and the guest runs.
+    With --stay gdb stays connected, the guest stopped.
+    A task that was preempted inside one of our slots keeps the region mapped (nothing else); that is said.
+
+    Example:
+      kprobe detach"""
+
+    def run(self, argument: str) -> None:
+        parser = ArgumentParser("detach")
+        parser.add_argument("--stay", action="store_true")
+        args = parser.parse_args(gdb.string_to_argv(argument))
+        done = plugin.the_plugin().detach()
+        write(f"{done.restored} site(s) restored; the region is {'unmapped' if done.unmapped else 'still mapped'}.")
+        for problem in done.problems:
+            write(f"left alone: {problem}")
+        if not args.stay:
+            gdb.execute("detach", to_string=True)
+            write("Detached; the guest runs.")
+
+
+def register() -> None:
+    Detach("detach")

@@ -1,0 +1,53 @@
+"""``kprobe info``."""
+
+from __future__ import annotations
+
+from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.gdbext.views import plan_view, probe_view
+from gdb_kprobe.render.plan import plan as render_plan
+from gdb_kprobe.render.probes import probe_info
+
+
+class Info(Command):
+    """Show everything about probes; without a name, about the attachment.
+
+    kprobe info [NAME ... | all]
+
+    Example:
+      kprobe info open"""
+
+    def run(self, argument: str) -> None:
+        if not argument:
+            self._attachment()
+            return
+        link = plugin.the_plugin().link
+        for probe in api.named(argument, "kprobe info"):
+            write(probe_info(probe_view(probe)))
+            site = link.session.site_of(probe) if link is not None else None
+            if site is not None and probe.place is not None:
+                write(render_plan(plan_view(probe, probe.place, site.plan)))
+            if probe.last_error:
+                write(f"last error of its handler:\n{probe.last_error}")
+
+    def _attachment(self) -> None:
+        link = plugin.the_plugin().need_link()
+        session = link.session
+        header, slots = session.region.header, session.region.slots
+        write(f"guest:      {session.guest.description}")
+        write(f"connection: {link.address}, {len(session.machine.cpus())} vCPU(s)")
+        write(f"profile:    {link.profile.path}")
+        write(
+            f"#BP entry:  {session.guest.place_of(session.guest.bp_entry)}, dispatched by the stub's breakpoint there"
+        )
+        write(f"region:     {header.size >> 20} MiB at {header.virt:#x} (physical {header.phys:#x})")
+        write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
+        write(f"probes:     {len(session.probes)}, {len(session.armed_sites())} site(s) armed")
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return complete.probes(word)
+
+
+def register() -> None:
+    Info("info")

@@ -1,0 +1,99 @@
+"""MI twins of the commands, for programs: each answers with data instead of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gdb
+
+from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext.errors import user_errors
+from gdb_kprobe.gdbext.views import plan_view
+from gdb_kprobe.session.probes import Probe
+
+
+def _probe(probe: Probe) -> dict[str, str]:
+    link = plugin.the_plugin().link
+    site = link.session.site_of(probe) if link is not None else None
+    return {
+        "name": probe.name,
+        "definition": str(probe.spec),
+        "addr": "" if probe.place is None else hex(probe.place.addr),
+        "place": "" if probe.place is None else str(probe.place),
+        "state": probe.state,
+        "rung": "" if site is None else site.plan.rung,
+        "family": "" if site is None else site.plan.family,
+        "insn": "" if site is None else str(site.plan.insn),
+        "hits": str(probe.hits),
+        "missed": str(probe.missed),
+        "error": probe.last_error,
+    }
+
+
+def _attach(argv: list[str]) -> dict[str, Any]:
+    attached = api.attach(argv[0] if argv else None)
+    region = attached.session.region.header
+    return {
+        "guest": attached.guest.description,
+        "region": {"virt": hex(region.virt), "phys": hex(region.phys), "size": str(region.size)},
+        "messages": list(attached.messages),
+        "seconds": f"{attached.seconds:.3f}",
+    }
+
+
+def _detach(argv: list[str]) -> dict[str, Any]:
+    done = api.detach()
+    return {"restored": str(done.restored), "unmapped": str(int(done.unmapped)), "problems": list(done.problems)}
+
+
+def _add(argv: list[str]) -> dict[str, Any]:
+    return {"probe": _probe(api.add(" ".join(argv)))}
+
+
+def _list(argv: list[str]) -> dict[str, Any]:
+    return {"probes": [_probe(probe) for probe in api.probes()]}
+
+
+def _plan(argv: list[str]) -> dict[str, Any]:
+    view = plan_view(*api.plan(" ".join(argv)))
+    return {
+        "plan": {
+            "addr": hex(view.place.addr),
+            "insn": view.insn,
+            "rung": view.rung,
+            "slot": hex(view.slot),
+            "old": view.old.hex(),
+            "new": view.new.hex(),
+            "declined": [{"rung": item.rung, "reason": item.reason} for item in view.declined],
+        }
+    }
+
+
+def _delete(argv: list[str]) -> dict[str, Any]:
+    found = api.named(" ".join(argv), "-kprobe-delete")
+    for probe in found:
+        api.delete(probe)
+    return {"deleted": [_probe(probe)["name"] for probe in found]}
+
+
+class _MiCommand(gdb.MICommand):
+    def __init__(self, name: str, function: Callable[[list[str]], dict[str, Any]]) -> None:
+        super().__init__(f"-kprobe-{name}")
+        self._function = function
+
+    def invoke(self, argv: list[str]) -> dict[str, Any]:
+        with user_errors():
+            return self._function(argv)
+
+
+def register() -> None:
+    for name, function in (
+        ("attach", _attach),
+        ("detach", _detach),
+        ("add", _add),
+        ("list", _list),
+        ("plan", _plan),
+        ("delete", _delete),
+    ):
+        _MiCommand(name, function)

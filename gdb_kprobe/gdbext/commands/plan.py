@@ -1,0 +1,34 @@
+"""``kprobe plan``."""
+
+from __future__ import annotations
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext import api
+from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.gdbext.views import plan_view
+from gdb_kprobe.render.plan import plan as render_plan
+
+
+class Plan(Command):
+    """Show what a probe would do, and change nothing.
+
+    kprobe plan DEFINITION
+
+    The instruction, the bytes before and after, the rung, the slot with its code, and why no better rung.
+
+    Example:
+      kprobe plan vfs_read+5"""
+
+    def run(self, argument: str) -> None:
+        if not argument:
+            raise KprobeError("kprobe plan: where? nothing was given", "for example: kprobe plan vfs_read+5")
+        is_definition = argument.split()[0].split(":")[0] in ("p", "r")
+        write(render_plan(plan_view(*api.plan(argument if is_definition else f"p {argument}"))))
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return complete.symbols(word)
+
+
+def register() -> None:
+    Plan("plan")

@@ -1,0 +1,225 @@
+"""The plugin: the one object that lives as long as gdb does, and what gdb calls it for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gdb
+
+from gdb_kprobe.config.load import find_profile, load_profile
+from gdb_kprobe.config.profile import Profile
+from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
+from gdb_kprobe.gdbext import commands, settings, stops
+from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
+from gdb_kprobe.gdbext.channel import GdbChannel, current_cpu, find_socket, flush_registers
+from gdb_kprobe.gdbext.signals import interruptible, uninterrupted
+from gdb_kprobe.session.attach import Attached, attach
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.rescue import cut, rescue
+from gdb_kprobe.session.session import Detached, Session
+from gdb_kprobe.target.stub import QemuStub
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class Link:
+    """One attachment: gdb's connection, what is behind it, and the session over it."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.channel = GdbChannel()
+        self.stub = QemuStub(self.channel)
+        self.address = profile.gdbstub or self.channel.address
+        self.descriptor = find_socket(self.channel.address)
+        self.breakpoints = GdbBreakpoints(on_entry_stop)
+        self.attached: Attached | None = None
+
+    @property
+    def session(self) -> Session:
+        assert self.attached is not None
+        session: Session = self.attached.session
+        return session
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Around every act on the machine from a command.
+
+        :raises GuestStateError: it runs.
+        """
+        with uninterrupted(), self.channel.borrowed(self.stub):
+            yield
+        self.breakpoints.tidy()
+
+
+class Plugin:
+    """What the commands work on."""
+
+    def __init__(self) -> None:
+        self.link: Link | None = None
+        self.pending: list[Probe] = []
+        """Defined before there was a guest; armed by the next attach."""
+        self.stop_requested = False
+        """A trace has shown all it was asked for: the next stop is the user's."""
+        self._settling = False
+
+    def need_link(self) -> Link:
+        """:raises ConnectionLostError: not attached."""
+        if self.link is None:
+            raise ConnectionLostError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
+        return self.link
+
+    def profile(self, name: str | None) -> Profile:
+        """:raises ConfigError: there is no such profile, or it is wrong."""
+        wanted = name or settings.settings().profile
+        if not wanted:
+            raise KprobeError(
+                "which guest? no profile was given",
+                f"'kprobe attach NAME', with a file or one of {CONFIGS}; or 'set kprobe profile NAME' once",
+            )
+        return load_profile(find_profile(wanted, (Path.cwd(), CONFIGS)))
+
+    def attach(self, profile: Profile) -> tuple[Attached, list[tuple[Probe, str]]]:
+        """Attach to the guest of *profile*, over gdb's connection if there is one, and arm what is pending.
+
+        Returns what was found, and the pending probes that could not be armed, each with the reason.
+        """
+        if self.link is not None:
+            raise KprobeError("attached already", "'kprobe detach' first")
+        if not _is_connected():
+            gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+        link = Link(profile)
+        with link.stopped():
+            link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+        self.link = link
+        refused: list[tuple[Probe, str]] = []
+        waiting, self.pending = self.pending, []
+        for probe in waiting:
+            try:
+                with link.stopped():
+                    link.session.add(probe)
+            except KprobeError as error:
+                self.pending.append(probe)
+                refused.append((probe, str(error)))
+        return link.attached, refused
+
+    def detach(self) -> Detached:
+        """Undo everything in the guest. gdb stays connected, the machine stopped."""
+        link = self.need_link()
+        with link.stopped():
+            done = link.session.detach()
+        self.link = None
+        return done
+
+    # -- what gdb calls -----------------------------------------------------------------------------------------
+
+    def on_entry_stop(self) -> bool:
+        """A vCPU stopped at the #BP entry; gdb's current thread is that vCPU."""
+        link = self.link
+        if link is None:
+            return False
+        link.stub.forget_selection()
+        cpu = current_cpu()
+        try:
+            stop = link.session.on_breakpoint(cpu)
+        finally:
+            link.stub.forget_selection()
+            link.stub.select(cpu)
+            flush_registers()
+        return stop or self.stop_requested
+
+    def on_stop(self) -> None:
+        """The machine stopped for the user."""
+        link = self.link
+        if link is None or self._settling:
+            return
+        self._settling = True
+        try:
+            with contextlib.suppress(GuestStateError), link.stopped():
+                link.session.settle()
+        except ConnectionLostError:
+            pass  # the event of the lost connection follows
+        except KprobeError as error:
+            gdb.write(f"kprobe: {error}\n", gdb.STDERR)
+        finally:
+            self._settling = False
+
+    def before_detach(self) -> None:
+        """The user is about to take gdb's connection away."""
+        if self.link is None:
+            return
+        try:
+            done = self.detach()
+        except GuestStateError:
+            self.rescue()
+            return
+        if done.restored:
+            gdb.write(f"kprobe: {done.restored} site(s) restored.\n")
+
+    def on_lost(self, address: str) -> None:
+        """gdb's connection is gone (it was lost, or an MI client detached)."""
+        if self.link is not None:
+            self.rescue()
+
+    def on_exit(self) -> None:
+        """gdb ends. It may be in the middle of anything, also of a run, and take no request any more."""
+        with contextlib.suppress(KeyboardInterrupt):
+            pass  # a SIGTERM reaches Python as a KeyboardInterrupt: here
+        link = self.link
+        if link is None:
+            return
+        with uninterrupted():
+            try:
+                self.detach()
+            except (KprobeError, gdb.error, KeyboardInterrupt):
+                self.rescue()
+
+    def rescue(self) -> None:
+        """Restore the guest over a connection of our own."""
+        link, self.link = self.link, None
+        assert link is not None
+        if link.descriptor is not None:
+            cut(link.descriptor)
+        message = rescue(link.session, link.stub, link.address)
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_connected() -> bool:
+    return isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection)
+
+
+_plugin: Plugin | None = None
+
+
+def the_plugin() -> Plugin:
+    """The plugin of this gdb."""
+    assert _plugin is not None, "load() was not called"
+    return _plugin
+
+
+def load() -> None:
+    """Register commands, settings and hooks. Loading twice does nothing."""
+    global _plugin
+    if _plugin is not None:
+        return
+    _plugin = Plugin()
+    settings.register()
+    commands.register()
+    stops.install(on_stop, _plugin.on_lost, _plugin.on_exit)
+
+
+def on_entry_stop() -> bool:
+    """For the breakpoint at the #BP entry."""
+    return the_plugin().on_entry_stop()
+
+
+def on_stop() -> None:
+    """For ``hook-stop``."""
+    the_plugin().on_stop()
+
+
+def before_detach() -> None:
+    """For ``hook-detach`` and its like."""
+    the_plugin().before_detach()

@@ -1,0 +1,99 @@
+"""``set kprobe ...`` and ``show kprobe ...``: what is a setting rather than an act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gdb
+
+from gdb_kprobe.model import Rung
+
+AUTO = "auto"
+
+
+class _Switch(gdb.Parameter):
+    def __init__(self, name: str, doc: str, default: bool) -> None:
+        self.__doc__ = self.set_doc = self.show_doc = doc
+        self.name = name
+        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, gdb.PARAM_BOOLEAN)
+        self.value = default
+
+    def get_set_string(self) -> str:
+        return ""
+
+    def get_show_string(self, svalue: str) -> str:
+        return f"kprobe {self.name} is {svalue}."
+
+
+class _Choice(gdb.Parameter):
+    def __init__(self, name: str, doc: str, choices: tuple[str, ...]) -> None:
+        self.__doc__ = self.set_doc = self.show_doc = doc
+        self.name = name
+        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, gdb.PARAM_ENUM, choices)
+        self.value = choices[0]
+
+    def get_set_string(self) -> str:
+        return ""
+
+    def get_show_string(self, svalue: str) -> str:
+        return f"kprobe {self.name} is {svalue}."
+
+
+class _Text(gdb.Parameter):
+    def __init__(self, name: str, doc: str) -> None:
+        self.__doc__ = self.set_doc = self.show_doc = doc
+        self.name = name
+        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, gdb.PARAM_STRING)
+        self.value = ""
+
+    def get_set_string(self) -> str:
+        return ""
+
+    def get_show_string(self, svalue: str) -> str:
+        return f'kprobe {self.name} is "{svalue}".'
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings as they are now."""
+
+    verbose_errors: bool
+    strategy: Rung | None
+    profile: str
+
+
+class _Registered:
+    def __init__(self) -> None:
+        for verb in ("set", "show"):
+            gdb.Command(f"{verb} kprobe", gdb.COMMAND_BREAKPOINTS, gdb.COMPLETE_NONE, prefix=True)
+        self.verbose_errors = _Switch(
+            "verbose-errors", "Show the Python trace of an error of kprobe commands, for a report.", False
+        )
+        self.strategy = _Choice(
+            "strategy",
+            "The best rung that new probes may use: auto (what the profile allows), boosted or single-step.",
+            (AUTO, Rung.BOOSTED.value, Rung.SINGLE_STEP.value),
+        )
+        self.profile = _Text(
+            "profile", "The profile that 'kprobe attach' uses when it is given none: a name or a path."
+        )
+
+
+_registered: _Registered | None = None
+
+
+def register() -> None:
+    """Define the settings in gdb. Called once, by the plugin."""
+    global _registered
+    _registered = _Registered()
+
+
+def settings() -> Settings:
+    """The settings as they are now."""
+    assert _registered is not None
+    strategy = str(_registered.strategy.value)
+    return Settings(
+        verbose_errors=bool(_registered.verbose_errors.value),
+        strategy=None if strategy == AUTO else Rung(strategy),
+        profile=str(_registered.profile.value or ""),
+    )

@@ -1,0 +1,43 @@
+"""Where gdb tells us that something happened: stops, lost connections, the end of gdb.
+
+The order of things at a stop (gdb 13): first the user-defined ``hook-stop``, then gdb prints where the program is, then
+Python's stop event. So it is in ``hook-stop`` that the machine is settled: what gdb prints is already right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import gdb
+
+HOOKS = {
+    "stop": "on_stop",
+    "detach": "before_detach",
+    "disconnect": "before_detach",
+    "kill": "before_detach",
+}
+"""User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
+
+
+def install(on_stop: Callable[[], None], on_lost: Callable[[str], None], on_exit: Callable[[], None]) -> None:
+    """Define gdb's hooks (keeping what the user's own do) and connect to its events."""
+    for command, function in HOOKS.items():
+        _define_hook(command, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
+    # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
+    gdb.events.stop.connect(lambda event: on_stop())
+    gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
+    gdb.events.gdb_exiting.connect(lambda event: on_exit())
+
+
+def _define_hook(command: str, line: str) -> None:
+    lines = [*_existing_hook(command), line]
+    if lines.count(line) == 1:
+        gdb.execute(f"define hook-{command}\n" + "\n".join(lines) + "\nend", to_string=True)
+
+
+def _existing_hook(command: str) -> list[str]:
+    with contextlib.suppress(gdb.error):
+        text = gdb.execute(f"show user hook-{command}", to_string=True) or ""
+        return [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    return []

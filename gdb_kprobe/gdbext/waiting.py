@@ -1,0 +1,78 @@
+"""``kprobe attach --wait``: let a booting guest run until its kernel is up."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import gdb
+
+from gdb_kprobe.config.profile import KernelKind, Profile
+from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
+from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers
+from gdb_kprobe.gdbext.commands.base import write
+from gdb_kprobe.session.bare_guest import open_bare
+from gdb_kprobe.session.linux_guest import open_linux
+from gdb_kprobe.target.ram import RamView, SharedRam
+from gdb_kprobe.target.stub import QemuStub
+
+SLICE = 0.25
+"""Seconds that the guest runs between two looks."""
+
+PATIENCE = 300.0
+"""Seconds after which a kernel that is still not up is not waited for any more."""
+
+
+def wait_for_kernel(profile: Profile) -> None:
+    """Run the guest of *profile* in slices until an attach can succeed. Ctrl-C ends the waiting, the guest stopped.
+
+    :raises GuestStateError: it is not up after :data:`PATIENCE` seconds; says what was seen last.
+    """
+    if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+        gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+    channel = GdbChannel()
+    stub = QemuStub(channel)
+    deadline = time.monotonic() + PATIENCE
+    last = ""
+    try:
+        while True:
+            try:
+                _look(stub, profile)
+                return
+            except KprobeError as error:
+                if isinstance(error, ConnectionLostError) or time.monotonic() > deadline:
+                    raise
+                if error.message != last:
+                    write(f"waiting: {error.message}")
+                    gdb.flush()
+                last = error.message
+            _run_for(channel, SLICE)
+            stub.forget_selection()
+    finally:
+        flush_registers()
+
+
+def _look(stub: QemuStub, profile: Profile) -> None:
+    memory = RamView(stub, SharedRam.discover(stub))
+    if profile.kernel.kind is KernelKind.LINUX:
+        open_linux(stub, memory)
+    else:
+        open_bare(stub, memory, {}, None)
+
+
+def _run_for(channel: GdbChannel, seconds: float) -> None:
+    """Resume the machine and stop it again.
+
+    gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to ``vCont`` comes
+    when a thread sends the interrupt byte over gdb's own socket.
+    """
+    descriptor = find_socket(channel.address)
+    if descriptor is None:
+        raise GuestStateError("cannot find gdb's socket to the guest", "let the guest run, and attach without --wait")
+    timer = threading.Timer(seconds, os.write, (descriptor, b"\x03"))
+    timer.start()
+    try:
+        channel.send(b"vCont;c")
+    finally:
+        timer.join()

@@ -1,0 +1,118 @@
+"""From a connection to a session: find the guest's software, restore what is left of others, put the region in place."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
+from gdb_kprobe.config.symbols import load_symbols
+from gdb_kprobe.errors import RegionError
+from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.session.bare_guest import BareGuest, open_bare
+from gdb_kprobe.session.header import Header
+from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
+from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
+from gdb_kprobe.session.restore import restore
+from gdb_kprobe.session.session import Session
+from gdb_kprobe.target.ivshmem import find_bar
+from gdb_kprobe.target.protocols import Breakpoints, Machine, PhysicalMemory
+from gdb_kprobe.target.ram import RamView, SharedRam
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A session, what was found on the way (*messages*, for the user), and how long it took in seconds."""
+
+    session: Session
+    guest: LinuxGuest | BareGuest
+    messages: tuple[str, ...]
+    seconds: float
+
+
+def attach(
+    machine: Machine,
+    profile: Profile,
+    breakpoints: Breakpoints,
+    interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Attached:
+    """Attach to the stopped *machine* as *profile* describes it.
+
+    :raises GuestStateError: the guest's software is not up.
+    :raises RegionError: the region cannot be used as described; nothing was written.
+    """
+    started = time.monotonic()
+    shared = SharedRam.discover(machine) if profile.shared_memory is not SharedMemory.OFF else None
+    memory = RamView(machine, shared)
+    guest = _open(machine, memory, profile)
+    messages: list[str] = []
+    with contextlib.ExitStack() as undo:
+        region = _put_region(machine, memory, guest, profile.region, messages)
+        undo.callback(region.unmap, machine)
+        session = Session(machine, guest, region, breakpoints, profile.policy.rungs, interruptible)
+        undo.pop_all()
+    return Attached(session, guest, tuple(messages), time.monotonic() - started)
+
+
+def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:
+    match profile.kernel.kind:
+        case KernelKind.LINUX:
+            return open_linux(machine, memory)
+        case KernelKind.BARE:
+            assert profile.kernel.symbols is not None, "the profile's reader asks for it"
+            file = load_symbols(profile.kernel.symbols)
+            return open_bare(machine, memory, file.symbols, file.text)
+
+
+def _put_region(
+    machine: Machine,
+    memory: PhysicalMemory,
+    guest: LinuxGuest | BareGuest,
+    config: RegionConfig,
+    messages: list[str],
+) -> Region:
+    if config.source is RegionSource.PREMAPPED:
+        assert config.virtual is not None, "the profile's reader asks for it"
+        _restore(machine, memory, guest, guest.memory.translate(config.virtual), messages)
+        return create_premapped(memory, guest, config.virtual, config.size)
+    phys = _physical(machine, guest, config)
+    kept = _restore(machine, memory, guest, phys, messages)
+    if kept is not None:
+        return adopt_mapped(memory, guest, kept)
+    return create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
+
+
+def _restore(
+    machine: Machine, memory: PhysicalMemory, guest: LinuxGuest | BareGuest, phys: PhysAddr, messages: list[str]
+) -> Header | None:
+    done = restore(machine, memory, guest, phys)
+    messages += done.messages
+    return done.kept
+
+
+def _physical(machine: Machine, guest: LinuxGuest | BareGuest, config: RegionConfig) -> PhysAddr:
+    """Where the region's memory is.
+
+    :raises RegionError: the guest uses that memory itself, or there is not enough of it.
+    """
+    if config.source is RegionSource.IVSHMEM:
+        start, size = find_bar(machine)
+        if size < config.size:
+            raise RegionError(
+                f"the ivshmem device has {size >> 20} MiB, the profile asks for {config.size >> 20}",
+                "make the memory-backend-file larger, or region.size smaller",
+            )
+        return start
+    assert config.physical is not None, "the profile's reader asks for it"
+    if isinstance(guest, LinuxGuest):
+        table = guest.e820()
+        if not table.is_reserved(config.physical, config.size):
+            raise RegionError(
+                f"the guest does not leave physical {config.physical:#x} (+{config.size >> 20} MiB) alone: "
+                f"{table.describe(config.physical, config.size)}",
+                f"boot it with memmap={config.size >> 20}M${config.physical:#x} on the kernel's command line "
+                "(in a GRUB file the $ is written \\\\\\$)",
+            )
+    return config.physical

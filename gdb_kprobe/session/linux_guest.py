@@ -1,0 +1,221 @@
+"""A Linux kernel, found and understood from guest memory alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from gdb_kprobe.errors import GuestStateError, RefusedError
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.linux import idt
+from gdb_kprobe.linux.btf import Btf, read_btf
+from gdb_kprobe.linux.e820 import E820Table, read_e820
+from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.kallsyms_table import read_core_symbols
+from gdb_kprobe.linux.modules import Module, read_module_symbols, read_modules
+from gdb_kprobe.linux.paging import PageTable, kernel_root
+from gdb_kprobe.linux.state import GuestState, read_state
+from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_stacks, task_on_stack, task_stacks
+from gdb_kprobe.linux.text import TextFacts, read_text_facts
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.session.guest import Place
+from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
+
+MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
+"""MODULES_VADDR to MODULES_END, arch/x86/include/asm/pgtable_64_types.h."""
+
+BUILD_ID_SIZE = 20
+_KERNEL_HALF = 1 << 63
+_CLOSE_NAMES = 3
+
+
+class LinuxGuest:
+    """A :class:`~gdb_kprobe.session.guest.Guest` that runs Linux."""
+
+    def __init__(self, memory: PageTable, gates: idt.Idt, image: KernelImage, kallsyms: Kallsyms) -> None:
+        self.memory = memory
+        self.image = image
+        self.bp_entry = gates.breakpoint_handler()
+        self.gates = gates.handlers()
+        self._core = kallsyms
+        self.btf: Btf = read_btf(memory, kallsyms)
+        self._modules: tuple[Module, ...] = ()
+        self.kallsyms = kallsyms
+        self._read_modules()
+
+    # -- identity -----------------------------------------------------------------------------------------------
+
+    @property
+    def text_base(self) -> VirtAddr:
+        return self.image.base
+
+    @cached_property
+    def banner(self) -> str:
+        """``Linux version 6.1.0-...``, as in /proc/version."""
+        return read_string(self.memory, self.kallsyms.address("linux_banner")).strip()
+
+    @property
+    def description(self) -> str:
+        words = self.banner.split()
+        return f"Linux {words[2] if len(words) > 2 else '?'}, KASLR slide {self.image.slide:#x}"
+
+    @cached_property
+    def build_id(self) -> bytes:
+        notes = self.kallsyms.section("__start_notes", "__stop_notes")
+        text = find_build_id(self.memory, notes) if notes else ""
+        return bytes.fromhex(text)[:BUILD_ID_SIZE].ljust(BUILD_ID_SIZE, b"\0")
+
+    @property
+    def reach(self) -> AddressRange:
+        return AddressRange(min(self.image.base, MODULES.start), MODULES.end)
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        return self._modules
+
+    def state(self) -> GuestState:
+        """Booting, running, panicked: as it is now."""
+        return read_state(self.memory, self.kallsyms, self.btf)
+
+    def e820(self) -> E820Table:
+        """The guest's own map of its physical memory."""
+        return read_e820(self.memory, self.kallsyms)
+
+    # -- places -------------------------------------------------------------------------------------------------
+
+    def resolve(self, location: Location) -> Place:
+        if location.address is not None:
+            return self.place_of(location.address)
+        symbol = self._symbol(location)
+        end = self.kallsyms.end(symbol)
+        addr = offset(symbol.addr, location.offset)
+        if not symbol.addr <= addr < end:
+            raise RefusedError(
+                f"cannot probe {location}",
+                Refusal(
+                    Reason.OFFSET_OUTSIDE_SYMBOL,
+                    addr,
+                    f"{symbol} is {end - symbol.addr} bytes long",
+                    f"offsets 0 to {end - symbol.addr - 1:#x} are inside",
+                ),
+            )
+        return Place(addr, symbol.addr, end, symbol)
+
+    def place_of(self, addr: VirtAddr) -> Place:
+        found = self.kallsyms.symbol_at(addr)
+        if found is None:
+            return Place(addr, addr, addr, None)
+        symbol, _ = found
+        return Place(addr, symbol.addr, self.kallsyms.end(symbol), symbol)
+
+    def refusal_at(self, place: Place, length: int) -> Refusal | None:
+        return self._facts.reason_at(place.addr, length)
+
+    def in_extable(self, addr: VirtAddr) -> bool:
+        return self._facts.in_extable(addr)
+
+    def match(self, prefix: str) -> Iterable[str]:
+        return self.kallsyms.complete(prefix)
+
+    # -- what changes while the guest runs ----------------------------------------------------------------------
+
+    def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
+        tasks = read_tasks(self.memory, self.kallsyms, self.btf)
+        running = current_tasks(self.memory, self.kallsyms, self.btf).values()
+        stacks = list(task_stacks(tasks, running))
+        pointers = tuple(stack_pointers.values())
+        if any(rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None for rsp in pointers):
+            # A vCPU is on an interrupt or exception stack; only then do these hold anything alive.
+            stacks += cpu_stacks(self.memory, self.kallsyms, self.btf)
+        words = []
+        for stack in stacks:
+            # What lies below a vCPU's stack pointer is dead.
+            floor = max((rsp for rsp in pointers if rsp in stack.range), default=0)
+            words += [word.value for word in scan_stacks(self.memory, (stack,), target) if word.addr >= floor]
+        return words
+
+    def refresh(self) -> None:
+        self.memory.invalidate()
+        self._read_modules()
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    @property
+    def _facts(self) -> TextFacts:
+        if self._facts_read is None:
+            self._facts_read = read_text_facts(self.memory, self.kallsyms, self.btf, self._modules)
+        return self._facts_read
+
+    def _read_modules(self) -> None:
+        modules = read_modules(self.memory, self.btf, self._core.address("modules"))
+        if modules == self._modules and self._facts_read is not None:
+            return
+        self._modules = modules
+        self.kallsyms = self._core.with_modules(read_module_symbols(self.memory, module) for module in modules)
+        self._facts_read = None
+
+    _facts_read: TextFacts | None = None
+
+    def _symbol(self, location: Location) -> Symbol:
+        what = f"cannot probe {location}"
+        all_found = self.kallsyms.lookup(location.symbol)
+        found = [symbol for symbol in all_found if symbol.is_text and location.module in ("", symbol.module)]
+        if len({symbol.addr for symbol in found}) == 1:
+            return found[0]
+        if found:
+            places = ", ".join(
+                f"{symbol.addr:#x}" + (f" [{symbol.module}]" if symbol.module else "") for symbol in found
+            )
+            raise RefusedError(
+                what,
+                Refusal(
+                    Reason.AMBIGUOUS_SYMBOL,
+                    found[0].addr,
+                    f"{len(found)} functions are called {location.symbol}: {places}",
+                    "name the one you mean by its address, or by MODULE:SYMBOL",
+                ),
+            )
+        if all_found:
+            other = all_found[0]
+            detail = (
+                f"{location.symbol} is at {other.addr:#x} [{other.module or 'the core kernel'}]"
+                if other.is_text
+                else f"{location.symbol} is data (type {other.type})"
+            )
+            raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, ""))
+        close = self._close_names(location.symbol)
+        hint = f"did you mean {', '.join(close)}?" if close else "'kprobe add PREFIX<TAB>' completes symbols"
+        raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), f"{location.symbol} is not in kallsyms", hint))
+
+    def _close_names(self, name: str) -> list[str]:
+        """Names like *name*; only among those that share its beginning, for there are 100,000."""
+        near = self.kallsyms.complete(name[: max(3, len(name) // 2)])
+        return difflib.get_close_matches(name, near[:5000], n=_CLOSE_NAMES)
+
+
+def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:
+    """Find the kernel that the stopped machine runs.
+
+    :raises GuestStateError: there is none, it is not up yet, or it has panicked: which, and what to do.
+    """
+    cpus = idt.read_registers(monitor)
+    cpu = next((cpu for cpu in cpus if cpu.is_long_mode), cpus[0])
+    loaded = PageTable(memory, PhysAddr(cpu.cr3 & 0x000F_FFFF_FFFF_F000), 5 if cpu.cr4 & 1 << 12 else 4)
+    handler = idt.find_breakpoint_handler(loaded, cpu)
+    table = kernel_root(memory, cpu.cr3, cpu.cr4, handler)
+    image = find_image(table, handler)
+    kallsyms = Kallsyms(read_core_symbols(table, image))
+    expected = kallsyms.find("asm_exc_int3")
+    if expected is not None and expected != handler:
+        found = kallsyms.symbol_at(handler)
+        raise GuestStateError(
+            f"the guest's IDT is not final: #BP leads to {found[0] if found else hex(handler)}, not to asm_exc_int3",
+            "the kernel is booting; use 'kprobe attach --wait'",
+        )
+    # The reference page table of the kernel half, whoever runs on the vCPU now.
+    kernel_table = PageTable(memory, table.translate(kallsyms.address("init_top_pgt")), table.levels)
+    guest = LinuxGuest(kernel_table, idt.read_idt(table, cpu.idt_base, cpu.idt_limit), image, kallsyms)
+    guest.state().check_running()
+    return guest

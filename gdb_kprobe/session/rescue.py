@@ -1,0 +1,46 @@
+"""Undo a session over a connection of our own, when gdb's is lost or can no longer be used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.session.session import Session
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
+
+
+def cut(descriptor: int) -> None:
+    """Shut the socket *descriptor* down for both sides, so that the stub takes another client."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def rescue(session: Session, stub: QemuStub, address: str) -> str:
+    """Connect to *address* anew, restore the guest, let it run; returns what to tell the user.
+
+    Never raises for a guest that cannot be reached: then the answer names every site that is left armed.
+    """
+    sites = session.armed_sites()
+    places = ", ".join(str(session.guest.place_of(site.addr)) for site in sites)
+    try:
+        channel = RspSocket(address)
+    except KprobeError as error:
+        if not sites:
+            return f"kprobe: the connection is lost ({error.message}); no probe was armed."
+        return (
+            f"kprobe: the connection is lost and cannot be made again: {error.message}\n"
+            f"kprobe: these sites are still armed in the guest: {places}\n"
+            "kprobe: the guest stops, or dies, at the next hit. 'kprobe attach' restores them when the stub answers again."
+        )
+    with channel:
+        stub.use_channel(channel)
+        try:
+            done = session.detach()
+        finally:
+            channel.detach()
+    lines = [f"kprobe: connected to {address} again: {done.restored} site(s) restored, the guest runs."]
+    lines += [f"kprobe: left alone: {problem}" for problem in done.problems]
+    return "\n".join(lines)
