@@ -194,7 +194,7 @@ def decode(code: bytes, addr: VirtAddr) -> Insn:
 
 
 def _decode(code: bytes, start: int, addr: VirtAddr) -> Insn:
-    window = bytes(code[start : start + MAX_LENGTH])
+    window = bytes(code[start : start + MAX_LENGTH + 1])  # one more, to tell too long from cut off
     try:
         encoding = parse(window)
     except EncodingError as error:

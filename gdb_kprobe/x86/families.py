@@ -137,7 +137,7 @@ _KINDS: Final = {
     "S": (Reason.UNHANDLED_FAMILY, "string instruction"),
     "T": (Reason.FAR_TRANSFER, "loads CS together with RIP"),
     "U": (Reason.UNHANDLED_FAMILY, "raises #UD on purpose"),
-    "V": (Reason.UNHANDLED_FAMILY, "MMX, SSE or AVX instruction"),
+    "V": (Reason.UNHANDLED_FAMILY, "MMX, SSE, VEX or EVEX instruction"),
     "X": (Reason.UNHANDLED_FAMILY, "x87 instruction"),
     "Y": (Reason.UNHANDLED_FAMILY, "system instruction"),
     "Z": (Reason.UNHANDLED_FAMILY, "rep prefix on an instruction that is not repeated"),

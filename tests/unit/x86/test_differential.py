@@ -61,7 +61,9 @@ def assert_same(insn: decode.Insn, expected: State, found: State, dead: range = 
     assert found.registers == expected.registers, insn
     for base in expected.pages.keys() | found.pages.keys():
         if expected.page(base) != found.page(base):
-            differing = {base + i for i, (a, b) in enumerate(zip(expected.page(base), found.page(base), strict=True)) if a != b}
+            differing = {
+                base + i for i, (a, b) in enumerate(zip(expected.page(base), found.page(base), strict=True)) if a != b
+            }
             assert differing <= set(dead), (insn, [hex(a) for a in differing])
 
 
