@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86 import decode, families, relocate, step
 from gdb_kprobe.x86.families import Family
 
@@ -23,14 +22,20 @@ PLACES = [(0xFFFF_FFFF_8123_4567, 0xFFFF_FFFF_C0FF_E123), (0x10_0123, 0x20_0456)
 
 # At least one of each kind that a family's rule tells apart; the operands are varied below.
 CASES: dict[Family, list[str]] = {
-    Family.NOP: ["90", "6690", "f390", "0f1f00", "0f1f440000", "660f1f840000000000", "2e0f1f8400000000000f", "f30f1efa"],
+    Family.NOP: [
+        "90", "6690", "f390", "0f1f00", "0f1f440000", "660f1f840000000000", "2e0f1f840000000000", "f30f1efa",
+    ],
     Family.PLAIN: [
-        "55", "4157", "54", "5c", "5f", "6a80", "6812345678", "ff742408", "ff7424f8", "8f442408", "50", "c9", "c8100001",
-        "4889e5", "4883ec18", "48b8efcdab8967452301", "b8ffffffff", "488b442410", "8d4701", "488d7c2408", "31c0", "85c0",
+        "55", "4157", "54", "5c", "5f", "6a80", "6812345678", "ff742408", "ff7424f8", "8f442408", "50", "c9",
+        "c8100001",
+        "4889e5", "4883ec18", "48b8efcdab8967452301", "b8ffffffff", "488b442410", "8d4701", "488d7c2408",
+        "31c0", "85c0",
         "0fb6c3", "0fbe4708", "4863c7", "4801d8", "4811d8", "4819d8", "f7d8", "48ffc0", "fe4f08", "48c1e004", "d1f8",
-        "480fafc3", "6bc30a", "48f7e3", "4887d8", "480f44c3", "0f94c0", "4898", "4899", "0fa3c8", "480fbae00a", "0fc8",
-        "f3480fb8c3", "f30fbcc3", "658b042510000000", "65488b3c25c0ba0100", "a1efcdab8967452301", "9f", "9e", "f5", "fc",
-        "0fb107", "480fc70f", "0fc1c3", "0faee8", "d7", "48f7f3", "0fbcc3", "480fa4d805", "0f18 4f 10", "0f00ed",
+        "480fafc3", "6bc30a", "48f7e3", "4887d8", "480f44c3", "0f94c0", "4898", "4899", "0fa3c8",
+        "480fbae00a", "0fc8",
+        "f3480fb8c3", "f30fbcc3", "658b042510000000", "65488b3c25c0ba0100", "a1efcdab8967452301", "9f", "9e",
+        "f5", "fc",
+        "0fb107", "480fc70f", "0fc1c3", "0faee8", "d7", "48f7f3", "0fbcc3", "480fa4d805", "0f184f10", "0f00ed",
     ],
     Family.RIP_RELATIVE: [
         "488b0512345678", "488d3df0ffffff", "c70512345600efbeadde", "803d1234560007", "ff3512345600", "8f0512345600",
@@ -42,12 +47,14 @@ CASES: dict[Family, list[str]] = {
     Family.JMP: ["eb10", "ebf0", "ebfe", "e900100000", "e9f0f0ffff", "2ee900100000", "4ce900100000"],
     Family.CALL_REL: ["e800100000", "e8f0ffffff", "2ee800100000", "48e800100000", "67e800100000", "e800000000"],
     Family.CALL_INDIRECT: [
-        "ffd0", "ffd4", "41ffd3", "41ffd4", "2effd0", "3effd0", "ff10", "ff542408", "ff5424f8", "ff1424", "ff9424f0ffffff",
-        "ff54c408", "42ff542408", "ff1512345600", "65ff142510000000", "ff14c500000081", "67ff5008", "48ffd0", "41ff5424f8",
+        "ffd0", "ffd4", "41ffd3", "41ffd4", "2effd0", "3effd0", "ff10", "ff542408", "ff5424f8", "ff1424",
+        "ff9424f0ffffff",
+        "ff54c408", "42ff542408", "ff1512345600", "65ff142510000000", "ff14c500000081", "67ff5008", "48ffd0",
+        "41ff5424f8",
     ],
     Family.JMP_INDIRECT: ["ffe0", "ffe4", "41ffe3", "3effe0", "ff20", "ff642408", "ff2512345600", "ff24c500000081"],
     Family.RET: ["c3", "f3c3", "2ec3", "c20800", "c2ff7f", "48c3"],
-    Family.LOOP: [p + op + rel for p in ("", "67", "2e") for op in ("e0", "e1", "e2", "e3") for rel in ("10", "f0", "80")]
+    Family.LOOP: [p + f"e{op}" + rel for p in ("", "67", "2e") for op in range(4) for rel in ("10", "f0", "80")]
     + ["e2fe", "e3fe"],
 }  # fmt: skip
 
@@ -165,6 +172,11 @@ def handled(raw: bytes, addr: int) -> decode.Insn | None:
     return insn if isinstance(families.classify(insn), Family) else None
 
 
+def can_reach(insn: decode.Insn, slot: int) -> bool:
+    targets = [t for t in (insn.rip_target, insn.branch_target) if t is not None]
+    return all(abs(t - slot) < 0x7FFF_FF00 for t in targets)
+
+
 @settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(raw=instructions(), seed=st.integers(0, 1 << 32), place=st.sampled_from(PLACES))
 def test_generated_instructions_leave_the_same_machine(
@@ -174,9 +186,5 @@ def test_generated_instructions_leave_the_same_machine(
     insn = handled(raw, addr)
     if insn is None:
         return
-    try:
-        relocate.relocate(insn, VirtAddr(slot))
-    except relocate.RelocateError as error:
-        assert error.reason.name == "OUT_OF_REACH"
-        return
-    check(machine, state_from(seed), insn.raw, addr, slot)
+    if can_reach(insn, slot):
+        check(machine, state_from(seed), insn.raw, addr, slot)

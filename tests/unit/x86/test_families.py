@@ -11,9 +11,11 @@ from gdb_kprobe.x86.families import Family, Unhandled, classify
 ADDR = VirtAddr(0xFFFF_FFFF_8100_0000)
 
 FAMILIES = {
-    Family.NOP: "90 | 66 90 | f3 90 | 0f 1f 44 00 00 | 66 2e 0f 1f 84 00 00 00 00 00 | f3 0f 1e fa | 0f 1f 05 00 00 00 00",
-    Family.PLAIN: "55 | 41 57 | 5d | 48 89 e5 | 48 83 ec 18 | 31 c0 | 85 ff | 49 90 | 0f b6 c3 | 48 63 c7 | f3 48 0f b8 c3"
-    " | 65 48 8b 04 25 00 00 00 00 | ff 74 24 08 | 48 98 | 0f 94 c0 | 0f ae e8 | 67 8d 04 0f | fc | 9f",
+    Family.NOP: "90 | 66 90 | f3 90 | 0f 1f 44 00 00 | 66 2e 0f 1f 84 00 00 00 00 00 | f3 0f 1e fa"
+    " | 0f 1f 05 00 00 00 00",
+    Family.PLAIN: "55 | 41 57 | 5d | 48 89 e5 | 48 83 ec 18 | 31 c0 | 85 ff | 49 90 | 0f b6 c3 | 48 63 c7"
+    " | f3 48 0f b8 c3 | 65 48 8b 04 25 00 00 00 00 | ff 74 24 08 | 48 98 | 0f 94 c0 | 0f ae e8"
+    " | 67 8d 04 0f | fc | 9f",
     Family.RIP_RELATIVE: "48 8d 05 00 00 00 00 | ff 35 00 00 00 00 | 65 8b 05 00 00 00 00 | 0f b6 05 00 00 00 00"
     " | c6 05 00 00 00 00 01 | 48 0f ba 2d 00 00 00 00 07",
     Family.JCC: "70 00 | 7f fe | 0f 80 00 00 00 00 | 0f 8f 00 00 00 00 | 2e 74 00 | 3e 75 00",
