@@ -47,7 +47,7 @@ class Stack:
         ("75 f0", SLOT + 2, ADDR + 2),
         ("75 f0", SLOT + 2 - 0x10, ADDR + 2 - 0x10),
         ("e9 00 00 00 80", SLOT + 5 - 0x8000_0000, ADDR + 5 - 0x8000_0000),
-        ("e9 00 00 00 50", 0x0FFF_E005, ADDR + 5 + 0x5000_0000),  # only the copy goes past the top
+        ("e9 00 00 00 50", 0x10FF_E005, ADDR + 5 + 0x5000_0000),  # only the copy goes past the top
         ("e2 f0", SLOT + 2 - 0x10, ADDR + 2 - 0x10),
     ],
 )
