@@ -142,7 +142,8 @@ class _Parser:
     def _bad_character(self, column: int) -> tuple[str, int, str]:
         match self._text[column]:
             case "=":
-                return "Invalid operator", column, "equality is '=='"
+                misplaced = self._text[column + 1 : column + 2] == "%"
+                return "Invalid operator", column, "arguments come before 'if'" if misplaced else "equality is '=='"
             case "*" | "/" | "%" as op:
                 return f"Invalid operator {op!r}", column, "there is no multiplication, division or remainder"
             case '"' | "'":
@@ -237,7 +238,10 @@ class _Parser:
             near = nearest_register(name)
             raise self._error("Invalid register name", column, f"did you mean %{near}?" if near else "")
         near = next(iter(difflib.get_close_matches(name, self._names, n=1)), "") or nearest_register(name)
-        hint = f"did you mean '{near}'?" if near else "registers are named as in struct pt_regs: di, si, ip, flags"
+        known = f"arguments: {', '.join(self._names)}; " if self._names else ""
+        hint = (
+            f"did you mean '{near}'?" if near else f"{known}registers are named as in struct pt_regs: di, si, ip, flags"
+        )
         raise self._error("Field not found", column, hint)
 
     def _error(self, message: str, column: int, hint: str = "") -> SyntaxRefusedError:

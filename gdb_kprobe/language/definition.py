@@ -111,12 +111,10 @@ def _parse_place(word: Word) -> Location:
         raise word.error("Invalid probed address suffix", len(place), _PLACES)
     name, sign, digits = _partition_sign(place)
     module, colon, symbol = name.rpartition(":")
-    if not _SYMBOL.fullmatch(symbol) or (colon and not module):
+    if "-" in module:
+        raise word.error(_BAD_PLACE, 0, f"the kernel writes module names with '_': {module.replace('-', '_')}:{symbol}")
+    if not _SYMBOL.fullmatch(symbol) or (colon and not _IDENTIFIER.fullmatch(module)):
         raise word.error(_BAD_PLACE, 0, _PLACES)
-    if not re.fullmatch(r"\w*", module, re.ASCII):
-        raise word.error(
-            _BAD_PLACE, 0, f"the kernel writes module names with '_': {re.sub(r'[^0-9A-Za-z]', '_', module)}"
-        )
     if not sign:
         return Location(symbol, module)
     count = parse_number(digits)
