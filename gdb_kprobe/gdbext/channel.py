@@ -48,7 +48,7 @@ class GdbChannel:
 
         :raises GuestStateError: the machine is running.
         """
-        cpu = current_cpu()
+        cpu = stopped_cpu()
         # Make gdb select its current thread now: then both sides are known to agree.
         flush_registers()
         try:
@@ -65,17 +65,26 @@ class GdbChannel:
             flush_registers()
 
 
-def current_cpu() -> CpuId:
+def selected_cpu() -> CpuId:
     """The vCPU that gdb shows.
 
-    :raises GuestStateError: gdb has no thread, or it runs.
+    :raises ConnectionLostError: gdb has no thread.
     """
     thread = gdb.selected_thread()
     if thread is None or not thread.is_valid():
         raise ConnectionLostError("gdb is connected to no machine", "connect with 'kprobe attach PROFILE'")
-    if thread.is_running():
-        raise GuestStateError("the guest is running", "stop it first (Ctrl-C, or 'interrupt')")
     return CpuId(thread.ptid[1])
+
+
+def stopped_cpu() -> CpuId:
+    """The vCPU that gdb shows. Not for use in a breakpoint's ``stop()``, where gdb calls its threads running.
+
+    :raises GuestStateError: it runs.
+    """
+    cpu = selected_cpu()
+    if gdb.selected_thread().is_running():
+        raise GuestStateError("the guest is running", "stop it first (Ctrl-C, or 'interrupt')")
+    return cpu
 
 
 def flush_registers() -> None:

@@ -14,7 +14,7 @@ from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
 from gdb_kprobe.gdbext import commands, settings, stops
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
-from gdb_kprobe.gdbext.channel import GdbChannel, current_cpu, find_socket, flush_registers
+from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu, find_socket, flush_registers
 from gdb_kprobe.gdbext.signals import interruptible, uninterrupted
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
@@ -121,7 +121,7 @@ class Plugin:
         if link is None:
             return False
         link.stub.forget_selection()
-        cpu = current_cpu()
+        cpu = selected_cpu()
         try:
             stop = link.session.on_breakpoint(cpu)
         finally:

@@ -20,6 +20,5 @@ from gdb_kprobe.gdbext.commands import (
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
-    prefix.KprobePrefix()
-    for module in (attach, detach, add, list_, info, plan, enable, delete, trace, symbols, mi):
+    for module in (prefix, attach, detach, add, list_, info, plan, enable, delete, trace, symbols, mi):
         module.register()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext.commands import add, complete, delete
+from gdb_kprobe.gdbext.commands.base import Command
 from gdb_kprobe.gdbext.errors import user_errors
-
-_SHORT_FORM = re.compile(r"[pr][:\d\s]|[pr]$|-:")
 
 
 class KprobePrefix(gdb.Command):
@@ -36,8 +33,6 @@ class KprobePrefix(gdb.Command):
                 gdb.execute("help kprobe")
             elif text.startswith("-:"):
                 delete.delete_named(text[2:].rpartition("/")[2])
-            elif _SHORT_FORM.match(text):
-                add.add_definition(text)
             else:
                 word = text.split()[0]
                 raise KprobeError(
@@ -46,3 +41,38 @@ class KprobePrefix(gdb.Command):
 
     def complete(self, text: str, word: str) -> list[str]:
         return complete.symbols(word)
+
+
+class ShortForm(Command):
+    """Add a probe, written as in the kernel's kprobe_events.
+
+    kprobe p[:[GROUP/]NAME] SYMBOL[+OFF]|MODULE:SYMBOL[+OFF]|0xADDR [ARG=%REG[:TYPE] ...] [if CONDITION]
+
+    'help kprobe add' has the details.
+
+    Example:
+      kprobe p:open do_sys_openat2 dfd=%di:s32"""
+
+    # gdb ends a command's word at the colon. Without a command of this very name, "p" would be short for "plan".
+    letter = "p"
+
+    def run(self, argument: str) -> None:
+        joined = argument.startswith(":")
+        add.add_definition(f"{self.letter}{'' if joined else ' '}{argument}")
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return complete.symbols(word)
+
+
+class ReturnForm(ShortForm):
+    """Add a return probe, written as in the kernel's kprobe_events (not implemented yet).
+
+    kprobe r[:[GROUP/]NAME] SYMBOL [ARG=$retval ...]"""
+
+    letter = "r"
+
+
+def register() -> None:
+    KprobePrefix()
+    ShortForm("p")
+    ReturnForm("r")
