@@ -73,7 +73,7 @@ def test_a_plan() -> None:
             DeclinedView(Rung.OPTIMIZED, "not implemented yet"),
             DeclinedView(
                 Rung.BOOSTED,
-                "a post-handler needs the single step: it runs after the instruction, before anything else in the guest",
+                "a post-handler needs the single step: it runs after the instruction, before anything else there",
                 "give no post-handler",
             ),
         ),
@@ -90,7 +90,7 @@ slot         0xffffffffc8001000
   0xffffffffc8001000:  55  push rbp  ; the original
 not optimized   not implemented yet
 not boosted     a post-handler needs the single step: it runs after the
-                instruction, before anything else in the guest
+                instruction, before anything else there
                 hint: give no post-handler"""
     )
 
