@@ -192,7 +192,7 @@ def _find_names(data: bytearray, markers: int, offsets: array[int]) -> tuple[int
     """Return the offset of the first name and the number of names."""
     most = len(offsets) * _NAMES_PER_MARKER
     top = markers - offsets[-1] - 8
-    for at in range(top & ~7, max(0, top - _LONGEST_NAMES_AFTER_LAST_MARKER), -8):
+    for at in range(top & ~7, max(-1, top - _LONGEST_NAMES_AFTER_LAST_MARKER), -8):
         (count,) = struct.unpack_from("<Q", data, at)
         if most - _NAMES_PER_MARKER < count <= most and _names_fit(data, at + 8, count, markers, offsets):
             return at + 8, count

@@ -1,4 +1,4 @@
-"""From a connection to a session: find the guest's software, restore what is left of others, put the region in place."""
+"""From a connection to a session: find the guest's software, restore what is left of others, place the region."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def attach(
 def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:
     match profile.kernel.kind:
         case KernelKind.LINUX:
-            return open_linux(machine, memory)
+            guest = open_linux(machine, memory)
+            guest.prepare()
+            return guest
         case KernelKind.BARE:
             assert profile.kernel.symbols is not None, "the profile's reader asks for it"
             file = load_symbols(profile.kernel.symbols)

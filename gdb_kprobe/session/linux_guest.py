@@ -119,6 +119,14 @@ class LinuxGuest:
     def match(self, prefix: str) -> Iterable[str]:
         return self.kallsyms.complete(prefix)
 
+    def text_ranges(self) -> Iterable[AddressRange]:
+        """Live text: the core kernel's and each live module's."""
+        return self._facts.text
+
+    def prepare(self) -> None:
+        """Read now what :meth:`refusal_at` and :meth:`resolve` need, so that the first probe does not wait for it."""
+        self.place_of(self._facts.text[0].start)
+
     # -- what changes while the guest runs ----------------------------------------------------------------------
 
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:

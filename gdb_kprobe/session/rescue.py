@@ -33,7 +33,7 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
         return (
             f"kprobe: the connection is lost and cannot be made again: {error.message}\n"
             f"kprobe: these sites are still armed in the guest: {places}\n"
-            "kprobe: the guest stops, or dies, at the next hit. 'kprobe attach' restores them when the stub answers again."
+            "kprobe: the guest stops, or dies, at the next hit. 'kprobe attach' restores them once the stub answers."
         )
     with channel:
         stub.use_channel(channel)

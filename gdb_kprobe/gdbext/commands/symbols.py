@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gdb
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import NoteSection
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
@@ -50,7 +51,7 @@ def _build_id(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             section = ELFFile(file).get_section_by_name(".notes")
-            notes = list(section.iter_notes()) if section is not None else []
+            notes = list(section.iter_notes()) if isinstance(section, NoteSection) else []
     except OSError as error:
         raise KprobeError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:

@@ -1,0 +1,75 @@
+"""The guest's kernel text before and after: the test that nothing was left behind.
+
+The bytes are read from the file that backs the guest's RAM, not through the plugin's way. What the guest itself may
+have changed meanwhile (its jump labels, static calls, ftrace sites) is told apart by its own tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gdb_kprobe.model import AddressRange, Reason, VirtAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
+from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
+
+_GUESTS_OWN = frozenset({Reason.JUMP_LABEL, Reason.STATIC_CALL, Reason.ALTERNATIVE})
+_FENTRY_NOPS = (bytes.fromhex("0f1f440000"), b"\xe8")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One byte of text that is not what it was; *own* is the rule by which the guest may change it, if any."""
+
+    addr: VirtAddr
+    before: int
+    after: int
+    place: str
+    own: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.before:02x} -> {self.after:02x} ({self.own or 'NOT the guest itself'})"
+
+
+class TextSnapshot:
+    """All live text of a Linux guest, core kernel and modules, at one moment."""
+
+    def __init__(self, monitor: Monitor, memory: PhysicalMemory) -> None:
+        self._guest: LinuxGuest = open_linux(monitor, memory)
+        self._ranges = tuple(self._guest.text_ranges())
+        self._texts = {window: self._read(window) for window in self._ranges}
+
+    @property
+    def size(self) -> int:
+        """Bytes compared."""
+        return sum(window.size for window in self._ranges)
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Compare with the text as it is now."""
+        self._guest.memory.invalidate()
+        return tuple(
+            self._difference(VirtAddr(window.start + index), old[index], new[index])
+            for window, old in self._texts.items()
+            if (new := self._read(window)) != old
+            for index in range(len(old))
+            if old[index] != new[index]
+        )
+
+    def leftovers(self, touched: Iterable[int] = ()) -> list[str]:
+        """The differences that the guest cannot have made itself, or that are at an address of *touched*."""
+        ours = set(touched)
+        return [str(found) for found in self.differences() if not found.own or found.addr in ours]
+
+    def _read(self, window: AddressRange) -> bytes:
+        return self._guest.memory.read(window.start, window.size)
+
+    def _difference(self, addr: VirtAddr, before: int, after: int) -> Difference:
+        place = self._guest.place_of(addr)
+        refusal = self._guest.refusal_at(place, 1)
+        own = str(refusal.reason) if refusal is not None and refusal.reason in _GUESTS_OWN else ""
+        if not own and place.offset < 16:
+            # ftrace's sites have no table that survives boot in the image; they are the entry's nop or call.
+            start = VirtAddr(addr - min(place.offset, 4))
+            now = self._guest.memory.read(start, 5)
+            own = "ftrace site" if any(now.startswith(nop) for nop in _FENTRY_NOPS) and after != 0xCC else ""
+        return Difference(addr, before, after, str(place), own)
