@@ -57,10 +57,12 @@ class Tables:
                 self.ram.set_quad(entry, self.pool | upper)
                 self.pool += 0x1000
             table = self.ram.quad(entry) & 0xF_FFFF_FFFF_F000
-        self.ram.set_quad(table + 8 * (virt >> (12 + 9 * (level - 1)) & 511), phys | flags | (LARGE if level > 1 else 0))
+        self.ram.set_quad(
+            table + 8 * (virt >> (12 + 9 * (level - 1)) & 511), phys | flags | (LARGE if level > 1 else 0)
+        )
 
     def oracle(self, virt: int) -> tuple[int, str] | None:
-        """Walk as the processor does: physical address and rights as letters, or None. Recursive, unlike the real one."""
+        """Walk as the processor does (recursively, unlike the real one): physical address and rights as letters."""
 
         def step(table: int, bits: int, rights: set[str]) -> tuple[int, str] | None:
             value = self.ram.quad(table + (virt >> bits) % 512 * 8)
