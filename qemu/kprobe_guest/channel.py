@@ -13,6 +13,8 @@ import shlex
 import socket
 from pathlib import Path
 
+from kprobe_guest.errors import GuestError
+
 READY_MARKER = b"guest: ready"
 
 # A terminal line discipline in canonical mode takes lines of up to 4095 characters (termios(3)).
@@ -39,12 +41,12 @@ class CommandChannel:
     def send(self, command: str) -> tuple[bytes, bytes]:
         """Send *command* and return the two markers between which its output will be.
 
-        :raises ValueError: the command is too long for a terminal line.
+        :raises GuestError: the command is too long for a terminal line.
         """
         tag = f"{self._token}-{next(self._numbers)}"
         line = f"echo '<<{tag}'; sh -c {shlex.quote(command)} </dev/null 2>&1; echo '>>{tag}' $?\n"
         if max(map(len, line.encode().split(b"\n"))) > LINE_LIMIT:
-            raise ValueError(f"a guest command line of {len(line)} bytes; the guest's terminal takes {LINE_LIMIT}")
+            raise GuestError(f"a command line of {len(line)} bytes; the guest's terminal takes {LINE_LIMIT}")
         self._socket.sendall(line.encode())
         return f"<<{tag}\n".encode(), f">>{tag} ".encode()
 

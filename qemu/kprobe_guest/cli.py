@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import select
+import shlex
+import signal
 import socket
 import sys
 import termios
@@ -109,6 +111,23 @@ def _boot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def boot_command(spec: GuestSpec) -> str:
+    """The shell command that boots a guest like *spec*, for messages."""
+    default = GuestSpec()
+    words = ["gdb-kprobe", "boot", "--kernel", spec.kernel, "--vcpus", str(spec.vcpus)]
+    if spec.memory_mb != default.memory_mb:
+        words += ["--memory", str(spec.memory_mb)]
+    if spec.cpu != default.cpu:
+        words += ["--cpu", spec.cpu]
+    if spec.region != default.region:
+        words += ["--region", spec.region]
+    if not spec.kaslr:
+        words.append("--no-kaslr")
+    if spec.extra_cmdline:
+        words += ["--append", " ".join(spec.extra_cmdline)]
+    return shlex.join(words)
+
+
 def _how_to_attach(guest: GuestVm) -> str:
     plugin = Path(__file__).resolve().parents[2] / "gdb_kprobe" / "gdbext" / "load.py"
     return (
@@ -116,20 +135,18 @@ def _how_to_attach(guest: GuestVm) -> str:
         f"gdbstub:  {guest.gdb_address}\n"
         f"QMP:      {guest.qmp_path}\n"
         f"attach:   gdb -ex 'source {plugin}' -ex 'target remote {guest.gdb_address}' -ex 'kprobe attach'\n"
-        "The guest's console follows; Ctrl-] or the end of input ends the guest."
+        "The guest's console follows; Ctrl-C ends the guest."
     )
 
 
 def _console(guest: GuestVm) -> None:
-    """Join the terminal and the guest's console until the user or the guest ends it.
-
-    Ctrl-C goes to the guest when stdin is a terminal; without one it ends the guest, as SIGTERM does.
-    """
+    """Join the terminal and the guest's console until the guest ends, or Ctrl-C or SIGTERM ends it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = socket.socket(socket.AF_UNIX)
     console.connect(str(guest.paths.console))
     terminal = sys.stdin.isatty()
     inputs: list[socket.socket | TextIO] = [console, sys.stdin] if terminal else [console]
-    with console, _raw_terminal() if terminal else contextlib.nullcontext():
+    with console, _quiet_terminal() if terminal else contextlib.nullcontext():
         while guest.alive():
             ready = select.select(inputs, [], [], TICK)[0]
             if console in ready:
@@ -139,15 +156,16 @@ def _console(guest: GuestVm) -> None:
                 os.write(sys.stdout.fileno(), data)
             if sys.stdin in ready:
                 typed = os.read(sys.stdin.fileno(), 1 << 12)
-                if not typed or b"\x1d" in typed:
+                if not typed:
                     return
                 console.sendall(typed)
 
 
 @contextlib.contextmanager
-def _raw_terminal() -> Iterator[None]:
+def _quiet_terminal() -> Iterator[None]:
+    """The terminal without its own echo and line editing: the guest's shell does both. Ctrl-C stays ours."""
     saved = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
+    tty.setcbreak(sys.stdin)
     try:
         yield
     finally:

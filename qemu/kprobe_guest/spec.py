@@ -13,6 +13,9 @@ GdbTransport = Literal["unix", "tcp"]
 
 MIB = 1 << 20
 
+LOWEST_BASE = 64 * MIB
+"""Below, the firmware, the boot loader and an unrandomized kernel have their things."""
+
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
@@ -42,7 +45,8 @@ class GuestSpec:
             raise ValueError(f"vcpus must be at least 1, not {self.vcpus}")
         if self.region_mb < 1 or self.region_mb & (self.region_mb - 1):
             raise ValueError(f"region_mb must be a power of two (a PCI BAR is), not {self.region_mb}")
-        if self.reserved_base is not None and self.reserved_base + self.region_mb * MIB > self.memory_mb * MIB:
+        base = self.reserved_base
+        if base is not None and (base < LOWEST_BASE or base + self.region_mb * MIB > self.memory_mb * MIB):
             raise ValueError(f"a region of {self.region_mb} MiB does not fit into {self.memory_mb} MiB of memory")
 
     @property

@@ -46,7 +46,6 @@ class GuestVm:
 
     def __init__(self, spec: GuestSpec | None = None, directory: Path | None = None) -> None:
         self.spec = spec or GuestSpec()
-        self._own_directory = directory is None
         self._given_directory = directory
         self._paths: GuestPaths | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -56,6 +55,7 @@ class GuestVm:
         self._gdb_port: int | None = None
         self._console_seen = 0
         self._jobs = 0
+        self._interrupted = False
         self._resetting = False
         self._reset_at = 0
         self._failed = False
@@ -152,7 +152,9 @@ class GuestVm:
         if self._given_directory is not None:
             directory = self._given_directory.absolute()
             directory.mkdir(parents=True, exist_ok=True)
-            self._own_directory = not any(directory.iterdir())
+            for leftover in directory.iterdir():
+                if leftover.is_socket():
+                    leftover.unlink()
         else:
             # In /tmp whatever TMPDIR says: a unix socket's path has 107 characters at most.
             directory = Path(tempfile.mkdtemp(prefix=f"gdb-kprobe-{self.spec.label()}-", dir="/tmp"))
@@ -163,18 +165,19 @@ class GuestVm:
         return GuestPaths(directory, memory / f"{name}.ram", memory / f"{name}.region")
 
     def _connect(self, deadline: float) -> None:
-        while True:
+        # QEMU makes its sockets in the order of its command line; the user's monitor is the last.
+        while not self.paths.qmp.exists():
             self._require_running("while starting")
-            try:
-                self._monitor = QEMUMonitorProtocol(str(self.paths.harness_qmp))
-                self._monitor.connect()
-                self._channel = CommandChannel(self.paths.channel)
-            except (OSError, QMPError):
-                if time.monotonic() > deadline:
-                    raise LaunchError(f"QEMU does not answer; its command line is in {self.paths.command}") from None
-                time.sleep(0.02)
-            else:
-                return
+            if time.monotonic() > deadline:
+                raise LaunchError(f"QEMU does not come up; its command line is in {self.paths.command}")
+            time.sleep(0.01)
+        try:
+            self._monitor = QEMUMonitorProtocol(str(self.paths.harness_qmp))
+            self._monitor.connect()
+            self._channel = CommandChannel(self.paths.channel)
+        except (OSError, QMPError) as error:
+            self._require_running("while starting")
+            raise LaunchError(f"QEMU does not answer; its command line is in {self.paths.command}: {error}") from error
 
     def _require_running(self, when: str) -> None:
         assert self._process is not None
@@ -232,7 +235,7 @@ class GuestVm:
         if self._paths is not None:
             self._paths.ram.unlink(missing_ok=True)
             self._paths.region.unlink(missing_ok=True)
-            if self._own_directory and not keep:
+            if self._given_directory is None and not keep:
                 shutil.rmtree(self._paths.directory, ignore_errors=True)
 
     def alive(self) -> bool:
@@ -266,7 +269,7 @@ class GuestVm:
         self._console_seen += len(data)
         return data.decode(errors="replace")
 
-    def console_tail(self, lines: int = 30) -> str:
+    def console_tail(self, lines: int = 60) -> str:
         """The last *lines* of the console."""
         if not self.console_log.exists():
             return ""
@@ -315,13 +318,17 @@ class GuestVm:
         self.check()
         if self.spec.kernel == "bare":
             raise GuestError("a bare-metal guest runs no commands")
-        markers = self.channel.send(command)
         deadline = time.monotonic() + timeout
+        while self._interrupted and not self.channel.take_ready():
+            self._tick(deadline, "a new shell")
+        self._interrupted = False
+        markers = self.channel.send(command)
         while (result := self.channel.take_result(markers)) is None:
             try:
                 self._tick(deadline, f"the end of: {command}")
             except GuestTimeoutError:
                 self.channel.interrupt()
+                self._interrupted = True
                 raise
         self.check()
         return result
@@ -341,7 +348,7 @@ class GuestVm:
         self._jobs += 1
         base = f"/tmp/job{self._jobs}"
         # A session of its own: its process group can be killed as a whole.
-        script = f"{command}\necho $? > {base}.status"
+        script = f"trap 'echo $? > {base}.status' EXIT\n{command}"
         self.check_output(f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid", timeout)
         return self._jobs
 

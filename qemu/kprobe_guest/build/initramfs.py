@@ -40,27 +40,34 @@ def build_initramfs(kernel: Kernel) -> Path:
 
     :raises BuildError: busybox is missing or not static, or a module is not there.
     """
-    entries = _entries(kernel)
-    archive = _newc(entries)
-    digest = hashlib.sha256(archive).hexdigest()[:16]
+    busybox = _busybox()
+    workload = build_workload().read_bytes()
+    init = (DATA / "init").read_bytes()
+    # By what goes in, not by what comes out: this is asked at every start of a guest, and unpacking modules takes long.
+    ingredients = (
+        (kernel.directory / "package.json").read_bytes(),
+        Path(__file__).read_bytes(),
+        busybox,
+        workload,
+        init,
+    )
+    digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in ingredients)).hexdigest()[:16]
     path = cache_directory() / "initramfs" / f"{kernel.release}-{digest}.cpio"
     if not path.exists():
         with build_lock():
-            for old in path.parent.glob(f"{kernel.release}-*.cpio"):
-                old.unlink()
-            progress(f"writing the initramfs of {kernel.release} ({len(archive) >> 10} KiB)")
-            write_atomically(path, archive)
+            progress(f"writing the initramfs of {kernel.release}")
+            write_atomically(path, _newc(_entries(kernel, busybox, workload, init)))
     return path
 
 
-def _entries(kernel: Kernel) -> list[_Entry]:
+def _entries(kernel: Kernel, busybox: bytes, workload: bytes, init: bytes) -> list[_Entry]:
     directories = ["bin", "sbin", "dev", "proc", "sys", "tmp", "etc", "modules", "root"]
     entries = [_Entry(name, stat.S_IFDIR | 0o755) for name in directories]
     entries.append(_Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
-    entries.append(_Entry("init", stat.S_IFREG | 0o755, (DATA / "init").read_bytes()))
-    entries.append(_Entry("bin/busybox", stat.S_IFREG | 0o755, _busybox()))
+    entries.append(_Entry("init", stat.S_IFREG | 0o755, init))
+    entries.append(_Entry("bin/busybox", stat.S_IFREG | 0o755, busybox))
     entries += [_Entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in _applets()]
-    entries.append(_Entry("bin/workload", stat.S_IFREG | 0o755, build_workload().read_bytes()))
+    entries.append(_Entry("bin/workload", stat.S_IFREG | 0o755, workload))
     order = module_order(kernel, MODULES)
     entries += [
         _Entry(f"modules/{path.name.split('.')[0]}.ko", stat.S_IFREG | 0o644, _decompress(path)) for path in order

@@ -1,0 +1,104 @@
+"""Guests for tests: one running guest per spec, shared by the tests that ask for it, replaced when it was hurt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.cli import boot_command
+
+BootedGuest = Callable[[GuestSpec], GuestVm]
+
+# Idle guests cost memory and a little of the host's time; the least recently used one goes.
+MOST_GUESTS = 4
+
+
+class GuestPool:
+    """The running guests, the most recently used one last."""
+
+    def __init__(self) -> None:
+        self._guests: dict[GuestSpec, GuestVm] = {}
+
+    def get(self, spec: GuestSpec) -> GuestVm:
+        """A healthy, running guest of this kind: the one there is, or a new one."""
+        guest = self._guests.pop(spec, None)
+        if guest is not None and not _usable(guest):
+            guest.close(keep=True)
+            guest = None
+        if guest is None:
+            while len(self._guests) >= MOST_GUESTS:
+                self._guests.pop(next(iter(self._guests))).close()
+            guest = GuestVm(spec)
+            guest.__enter__()
+        self._guests[spec] = guest
+        return guest
+
+    def discard(self, guest: GuestVm) -> None:
+        """End a guest that a failed test has used, and keep its logs."""
+        self._guests = {spec: other for spec, other in self._guests.items() if other is not guest}
+        guest.close(keep=True)
+
+    def close(self) -> None:
+        for guest in self._guests.values():
+            guest.close()
+        self._guests.clear()
+
+
+def _usable(guest: GuestVm) -> bool:
+    if not guest.alive():
+        return False
+    status = guest.qmp("query-status")
+    assert isinstance(status, dict)
+    return bool(status["running"])
+
+
+@pytest.fixture(scope="session")
+def guest_pool() -> Iterator[GuestPool]:
+    pool = GuestPool()
+    yield pool
+    pool.close()
+
+
+_USED = pytest.StashKey[list[GuestVm]]()
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def booted_guest(guest_pool: GuestPool, request: pytest.FixtureRequest) -> Iterator[BootedGuest]:
+    """A function from a :class:`GuestSpec` to a running guest.
+
+    The guest may have served other tests before. Afterwards its console must show no failure; a failed test's guest is
+    not used again.
+    """
+    used: list[GuestVm] = []
+    request.node.stash[_USED] = used
+
+    def boot(spec: GuestSpec) -> GuestVm:
+        guest = guest_pool.get(spec)
+        used.append(guest)
+        return guest
+
+    yield boot
+    for guest in used:
+        if request.node.stash.get(_FAILED, False) or not guest.alive():
+            guest_pool.discard(guest)
+        else:
+            guest.check()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:  # the value sent back is the report
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+        for guest in item.stash.get(_USED, []):
+            text = (
+                f"artefacts: {guest.directory}\nthe same guest by hand: {boot_command(guest.spec)}\n"
+                f"end of the console:\n{guest.console_tail()}"
+            )
+            report.sections.append((f"guest {guest.spec.label()}", text))
+    return report
