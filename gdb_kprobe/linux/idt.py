@@ -173,4 +173,11 @@ def find_breakpoint_handler(memory: Memory, registers: SystemRegisters) -> VirtA
             f"CPU {registers.index} is not in 64-bit mode: the guest is in its firmware or has just been reset",
             "let it run until its kernel is up",
         )
-    return read_idt(memory, registers.idt_base, registers.idt_limit).breakpoint_handler()
+    try:
+        idt = read_idt(memory, registers.idt_base, registers.idt_limit)
+    except TargetError as error:
+        raise GuestStateError(
+            f"the IDT of CPU {registers.index} at {registers.idt_base:#x} cannot be read: {error.message}",
+            "the guest is in its firmware or booting; let it run until its kernel is up",
+        ) from error
+    return idt.breakpoint_handler()

@@ -7,11 +7,12 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 from capstone import CS_ARCH_X86, CS_MODE_64, Cs
 
-from gdb_kprobe.errors import TargetError
+from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt, paging
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import read_e820
@@ -359,6 +360,29 @@ def test_state_is_running(kernel: Kernel) -> None:
     state = read_state(kernel.table, kernel.core, kernel.btf)
     assert (state.system_state, state.panic_cpu, state.oops_in_progress) == ("SYSTEM_RUNNING", None, False)
     state.check_running()
+
+
+@pytest.mark.parametrize("kind", ["debian", "newest"])
+def test_every_moment_of_a_boot_gives_a_clear_answer(kind: Literal["debian", "newest"]) -> None:
+    answers: dict[str, int] = {}
+    vm = GuestVm(GuestSpec(kernel=kind))
+    vm.start(paused=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "up" not in answers:
+            assert time.monotonic() < deadline, f"not up: {answers}"
+            try:
+                answer = read_state_of(vm) or "up"
+            except GuestStateError as error:
+                answer = re.sub(r"0x[0-9a-f]+", "ADDR", error.message)
+                vm.cont()
+            answers[answer] = answers.get(answer, 0) + 1
+            time.sleep(0.01)
+    finally:
+        vm.close()
+    print(f"\n{answers}")
+    assert any("not in 64-bit mode" in answer for answer in answers)
+    assert answers["not up"] > 0
 
 
 def test_state_shows_a_panic() -> None:

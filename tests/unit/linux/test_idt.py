@@ -120,6 +120,12 @@ def test_firmware_has_no_breakpoint_handler(memory: Any) -> None:
         find_breakpoint_handler(memory, registers)
 
 
+def test_idt_that_is_not_mapped_is_said_to_be(memory: Any) -> None:
+    (registers,) = parse_registers(LONG_MODE)
+    with pytest.raises(GuestStateError, match=r"IDT of CPU 0 at 0xfffffe0000000000 cannot be read: .*\n.*booting"):
+        find_breakpoint_handler(memory, registers)
+
+
 def test_idt_that_is_not_final_yet_is_said_to_be(memory: Any) -> None:
     (registers,) = parse_registers(LONG_MODE)
     memory.add(registers.idt_base, bytes(0x1000))
