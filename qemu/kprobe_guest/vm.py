@@ -41,6 +41,10 @@ TICK = 0.1
 """Seconds between two looks at the console and at QEMU while waiting for something else."""
 
 
+SOCKET_PATH_LIMIT = 107
+"""Characters of a unix socket's path (unix(7))."""
+
+
 class GuestVm:
     """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``."""
 
@@ -156,8 +160,10 @@ class GuestVm:
                 if leftover.is_socket():
                     leftover.unlink()
         else:
-            # In /tmp whatever TMPDIR says: a unix socket's path has 107 characters at most.
+            # In /tmp whatever TMPDIR says: it may be too long.
             directory = Path(tempfile.mkdtemp(prefix=f"gdb-kprobe-{self.spec.label()}-", dir="/tmp"))
+        if len(longest := str(directory / "harness-qmp")) > SOCKET_PATH_LIMIT:
+            raise LaunchError(f"{longest} is too long for a socket ({SOCKET_PATH_LIMIT} characters); use /tmp")
         _remove_orphaned_memory()
         shared = Path("/dev/shm")
         memory = shared if shared.is_dir() and os.access(shared, os.W_OK) else directory

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,30 +170,32 @@ class TestFailures:
         assert guest.console_log.exists(), "logs of a failed guest are kept"
         assert guest.ram_path is not None
         assert not guest.ram_path.exists()
+        shutil.rmtree(guest.directory)
 
-    def test_a_warning_in_the_log_is_noticed_without_a_command(self) -> None:
-        with GuestVm(GuestSpec()) as guest:
+    def test_a_warning_in_the_log_is_noticed_without_a_command(self, tmp_path: Path) -> None:
+        with GuestVm(GuestSpec(), tmp_path) as guest:
             guest.run("(sleep 0.2; echo '<4>WARNING: made by the test' > /dev/kmsg) &")
             with pytest.raises(GuestFailedError, match="made by the test"):
                 wait_until(lambda: guest.check() is not None, 5)
 
-    def test_killed_qemu_is_noticed(self) -> None:
-        with GuestVm(BARE) as guest:
+    def test_killed_qemu_is_noticed(self, tmp_path: Path) -> None:
+        with GuestVm(BARE, tmp_path) as guest:
             os.kill(guest.pid, signal.SIGKILL)
             wait_until(lambda: not guest.alive(), 2)
             with pytest.raises(GuestFailedError, match="QEMU ended"):
                 guest.check()
 
-    def test_bad_qemu_argument_shows_command_and_qemus_words(self) -> None:
-        guest = GuestVm(GuestSpec(kernel="bare", extra_args=("-device", "nonsense")))
+    def test_bad_qemu_argument_shows_command_and_qemus_words(self, tmp_path: Path) -> None:
+        guest = GuestVm(GuestSpec(kernel="bare", extra_args=("-device", "nonsense")), tmp_path)
         with pytest.raises(LaunchError, match=r"(?s)-device nonsense.*not a valid device model"):
             guest.start()
 
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-    def test_qemu_dies_with_its_parent(self, how: signal.Signals) -> None:
+    def test_qemu_dies_with_its_parent(self, how: signal.Signals, tmp_path: Path) -> None:
         script = (
-            "import time; from kprobe_guest import *\n"
-            "guest = GuestVm(GuestSpec(kernel='bare')); guest.start(); guest.wait_ready()\n"
+            "import pathlib, time; from kprobe_guest import *\n"
+            f"guest = GuestVm(GuestSpec(kernel='bare'), pathlib.Path({str(tmp_path)!r}))\n"
+            "guest.start(); guest.wait_ready()\n"
             "print(guest.pid, guest.ram_path, flush=True); time.sleep(100)"
         )
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd="/") as parent:
@@ -275,6 +278,10 @@ class TestMachine:
                 assert f"{guest.reserved_base:08x}-" in guest.check_output("grep Reserved /proc/iomem")
         assert not guest.directory.exists()
 
+    def test_directory_too_deep_for_a_socket_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(LaunchError, match="107"):
+            GuestVm(BARE, tmp_path / ("x" * 100)).start()
+
     def test_region_larger_than_memory_is_refused(self) -> None:
         with pytest.raises(ValueError, match="does not fit"):
             GuestSpec(memory_mb=64, region_mb=64)
@@ -305,15 +312,15 @@ class TestBareGuest:
         wait_until(lambda: guest.read_u64(want) == 0, 5)
         assert guest.read_u64(seen) == before + 23
 
-    def test_wrong_result_is_noticed(self) -> None:
-        with GuestVm(BARE) as guest:
+    def test_wrong_result_is_noticed(self, tmp_path: Path) -> None:
+        with GuestVm(BARE, tmp_path) as guest:
             constant = guest.bare_image().physical("constant")
             guest.ram()[constant] = 0x35
             with pytest.raises(GuestFailedError, match="wrong result of f_lea: 0000000000001235"):
                 wait_until(lambda: guest.check() is not None, 5)
 
-    def test_foreign_int3_is_noticed(self) -> None:
-        with GuestVm(BARE) as guest:
+    def test_foreign_int3_is_noticed(self, tmp_path: Path) -> None:
+        with GuestVm(BARE, tmp_path) as guest:
             site = guest.bare_image().symbols["f_mov"]
             # Text is written through the stub; the other end of the socket stops the machine and lets it go.
             with socket.socket(socket.AF_UNIX) as stub:
