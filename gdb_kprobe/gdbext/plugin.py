@@ -14,8 +14,8 @@ from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
 from gdb_kprobe.gdbext import commands, settings, stops
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
-from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu, find_socket, flush_registers
-from gdb_kprobe.gdbext.signals import interruptible, uninterrupted
+from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
+from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
@@ -35,6 +35,7 @@ class Link:
         self.address = profile.gdbstub or self.channel.address
         self.descriptor = find_socket(self.channel.address)
         self.breakpoints = GdbBreakpoints(on_entry_stop)
+        self.interrupts = InterruptWatch(self.descriptor)
         self.attached: Attached | None = None
 
     @property
@@ -91,8 +92,12 @@ class Plugin:
         if not _is_connected():
             gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
         link = Link(profile)
-        with link.stopped():
-            link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+        try:
+            with link.stopped():
+                link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+        except BaseException:
+            link.interrupts.close()
+            raise
         self.link = link
         refused: list[tuple[Probe, str]] = []
         waiting, self.pending = self.pending, []
@@ -111,6 +116,7 @@ class Plugin:
         with link.stopped():
             done = link.session.detach()
         self.link = None
+        link.interrupts.close()
         return done
 
     # -- what gdb calls -----------------------------------------------------------------------------------------
@@ -128,13 +134,24 @@ class Plugin:
             link.stub.forget_selection()
             link.stub.select(cpu)
             flush_registers()
-        return stop or self.stop_requested
+        return stop or self.stop_requested or link.interrupts.requested
+
+    def on_resumed(self) -> None:
+        """gdb has resumed the guest."""
+        if self.link is not None:
+            self.link.interrupts.resumed()
+
+    def before_interrupt(self) -> None:
+        """The user typed ``interrupt``."""
+        if self.link is not None:
+            self.link.interrupts.request()
 
     def on_stop(self) -> None:
         """The machine stopped for the user."""
         link = self.link
         if link is None or self._settling:
             return
+        link.interrupts.stopped()
         self._settling = True
         try:
             with contextlib.suppress(GuestStateError), link.stopped():
@@ -180,6 +197,7 @@ class Plugin:
         """Restore the guest over a connection of our own."""
         link, self.link = self.link, None
         assert link is not None
+        link.interrupts.close()
         if link.descriptor is not None:
             cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)
@@ -207,7 +225,7 @@ def load() -> None:
     _plugin = Plugin()
     settings.register()
     commands.register()
-    stops.install(on_stop, _plugin.on_lost, _plugin.on_exit)
+    stops.install(_plugin.on_stop, _plugin.on_resumed, _plugin.on_lost, _plugin.on_exit)
 
 
 def on_entry_stop() -> bool:
@@ -223,3 +241,8 @@ def on_stop() -> None:
 def before_detach() -> None:
     """For ``hook-detach`` and its like."""
     the_plugin().before_detach()
+
+
+def before_interrupt() -> None:
+    """For ``hook-interrupt``."""
+    the_plugin().before_interrupt()

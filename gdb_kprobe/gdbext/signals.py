@@ -1,22 +1,31 @@
-"""Ctrl-C and our Python code inside gdb.
+"""Ctrl-C: never lost, and never in the middle of a dispatch.
 
-gdb turns a SIGINT that arrives while Python runs into a KeyboardInterrupt at a random place. A dispatch must not be cut
-in two, so the signal waits until it is over; a handler of the user's can be interrupted.
+Left to itself, gdb answers a SIGINT by sending the interrupt byte to the stub. When the stub has just stopped at our
+breakpoint, it ignores that byte, the hit is handled, the guest resumed, and the Ctrl-C is gone. And a SIGINT that
+comes while Python runs is raised as KeyboardInterrupt at a random place.
+
+So while the guest runs, SIGINT is blocked in gdb's main thread and taken by a thread of ours. That asks for the stop
+until it has happened: by the flag that the next dispatch looks at, and by the interrupt byte on gdb's own socket (a
+stopped stub ignores it, a running one stops).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
-_SIGNALS = {signal.SIGINT}
+_SIGINT = {signal.SIGINT}
+_ASK_EVERY = 0.05
+"""Seconds between two requests to stop."""
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT back. One that came meanwhile is raised as KeyboardInterrupt when this ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Hold SIGINT back. One that came meanwhile is delivered when this ends, unless it was held back before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGINT)
     try:
         yield
     finally:
@@ -25,9 +34,67 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within :func:`uninterrupted`, let SIGINT through: around code that is not ours."""
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    """Let SIGINT through, as a KeyboardInterrupt: around code of the user's."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class InterruptWatch:
+    """Takes SIGINT while the guest runs, and sees to it that the guest stops.
+
+    *descriptor* is gdb's socket to the stub. All methods but the thread's own are for gdb's main thread.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._running = False
+        self._requested = False
+        self._over = False
+        self._thread: threading.Thread | None = None
+        if descriptor is not None:
+            with uninterrupted():  # a new thread inherits the mask
+                self._thread = threading.Thread(target=self._watch, name="kprobe-interrupts", daemon=True)
+                self._thread.start()
+
+    @property
+    def requested(self) -> bool:
+        """Whether the user wants the guest stopped."""
+        return self._requested
+
+    def request(self) -> None:
+        """Ask for a stop, as Ctrl-C does; nothing happens unless the guest runs."""
+        with self._lock:
+            self._requested = self._running
+
+    def resumed(self) -> None:
+        """gdb has resumed the guest (also after each of our own stops)."""
+        if self._thread is not None and not self._running:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGINT)
+            with self._lock:
+                self._running = True
+
+    def stopped(self) -> None:
+        """The guest has stopped for the user."""
+        with self._lock:
+            self._running = self._requested = False
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._over = True
+        if self._thread is not None:
+            self._thread.join()
+        self.stopped()
+
+    def _watch(self) -> None:
+        while not self._over:
+            if signal.sigtimedwait(_SIGINT, _ASK_EVERY) is not None:
+                self.request()
+            with self._lock:
+                if self._requested and self._descriptor is not None:
+                    with contextlib.suppress(OSError):
+                        os.write(self._descriptor, b"\x03")

@@ -16,16 +16,23 @@ HOOKS = {
     "detach": "before_detach",
     "disconnect": "before_detach",
     "kill": "before_detach",
+    "interrupt": "before_interrupt",
 }
 """User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
 
 
-def install(on_stop: Callable[[], None], on_lost: Callable[[str], None], on_exit: Callable[[], None]) -> None:
+def install(
+    on_stop: Callable[[], None],
+    on_resumed: Callable[[], None],
+    on_lost: Callable[[str], None],
+    on_exit: Callable[[], None],
+) -> None:
     """Define gdb's hooks (keeping what the user's own do) and connect to its events."""
     for command, function in HOOKS.items():
         _define_hook(command, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
     # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
     gdb.events.stop.connect(lambda event: on_stop())
+    gdb.events.cont.connect(lambda event: on_resumed())
     gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
     gdb.events.gdb_exiting.connect(lambda event: on_exit())
 

@@ -72,6 +72,8 @@ class Btf:
         self._starts = array("I", [0])
         self._ids_of_name: dict[int, list[int]] = {}
         self._enums: list[int] = []
+        # Looking for a string takes 0.1 ms: what was asked for once is kept.
+        self._ids_of_type: dict[str, list[int]] = {}
         self._members: dict[tuple[str, str], Member | None] = {}
         self._index()
 
@@ -172,8 +174,10 @@ class Btf:
         return None if found < 0 else found + 1
 
     def _ids(self, type_name: str) -> list[int]:
-        at = self._string_offset(type_name)
-        return [] if at is None else self._ids_of_name.get(at, [])
+        if type_name not in self._ids_of_type:
+            at = self._string_offset(type_name)
+            self._ids_of_type[type_name] = [] if at is None else self._ids_of_name.get(at, [])
+        return self._ids_of_type[type_name]
 
     def _strip(self, type_id: int) -> int:
         """Follow typedefs and qualifiers."""

@@ -124,8 +124,11 @@ class GdbMi:
         self.command("-exec-continue")
 
     def interrupt(self, timeout: float = 30) -> dict[str, Any]:
-        """Stop the running guest and return the stop's record."""
-        self.command("-exec-interrupt --all")
+        """Stop the running guest as the user's Ctrl-C does, and return the stop's record.
+
+        Not by ``-exec-interrupt``: gdb loses that when the stub has just stopped at a breakpoint by itself.
+        """
+        self.signal(signal.SIGINT)
         return self.wait_stop(timeout)
 
     def wait_stop(self, timeout: float = 30) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""A guest with a gdb and the plugin attached to it; afterwards, the proof that nothing was left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.testing import GdbMi, TextSnapshot
+from kprobe_guest import GuestSpec, GuestVm
+
+PROFILES = {"reserved": "debian", "ivshmem": "ivshmem"}
+
+
+class GuestRam:
+    """The guest's RAM through its file: an observer that has nothing to do with the plugin's own way."""
+
+    def __init__(self, guest: GuestVm) -> None:
+        self._guest = guest
+
+    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        return self._guest.read_ram(addr, size)
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        raise AssertionError("tests do not write guest memory")
+
+
+class GuestMonitor:
+    """QEMU's monitor through the harness's QMP socket."""
+
+    def __init__(self, guest: GuestVm) -> None:
+        self._guest = guest
+
+    def monitor(self, command: str) -> str:
+        return self._guest.hmp(command)
+
+
+@dataclass
+class Probed:
+    """A guest under test. *touched* collects the addresses of probes, for the comparison of the text."""
+
+    guest: GuestVm
+    snapshot: TextSnapshot
+    touched: set[int] = field(default_factory=set)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the profiles in configs/ refer to."""
+        return {"KPROBE_GUEST": str(self.guest.directory)}
+
+    @property
+    def profile(self) -> str:
+        return PROFILES[self.guest.spec.region]
+
+    @contextlib.contextmanager
+    def gdb(self, *, attach: bool = True) -> Iterator[GdbMi]:
+        """A gdb with the plugin, attached; it is closed at the end whatever happened."""
+        with GdbMi(self.environment) as gdb:
+            if attach:
+                gdb.console(f"kprobe attach {self.profile}")
+            try:
+                yield gdb
+            except BaseException:
+                print("\n".join(gdb.transcript[-80:]))
+                raise
+
+    def add(self, gdb: GdbMi, definition: str, strategy: str = "auto") -> dict[str, str]:
+        """Add a probe and return what ``-kprobe-list`` says of it."""
+        gdb.console(f"set kprobe strategy {strategy}")
+        probe: dict[str, str] = gdb.command(f'-kprobe-add "{definition}"')["probe"]
+        self.touched.add(int(probe["addr"], 16))
+        return probe
+
+    def hits(self, gdb: GdbMi) -> dict[str, int]:
+        """Hits by probe name; no probe may have missed one."""
+        probes = gdb.command("-kprobe-list")["probes"]
+        assert all(probe["missed"] == "0" for probe in probes), probes
+        return {probe["name"]: int(probe["hits"]) for probe in probes}
+
+    def check_untouched(self) -> None:
+        """The guest runs, its log is clean, and its text is what it was."""
+        status = self.guest.qmp("query-status")
+        assert isinstance(status, dict)
+        assert status["running"], status
+        assert self.guest.dmesg_problems() == []
+        assert self.snapshot.leftovers(self.touched) == []
+
+
+@pytest.fixture
+def probed(booted_guest: Callable[[GuestSpec], GuestVm]) -> Iterator[Callable[[GuestSpec], Probed]]:
+    """A function from a :class:`GuestSpec` to a :class:`Probed`, which is checked at the end of the test."""
+    used: list[Probed] = []
+
+    def boot(spec: GuestSpec) -> Probed:
+        guest = booted_guest(spec)
+        used.append(Probed(guest, TextSnapshot(GuestMonitor(guest), GuestRam(guest))))
+        return used[-1]
+
+    yield boot
+    for probed in used:
+        probed.check_untouched()
