@@ -7,10 +7,8 @@ own, which is removed at the end unless the guest failed.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import mmap
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -28,40 +26,35 @@ from kprobe_guest.boot_files import boot_files
 from kprobe_guest.build.bare import BareImage, build_bare_image
 from kprobe_guest.channel import READY_MARKER, ChannelClosedError, CommandChannel
 from kprobe_guest.command_line import GuestPaths, qemu_command
+from kprobe_guest.commands import GuestCommands
+from kprobe_guest.console import ConsoleLog, find_problems
 from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
-from kprobe_guest.spec import GuestSpec
-
-FAILURE_PATTERNS = re.compile(
-    r"Kernel panic|\bOops\b|\bBUG:|kernel BUG at|WARNING:|Call Trace|soft lockup|hard LOCKUP|rcu:.*stall"
-    r"|general protection fault|insmod \S+ failed"
-    r"|guest: exception|guest: wrong result"  # the bare-metal guest's own words
-)
+from kprobe_guest.spec import MIB, GuestSpec
 
 TICK = 0.1
 """Seconds between two looks at the console and at QEMU while waiting for something else."""
 
-
 SOCKET_PATH_LIMIT = 107
 """Characters of a unix socket's path (unix(7))."""
 
+SHARED_MEMORY = Path("/dev/shm")
 
-class GuestVm:
+
+class GuestVm(GuestCommands):
     """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``."""
 
     def __init__(self, spec: GuestSpec | None = None, directory: Path | None = None) -> None:
+        super().__init__()
         self.spec = spec or GuestSpec()
         self._given_directory = directory
         self._paths: GuestPaths | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._monitor: QEMUMonitorProtocol | None = None
         self._channel: CommandChannel | None = None
+        self._console: ConsoleLog | None = None
         self._ram: mmap.mmap | None = None
         self._gdb_port: int | None = None
-        self._console_seen = 0
-        self._jobs = 0
-        self._interrupted = False
         self._resetting = False
-        self._reset_at = 0
         self._failed = False
 
     # -- names of things ------------------------------------------------------------------------------------------
@@ -105,6 +98,20 @@ class GuestVm:
         return self.spec.reserved_base
 
     @property
+    def channel(self) -> CommandChannel:
+        if self.spec.kernel == "bare":
+            raise GuestError("a bare-metal guest runs no commands")
+        if self._channel is None:
+            raise GuestError("the guest was not started, or has ended")
+        return self._channel
+
+    @property
+    def console(self) -> ConsoleLog:
+        if self._console is None:
+            raise GuestError("the guest was not started")
+        return self._console
+
+    @property
     def pid(self) -> int:
         """QEMU's process id."""
         assert self._process is not None, "not started"
@@ -135,6 +142,7 @@ class GuestVm:
         assert self._process is None, "already started"
         boot = boot_files(self.spec)
         self._paths = self._make_paths()
+        self._console = ConsoleLog(self.console_log)
         self._gdb_port = _free_port() if self.spec.gdb == "tcp" else None
         command = qemu_command(self.spec, boot, self.paths, self._gdb_port)
         self.paths.command.write_text(shlex.join(command) + "\n")
@@ -165,8 +173,7 @@ class GuestVm:
         if len(longest := str(directory / "harness-qmp")) > SOCKET_PATH_LIMIT:
             raise LaunchError(f"{longest} is too long for a socket ({SOCKET_PATH_LIMIT} characters); use /tmp")
         _remove_orphaned_memory()
-        shared = Path("/dev/shm")
-        memory = shared if shared.is_dir() and os.access(shared, os.W_OK) else directory
+        memory = SHARED_MEMORY if _has_room(SHARED_MEMORY, self.spec.memory_mb + self.spec.region_mb) else directory
         name = f"gdb-kprobe-{os.getpid()}-{directory.name}"
         return GuestPaths(directory, memory / f"{name}.ram", memory / f"{name}.region")
 
@@ -207,7 +214,7 @@ class GuestVm:
             self._resetting = False
 
     def _bare_is_ready(self) -> bool:
-        return self.console_log.exists() and READY_MARKER in self.console_log.read_bytes()[self._reset_at :]
+        return self.console.has_line_of_this_boot(READY_MARKER)
 
     def quit(self) -> None:
         """End QEMU politely; kill it when it does not listen."""
@@ -255,32 +262,17 @@ class GuestVm:
 
         :raises GuestFailedError: the console shows a failure, or QEMU ended.
         """
-        new = self._new_console_text()
-        if match := FAILURE_PATTERNS.search(new):
+        if problem := find_problems(self.console.new_text()):
             # The rest of the report (registers, call trace) is still on its way.
             time.sleep(0.3)
-            self._fail(_line_around(new, match.start()))
+            self._fail(problem[0])
         if not self.alive():
             assert self._process is not None
             self._fail(f"QEMU ended (status {self._process.returncode})")
 
-    def _new_console_text(self) -> str:
-        """What the console printed since the last look, in whole lines."""
-        if not self.console_log.exists():
-            return ""
-        with self.console_log.open("rb") as log:
-            log.seek(self._console_seen)
-            data = log.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self._console_seen += len(data)
-        return data.decode(errors="replace")
-
-    def console_tail(self, lines: int = 60) -> str:
-        """The last *lines* of the console."""
-        if not self.console_log.exists():
-            return ""
-        text = self.console_log.read_text(errors="replace").replace("\r", "")
-        return "\n".join(text.splitlines()[-lines:])
+    def console_tail(self) -> str:
+        """The console's last lines."""
+        return self.console.tail()
 
     def _fail(self, what: str) -> None:
         self._failed = True
@@ -289,7 +281,7 @@ class GuestVm:
     def _tick(self, deadline: float, waiting_for: str) -> None:
         """Wait a moment for the channel, looking after the guest meanwhile."""
         try:
-            got = self.channel.receive(TICK)
+            got = self._channel is not None and self._channel.receive(TICK)
         except ChannelClosedError:
             time.sleep(TICK)
             got = False
@@ -303,97 +295,7 @@ class GuestVm:
                 f"  end of the console:\n{self.console_tail()}"
             )
 
-    # -- commands in the guest ------------------------------------------------------------------------------------
-
-    @property
-    def channel(self) -> CommandChannel:
-        if self._channel is None:
-            raise GuestError("the guest was not started, or has ended")
-        return self._channel
-
-    def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
-        """Run a shell command in the guest; exit status and output (stdout and stderr).
-
-        :raises GuestFailedError: the guest failed meanwhile.
-        :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
-        """
-        status, output = self._run(command, timeout)
-        return status, output.decode(errors="replace")
-
-    def _run(self, command: str, timeout: float) -> tuple[int, bytes]:
-        self.check()
-        if self.spec.kernel == "bare":
-            raise GuestError("a bare-metal guest runs no commands")
-        deadline = time.monotonic() + timeout
-        while self._interrupted and not self.channel.take_ready():
-            self._tick(deadline, "a new shell")
-        self._interrupted = False
-        markers = self.channel.send(command)
-        while (result := self.channel.take_result(markers)) is None:
-            try:
-                self._tick(deadline, f"the end of: {command}")
-            except GuestTimeoutError:
-                self.channel.interrupt()
-                self._interrupted = True
-                raise
-        self.check()
-        return result
-
-    def check_output(self, command: str, timeout: float = 60) -> str:
-        """Like :meth:`run`, for a command that must succeed.
-
-        :raises GuestError: its status was not 0.
-        """
-        status, output = self.run(command, timeout)
-        if status:
-            raise GuestError(f"in the guest, status {status}: {command}\n{output}")
-        return output
-
-    def spawn(self, command: str, timeout: float = 60) -> int:
-        """Start *command* in the background; returns the job's number for :meth:`finish`."""
-        self._jobs += 1
-        base = f"/tmp/job{self._jobs}"
-        # A session of its own: its process group can be killed as a whole.
-        script = f"trap 'echo $? > {base}.status' EXIT\n{command}"
-        self.check_output(f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid", timeout)
-        return self._jobs
-
-    def finish(self, job: int, timeout: float = 60, *, kill: bool = False) -> tuple[int, str]:
-        """Wait for a background job (after killing it, with *kill*); exit status and output.
-
-        A job that was killed has the status 137.
-        """
-        base = f"/tmp/job{job}"
-        if kill:
-            self.run(f"kill -9 -$(cat {base}.pid) && [ -s {base}.status ] || echo 137 > {base}.status", timeout)
-        self.check_output(f"while [ ! -s {base}.status ]; do sleep 0.1; done", timeout)
-        output = self.check_output(f"cat {base}.status {base}.output; rm -f {base}.*", timeout)
-        status, _, rest = output.partition("\n")
-        return int(status), rest
-
-    def dmesg_problems(self) -> list[str]:
-        """Lines of the guest's kernel log that look like a failure; empty when it is clean."""
-        _, log = self.run("dmesg")
-        return [line for line in log.splitlines() if FAILURE_PATTERNS.search(line)]
-
-    def dmesg_clean(self) -> bool:
-        """Whether the guest's kernel log shows no failure."""
-        return not self.dmesg_problems()
-
-    # -- oracles --------------------------------------------------------------------------------------------------
-
-    def read_file(self, path: str, timeout: float = 60) -> bytes:
-        """A file of the guest's. Compressed on the way: the channel carries some 0.5 MB a second."""
-        return gzip.decompress(self._run(f"gzip -c < {shlex.quote(path)}", timeout)[1])
-
-    def kallsyms(self) -> str:
-        """The guest's own /proc/kallsyms, as root sees it."""
-        return self.read_file("/proc/kallsyms").decode()
-
-    def modules(self) -> dict[str, int]:
-        """The guest's loaded modules: name and address of the core section."""
-        lines = self.check_output("cat /proc/modules").splitlines()
-        return {(fields := line.split())[0]: int(fields[5], 16) for line in lines}
+    # -- its memory -----------------------------------------------------------------------------------------------
 
     def bare_image(self) -> BareImage:
         """The bare-metal guest's image, with its symbols."""
@@ -447,10 +349,18 @@ class GuestVm:
         # before, resets the machine once more by itself. Taken back when the guest is up.
         self.qmp("set-action", reboot="reset")
         self._resetting = True
-        self._reset_at = self.console_log.stat().st_size
+        self.console.note_reset()
         self.qmp("system_reset")
         if wait:
             self.wait_ready(timeout)
+
+
+def _has_room(directory: Path, size_mb: int) -> bool:
+    """Whether guest memory fits there: in a container /dev/shm may be 64 MiB, and QEMU gets SIGBUS when it is full."""
+    if not os.access(directory, os.W_OK):
+        return False
+    free = os.statvfs(directory)
+    return free.f_bavail * free.f_frsize >= size_mb * MIB
 
 
 def _free_port() -> int:
@@ -461,14 +371,8 @@ def _free_port() -> int:
 
 def _remove_orphaned_memory() -> None:
     """Remove guest memory whose owner was killed before it could do so: its name holds the owner's process id."""
-    for path in Path("/dev/shm").glob("gdb-kprobe-*"):
+    for path in SHARED_MEMORY.glob("gdb-kprobe-*"):
         owner = path.name.split("-")[2]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _line_around(text: str, at: int) -> str:
-    start = text.rfind("\n", 0, at) + 1
-    end = text.find("\n", at)
-    return text[start : end if end >= 0 else None].strip()

@@ -1,0 +1,117 @@
+"""What a Linux guest can be asked: commands, background jobs, and its own view of itself for comparison."""
+
+from __future__ import annotations
+
+import gzip
+import shlex
+import time
+from abc import ABC, abstractmethod
+
+from kprobe_guest.channel import CommandChannel
+from kprobe_guest.console import find_problems
+from kprobe_guest.errors import GuestError, GuestTimeoutError
+
+
+class GuestCommands(ABC):
+    """Commands over the channel of a guest; whoever inherits has the channel and looks after the guest."""
+
+    def __init__(self) -> None:
+        self._jobs = 0
+        self._interrupted = False
+
+    @property
+    @abstractmethod
+    def channel(self) -> CommandChannel:
+        """The command channel.
+
+        :raises GuestError: this guest has none (any more).
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise when the guest has failed."""
+
+    @abstractmethod
+    def _tick(self, deadline: float, waiting_for: str) -> None:
+        """Wait a moment for the channel, looking after the guest meanwhile."""
+
+    def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
+        """Run a shell command in the guest; exit status and output (stdout and stderr).
+
+        :raises GuestFailedError: the guest failed meanwhile.
+        :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
+        """
+        status, output = self._run(command, timeout)
+        return status, output.decode(errors="replace")
+
+    def _run(self, command: str, timeout: float) -> tuple[int, bytes]:
+        self.check()
+        channel = self.channel
+        deadline = time.monotonic() + timeout
+        while self._interrupted and not channel.take_ready():
+            self._tick(deadline, "a new shell")
+        self._interrupted = False
+        markers = channel.send(command)
+        while (result := channel.take_result(markers)) is None:
+            try:
+                self._tick(deadline, f"the end of: {command}")
+            except GuestTimeoutError:
+                channel.interrupt()
+                self._interrupted = True
+                raise
+        self.check()
+        return result
+
+    def check_output(self, command: str, timeout: float = 60) -> str:
+        """Like :meth:`run`, for a command that must succeed.
+
+        :raises GuestError: its status was not 0.
+        """
+        status, output = self.run(command, timeout)
+        if status:
+            raise GuestError(f"in the guest, status {status}: {command}\n{output}")
+        return output
+
+    def spawn(self, command: str, timeout: float = 60) -> int:
+        """Start *command* in the background; returns the job's number for :meth:`finish`."""
+        self._jobs += 1
+        base = f"/tmp/job{self._jobs}"
+        # A session of its own: its process group can be killed as a whole.
+        script = f"trap 'echo $? > {base}.status' EXIT\n{command}"
+        self.check_output(f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid", timeout)
+        return self._jobs
+
+    def finish(self, job: int, timeout: float = 60, *, kill: bool = False) -> tuple[int, str]:
+        """Wait for a background job (after killing it, with *kill*); exit status and output.
+
+        A job that was killed has the status 137.
+        """
+        base = f"/tmp/job{job}"
+        if kill:
+            self.run(f"kill -9 -$(cat {base}.pid) && [ -s {base}.status ] || echo 137 > {base}.status", timeout)
+        self.check_output(f"while [ ! -s {base}.status ]; do sleep 0.1; done", timeout)
+        output = self.check_output(f"cat {base}.status {base}.output; rm -f {base}.*", timeout)
+        status, _, rest = output.partition("\n")
+        return int(status), rest
+
+    def dmesg_problems(self) -> list[str]:
+        """Lines of the guest's kernel log that look like a failure; empty when it is clean."""
+        _, log = self.run("dmesg")
+        return find_problems(log)
+
+    def dmesg_clean(self) -> bool:
+        """Whether the guest's kernel log shows no failure."""
+        return not self.dmesg_problems()
+
+    def read_file(self, path: str, timeout: float = 60) -> bytes:
+        """A file of the guest's. Compressed on the way: the channel carries some 0.5 MB a second."""
+        return gzip.decompress(self._run(f"gzip -c < {shlex.quote(path)}", timeout)[1])
+
+    def kallsyms(self) -> str:
+        """The guest's own /proc/kallsyms, as root sees it."""
+        return self.read_file("/proc/kallsyms").decode()
+
+    def modules(self) -> dict[str, int]:
+        """The guest's loaded modules: name and address of the core section."""
+        lines = self.check_output("cat /proc/modules").splitlines()
+        return {(fields := line.split())[0]: int(fields[5], 16) for line in lines}
