@@ -12,7 +12,7 @@ from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.image import read_string
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
-from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_struct
+from gdb_kprobe.linux.structs import Struct, for_each_struct, read_struct
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -58,16 +58,14 @@ def read_modules(memory: Memory, btf: Btf, modules: VirtAddr) -> tuple[Module, .
 
     :raises GuestStateError: the list or the structures are not as known here.
     """
-    offset = btf.offset_of("module", "list")
-    found = (_read_module(memory, btf, addr) for addr in for_each_list_entry(memory, modules, offset))
+    found = (_read_module(raw) for raw in for_each_struct(memory, btf, "module", "list", modules))
     return tuple(module for module in found if module.state is not ModuleState.UNFORMED)
 
 
-def _read_module(memory: Memory, btf: Btf, addr: VirtAddr) -> Module:
-    raw = read_struct(memory, btf, "module", addr)
+def _read_module(raw: Struct) -> Module:
     state = raw.uint("state")
     if state >= len(_STATES):
-        raise GuestStateError(f"struct module at {addr:#x} has state {state}", "the guest's module list is damaged")
+        raise GuestStateError(f"struct module at {raw.addr:#x} has state {state}", "the guest's module list is damaged")
     # Linux kernel commit ac3b43283923 "module: replace module_layout with module_memory" (in v6.4)
     ranges, text, init_text = _memory_since_6_4(raw) if raw.has("mem") else _memory_before_6_4(raw)
     return Module(

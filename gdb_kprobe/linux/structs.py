@@ -87,4 +87,25 @@ def for_each_list_entry(memory: Memory, head: VirtAddr, member_offset: int) -> I
             return
         yield VirtAddr(node - member_offset)
         node = read_pointer(memory, node)
-    raise GuestStateError(f"the list at {head:#x} has no end", "the guest's memory is damaged, or not yet initialized")
+    raise _endless(head)
+
+
+def for_each_struct(memory: Memory, btf: Btf, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
+    """Yield copies of the structures on the ``list_head`` at *head*, linked by their *member*; one read for each.
+
+    :raises UnmappedError: the list leads to unmapped memory.
+    :raises GuestStateError: it does not come back to its head, or this kernel has no such type.
+    """
+    offset = btf.offset_of(type_name, member)
+    node = read_pointer(memory, head)
+    for _ in range(_LONGEST_LIST):
+        if node == head:
+            return
+        found = read_struct(memory, btf, type_name, VirtAddr(node - offset))
+        yield found
+        node = found.pointer(f"{member}.next")
+    raise _endless(head)
+
+
+def _endless(head: VirtAddr) -> GuestStateError:
+    return GuestStateError(f"the list at {head:#x} has no end", "the guest's memory is damaged, or not yet initialized")

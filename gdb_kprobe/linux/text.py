@@ -15,7 +15,7 @@ from itertools import accumulate
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module, ModuleState
-from gdb_kprobe.linux.structs import for_each_list_entry, read_struct
+from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.linux.text_tables import TextTables, read_text_tables
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
 from gdb_kprobe.target.protocols import Memory
@@ -199,8 +199,7 @@ def _read_forbidden(
     head = kallsyms.find("kprobe_blacklist")
     if head is None or not btf.has_member("kprobe_blacklist_entry", "start_addr"):
         return
-    for addr in for_each_list_entry(memory, head, btf.offset_of("kprobe_blacklist_entry", "list")):
-        entry = read_struct(memory, btf, "kprobe_blacklist_entry", addr)
+    for entry in for_each_struct(memory, btf, "kprobe_blacklist_entry", "list", head):
         blacklisted = AddressRange(entry.pointer("start_addr"), entry.pointer("end_addr"))
         yield ForbiddenRange(blacklisted, Reason.BLACKLISTED, "the guest's kprobe blacklist")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module
-from gdb_kprobe.linux.structs import for_each_list_entry, read_struct
+from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -134,8 +134,7 @@ def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[int
     head = kallsyms.find("smp_alt_modules")
     if head is None or not btf.has_member("smp_alt_module", "locks"):
         return
-    for addr in for_each_list_entry(memory, head, btf.offset_of("smp_alt_module", "next")):
-        entry = read_struct(memory, btf, "smp_alt_module", addr)
+    for entry in for_each_struct(memory, btf, "smp_alt_module", "next", head):
         start, end = entry.uint("locks"), entry.uint("locks_end")
         data = memory.read(VirtAddr(start), end - start & ~3)
         for index, (distance,) in enumerate(struct.iter_unpack("<i", data)):

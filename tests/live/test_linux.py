@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,10 +93,9 @@ def open_kernel(vm: GuestVm, cpu: int = 0) -> Kernel:
     return Kernel(vm, ram, registers, table, gates, image, core, kallsyms, btf, modules, seconds)
 
 
-@pytest.fixture(scope="module", params=["debian", "newest"])
-def vm(request: pytest.FixtureRequest) -> Iterator[GuestVm]:
-    with GuestVm(GuestSpec(kernel=request.param, vcpus=2)) as guest:
-        yield guest
+@pytest.fixture(params=["debian", "newest"])
+def vm(request: pytest.FixtureRequest, booted_guest: Callable[[GuestSpec], GuestVm]) -> GuestVm:
+    return booted_guest(GuestSpec(kernel=request.param, vcpus=2))
 
 
 @pytest.fixture
@@ -389,7 +388,7 @@ def test_state_shows_a_panic() -> None:
     # panic=-1 would reboot at once: the guest is to stay where it is.
     with GuestVm(GuestSpec(extra_cmdline=("panic=0",))) as vm:
         assert not read_state_of(vm)
-        vm.channel.send("echo c > /proc/sysrq-trigger")
+        vm.spawn("sleep 1; echo c > /proc/sysrq-trigger")
         deadline = time.monotonic() + 30
         while not (panicked := read_state_of(vm)):
             assert time.monotonic() < deadline, "no panic"

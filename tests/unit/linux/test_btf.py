@@ -7,7 +7,7 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.btf import Btf
-from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_struct
+from gdb_kprobe.linux.structs import Struct, for_each_list_entry, for_each_struct, read_struct
 from gdb_kprobe.model import VirtAddr
 
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, CONST = 1, 2, 3, 4, 5, 6, 7, 8, 10
@@ -55,9 +55,11 @@ def blob() -> bytes:
     u32 = w.add(INT, "unsigned int", 4, 32)
     u64 = w.add(INT, "unsigned long", 8, 64)
     pointer = w.add(PTR, "", 0)
+    list_head = w.struct("list_head", 16, ("next", pointer, 0), ("prev", pointer, 64))
+    w.struct("entry", 24, ("value", u64, 0), ("list", list_head, 64))
     w.add(FWD, "module", 0)
     w.add(FUNC_PROTO, "", u32, 0, u64, vlen=1)
-    w.add(FUNC, "vfs_read", 5)
+    w.add(FUNC, "vfs_read", 7)
     w.add(VAR, "jiffies", u64, 1)
     w.add(DATASEC, ".data", 8, 7, 0, 8, vlen=1)
     w.add(DECL_TAG, "tag", 7, 0xFFFF_FFFF)
@@ -191,4 +193,20 @@ def test_list_that_never_comes_back_is_an_error(memory: Any) -> None:
     memory.add(0x100, (0x200).to_bytes(8, "little"))
     with pytest.raises(GuestStateError, match="list at 0x100 has no end"):
         for _ in for_each_list_entry(memory, VirtAddr(0x100), 0):
+            pass
+
+
+def test_structures_on_a_list_are_copied(btf: Btf, memory: Any) -> None:
+    for addr, value, following in ((0x200, 7, 0x308), (0x300, 8, 0x100)):
+        memory.add(addr, value.to_bytes(8, "little") + following.to_bytes(8, "little") + bytes(8))
+    memory.add(0x100, (0x208).to_bytes(8, "little"))
+    found = list(for_each_struct(memory, btf, "entry", "list", VirtAddr(0x100)))
+    assert [(entry.addr, entry.uint("value")) for entry in found] == [(0x200, 7), (0x300, 8)]
+
+
+def test_structures_on_a_list_that_never_comes_back_are_an_error(btf: Btf, memory: Any) -> None:
+    memory.add(0x200, bytes(8) + (0x208).to_bytes(8, "little") + bytes(8))
+    memory.add(0x100, (0x208).to_bytes(8, "little"))
+    with pytest.raises(GuestStateError, match="list at 0x100 has no end"):
+        for _ in for_each_struct(memory, btf, "entry", "list", VirtAddr(0x100)):
             pass
