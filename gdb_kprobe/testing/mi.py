@@ -57,7 +57,8 @@ class GdbMi:
                     os.environ[name] = value
         self._token = 0
         self._stops: deque[dict[str, Any]] = deque()
-        self._running = False
+        self._results: dict[int, dict[str, Any]] = {}
+        self._output: list[str] = []
         self.transcript: list[str] = []
         """All that was sent and received, for the report of a failed test."""
         self.command("-gdb-set mi-async on")
@@ -98,15 +99,10 @@ class GdbMi:
         _, output = self._exchange(f'-interpreter-exec console "{quoted}"', timeout)
         return output
 
-    def start_console(self, command: str) -> int:
-        """Send a CLI command that will not answer before the guest stops; :meth:`finish` waits for it."""
-        quoted = command.replace("\\", "\\\\").replace('"', '\\"')
-        return self._send(f'-interpreter-exec console "{quoted}"')
-
-    def finish(self, token: int, timeout: float = 30) -> str:
-        """Wait for the command that :meth:`start_console` sent; returns what was printed meanwhile."""
-        _, output = self._wait(token, timeout)
-        return output
+    @property
+    def output(self) -> str:
+        """What gdb has printed since the last command was sent, as far as it was read."""
+        return "".join(self._output)
 
     def evaluate(self, expression: str) -> int:
         """The value of a C expression as an integer."""
@@ -120,7 +116,6 @@ class GdbMi:
 
     def cont(self) -> None:
         """Let the guest run."""
-        self._stops.clear()
         self.command("-exec-continue")
 
     def interrupt(self, timeout: float = 30) -> dict[str, Any]:
@@ -172,8 +167,7 @@ class GdbMi:
     def _send(self, command: str) -> int:
         self._token += 1
         self.transcript.append(f"-> {self._token}{command}")
-        self._results: dict[int, dict[str, Any]] = getattr(self, "_results", {})
-        self._output: list[str] = []
+        self._output.clear()
         try:
             self._controller.write(f"{self._token}{command}", read_response=False)
         except OSError as error:
@@ -198,6 +192,8 @@ class GdbMi:
                 self._results[record["token"]] = record
             elif record["type"] == "notify" and record["message"] == "stopped":
                 self._stops.append(record["payload"] or {})
+            elif record["type"] == "notify" and record["message"] == "running":
+                self._stops.clear()
             elif record["type"] in ("console", "target", "output"):
                 self._output.append(str(record["payload"]))
         if records:

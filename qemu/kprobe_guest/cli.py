@@ -1,4 +1,4 @@
-"""The ``gdb-kprobe`` launcher: set up, boot a guest, and what others register in :data:`SUBCOMMANDS`."""
+"""The verbs of the ``gdb-kprobe`` launcher that set up and boot guests."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Subcommand:
     run: Callable[[argparse.Namespace], int]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``gdb-kprobe`` script."""
+def main(argv: list[str] | None = None, subcommands: tuple[Subcommand, ...] = ()) -> int:
+    """Run one verb of *subcommands* (of :data:`SUBCOMMANDS` alone, if none are given)."""
     parser = argparse.ArgumentParser(prog="gdb-kprobe", description="kprobes on a live QEMU guest, from outside")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for command in SUBCOMMANDS:
+    for command in subcommands or SUBCOMMANDS:
         sub = verbs.add_parser(command.name, help=command.summary, description=command.summary)
         command.arguments(sub)
         sub.set_defaults(run=command.run)
@@ -176,7 +176,7 @@ SUBCOMMANDS = (
     Subcommand("build", "make everything that guests boot", _build_arguments, _build),
     Subcommand("boot", "boot a guest and show its console", _boot_arguments, _boot),
 )
-"""The verbs. ``attach`` and ``demo`` are to be added here."""
+"""The harness's own verbs; the launcher adds those that need gdb."""
 
 
 if __name__ == "__main__":

@@ -37,18 +37,19 @@ class Trace(Command):
         wanted = api.named(" ".join(args.names), "kprobe trace") if args.names else api.probes()
         if not any(probe.enabled for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
-        printer = _Printer(wanted, args.count)
-        end = api.on_hit(printer)
+        trace = _Trace(wanted, args.count)
+        write("Tracing; Ctrl-C ends it.")
+        gdb.flush()
         try:
-            write("Tracing; Ctrl-C ends it.")
-            gdb.flush()
             gdb.execute("continue")
         except KeyboardInterrupt:
             pass
-        finally:
-            end()
-            plugin.the_plugin().stop_requested = False
-        write(f"{printer.shown} hit(s) in {time.monotonic() - printer.started:.2f} s.")
+        except gdb.error:
+            trace.end()
+            raise
+        # Under an asynchronous MI front end the guest still runs here; then the stop ends the trace.
+        if not any(thread.is_running() for thread in gdb.selected_inferior().threads()):
+            trace.end()
         if plugin.the_plugin().link is not link:
             raise KprobeError("the connection to the guest was lost while tracing", "'kprobe attach' again")
 
@@ -56,24 +57,38 @@ class Trace(Command):
         return complete.probes(word)
 
 
-class _Printer:
-    """A listener that prints, and asks for the prompt after *count* hits."""
+class _Trace:
+    """Prints hits, and asks for the prompt after *count* of them; ends at the next stop for the user."""
 
     def __init__(self, wanted: tuple[Probe, ...], count: int | None) -> None:
         self._wanted = wanted
         self._count = count
-        self.shown = 0
-        self.started = time.monotonic()
+        self._shown = 0
+        self._started = time.monotonic()
+        self._unsubscribe = api.on_hit(self._print)
+        self._over = False
+        gdb.events.stop.connect(self._on_stop)
 
-    def __call__(self, hit: Hit) -> None:
-        if hit.probe not in self._wanted:
+    def end(self) -> None:
+        """Stop printing, and say how many there were. Nothing happens the second time."""
+        if self._over:
             return
-        if self._count is not None and self.shown >= self._count:
+        self._over = True
+        self._unsubscribe()
+        gdb.events.stop.disconnect(self._on_stop)
+        plugin.the_plugin().stop_requested = False
+        write(f"{self._shown} hit(s) in {time.monotonic() - self._started:.2f} s.")
+
+    def _on_stop(self, event: gdb.StopEvent) -> None:
+        self.end()
+
+    def _print(self, hit: Hit) -> None:
+        if hit.probe not in self._wanted or (self._count is not None and self._shown >= self._count):
             return
-        self.shown += 1
-        gdb.write(hit_line(hit_view(hit, time.monotonic() - self.started)) + "\n")
+        self._shown += 1
+        gdb.write(hit_line(hit_view(hit, time.monotonic() - self._started)) + "\n")
         gdb.flush()
-        if self.shown == self._count:
+        if self._shown == self._count:
             plugin.the_plugin().stop_requested = True
 
 

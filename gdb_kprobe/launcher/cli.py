@@ -1,0 +1,47 @@
+"""``gdb-kprobe boot|attach|demo|...``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from gdb_kprobe.config.load import find_profile, load_profile, profile_names
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.launcher import demo
+from gdb_kprobe.launcher.paths import CONFIGS, LOADER
+from kprobe_guest import cli as guest_cli
+
+
+def main() -> int:
+    """Entry point of the script."""
+    try:
+        return guest_cli.main(subcommands=(*guest_cli.SUBCOMMANDS, *SUBCOMMANDS))
+    except KprobeError as error:
+        print(f"gdb-kprobe: {error}", file=sys.stderr)
+        return 1
+
+
+def _attach_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", help=f"a file, or one of: {', '.join(profile_names((CONFIGS,)))}")
+    parser.add_argument("--wait", action="store_true", help="let a booting guest run until its kernel is up")
+    parser.add_argument("gdb_arguments", nargs="*", help="more arguments for gdb, after --")
+
+
+def _attach(arguments: argparse.Namespace) -> int:
+    """Become a gdb with the plugin, attached; the profile is checked before."""
+    path = find_profile(arguments.profile, (CONFIGS,))
+    load_profile(path)
+    wait = "--wait " if arguments.wait else ""
+    command = ["gdb", "-q", "-ex", f"source {LOADER}", "-ex", f"kprobe attach {wait}{path}", *arguments.gdb_arguments]
+    os.execvp("gdb", command)
+
+
+SUBCOMMANDS = (
+    guest_cli.Subcommand("attach", "start gdb with the plugin, attached to a guest", _attach_arguments, _attach),
+    guest_cli.Subcommand("demo", "put kprobes on a live Debian guest and count them", demo.arguments, demo.run),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
