@@ -65,9 +65,11 @@ def _assemble(source: str) -> tuple[bytes, dict[str, int]]:
     # pwntools takes over the terminal when it is imported, unless told not to.
     os.environ.setdefault("PWNLIB_NOTERM", "1")
     from pwnlib.asm import make_elf_from_assembly
+    from pwnlib.context import context
     from pwnlib.elf import ELF
     from pwnlib.exception import PwnlibException
 
+    context.cache_dir = None  # it would make a directory of its own in the user's cache
     try:
         path = make_elf_from_assembly(
             source, vma=BASE + LOAD_ADDRESS, extract=False, arch="amd64", log_level="critical"

@@ -87,7 +87,8 @@ def _kernels() -> Path:
 def _resolve(kind: LinuxKind) -> str:
     """Name of the real, signed image package."""
     if kind == "debian":
-        depends = run_tool(["apt-cache", "depends", META_PACKAGE], package="apt")
+        shown = run_tool(["apt-cache", "showpkg", META_PACKAGE], package="apt")
+        depends = run_tool(["apt-cache", "depends", META_PACKAGE], package="apt") if shown.strip() else ""
         names = [name for line in depends.splitlines() if (name := line.partition("Depends: ")[2])]
     else:
         names = run_tool(["apt-cache", "pkgnames", "linux-image-"], package="apt").split()
