@@ -69,9 +69,14 @@ class RspSocket:
         self._sock.close()
 
     def detach(self) -> None:
-        """Remove the stub's breakpoints and let the machine run."""
-        self.send(b"D")
+        """Remove the stub's breakpoints and let the machine run.
+
+        :raises TargetError: the stub refused; the machine stays stopped.
+        """
+        reply = self.send(b"D;1")  # with multiprocess a bare "D" is an error (E22), and the machine stays stopped
         self.close()
+        if reply != b"OK":
+            raise TargetError(f"the gdbstub at {self.address} would not detach: it answered {reply!r}")
 
     def send(self, packet: bytes) -> bytes:
         self._put(packet)
