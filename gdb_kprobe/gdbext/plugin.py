@@ -182,8 +182,6 @@ class Plugin:
 
     def on_exit(self) -> None:
         """gdb ends. It may be in the middle of anything, also of a run, and take no request any more."""
-        with contextlib.suppress(KeyboardInterrupt):
-            pass  # a SIGTERM reaches Python as a KeyboardInterrupt: here
         link = self.link
         if link is None:
             return

@@ -7,7 +7,7 @@ Python's stop event. So it is in ``hook-stop`` that the machine is settled: what
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import gdb
 
@@ -34,7 +34,25 @@ def install(
     gdb.events.stop.connect(lambda event: on_stop())
     gdb.events.cont.connect(lambda event: on_resumed())
     gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
-    gdb.events.gdb_exiting.connect(lambda event: on_exit())
+    gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
+
+
+def _uninterruptible(function: Callable[[], None]) -> Callable[[object], object]:
+    """Return a callback that calls *function* even when a KeyboardInterrupt is pending.
+
+    gdb hands a SIGTERM to Python as one, and it is raised at the first bytecode of whatever Python code comes next,
+    before any ``try`` of a function can be entered. A generator is resumed inside of its ``try``.
+    """
+
+    def run() -> Generator[None, object, None]:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                yield
+            function()
+
+    generator = run()
+    next(generator)
+    return generator.send
 
 
 def _define_hook(command: str, line: str) -> None:

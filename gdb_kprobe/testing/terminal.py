@@ -1,0 +1,134 @@
+"""A gdb with the plugin at a real terminal, typed to as a person does: the prompt, a foreground ``continue``, Ctrl-C.
+
+What GDB/MI cannot show: there gdb never has the terminal, and Ctrl-C is a signal that somebody sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from gdb_kprobe.testing.mi import LOADER, GdbDiedError, GdbTimeoutError
+
+PROMPT = "(gdb) "
+_CTRL_C = b"\x03"
+_POLL = 0.05
+
+
+class GdbTerminal:
+    """A gdb at a pseudo-terminal of its own; a context manager, which ends gdb by ``quit``.
+
+    *environment* is added to the process's own (profiles may refer to it).
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None, *, load: bool = True) -> None:
+        self._master, slave = pty.openpty()
+        # Wide enough that neither readline nor gdb breaks a line.
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("<HHHH", 50, 2000, 0, 0))
+        settings = ("pagination off", "confirm off", "width 0", "history size 0")
+        try:
+            self._process = subprocess.Popen(
+                ["setsid", "--ctty", "gdb", "-nx", "-q", *(word for setting in settings for word in ("-iex", f"set {setting}"))],
+                # setsid makes the terminal gdb's own: Ctrl-C goes to gdb and to nobody else.
+                stdin=slave, stdout=slave, stderr=slave,
+                env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **(environment or {})},
+            )  # fmt: skip
+        finally:
+            os.close(slave)
+        self._unread = ""
+        self.transcript = ""
+        """All that appeared on the terminal, what was typed included."""
+        self.wait_prompt()
+        if load:
+            self.command(f"source {LOADER}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def type(self, line: str) -> None:
+        """Type *line* and the return key."""
+        os.write(self._master, line.encode() + b"\n")
+
+    def press_ctrl_c(self) -> None:
+        """Press Ctrl-C: the terminal makes a SIGINT of it, as for a person."""
+        os.write(self._master, _CTRL_C)
+
+    def command(self, line: str, timeout: float = 30) -> str:
+        """Type a command, wait for the prompt, and return what was printed in between."""
+        self.type(line)
+        self.wait_text(line, timeout)
+        return self.wait_prompt(timeout).strip()
+
+    def wait_prompt(self, timeout: float = 30) -> str:
+        """Wait until the prompt is the last thing on the terminal; returns what was printed before it."""
+        deadline = time.monotonic() + timeout
+        while not re.search(rf"(^|\n){re.escape(PROMPT)}$", self._unread):
+            self._read(deadline, "the prompt")
+        printed, self._unread = self._unread.removesuffix(PROMPT), ""
+        return printed
+
+    def wait_text(self, text: str, timeout: float = 30) -> str:
+        """Wait for *text* to appear; returns what was printed before it."""
+        deadline = time.monotonic() + timeout
+        while text not in self._unread:
+            self._read(deadline, repr(text))
+        before, _, self._unread = self._unread.partition(text)
+        return before
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to gdb."""
+        os.kill(self.pid, number)
+
+    def wait_exit(self, timeout: float = 30) -> int:
+        """Wait for the end of gdb; returns its exit status (negative: the signal that ended it)."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(GdbDiedError):
+            while True:
+                self._read(deadline, "gdb to end")
+        return self._process.wait(timeout)
+
+    def close(self) -> None:
+        """End gdb, by force if it does not want to."""
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError, GdbTimeoutError):
+                self.type("quit")
+                self.wait_exit(10)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
+
+    def _read(self, deadline: float, what: str) -> None:
+        data = b""
+        if select.select([self._master], [], [], _POLL)[0]:
+            with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+                data = os.read(self._master, 1 << 16)
+        if data:
+            text = data.decode(errors="replace").replace("\r", "")
+            self.transcript += text
+            self._unread += text
+        elif self._process.poll() is not None:
+            raise GdbDiedError(f"gdb ended with status {self._process.returncode} while waiting for {what}")
+        elif time.monotonic() > deadline:
+            raise GdbTimeoutError(f"waited in vain for {what}; the terminal shows\n{self.transcript[-4000:]}")
