@@ -38,9 +38,10 @@ class GdbTerminal:
         # Wide enough that neither readline nor gdb breaks a line.
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("<HHHH", 50, 2000, 0, 0))
         settings = ("pagination off", "confirm off", "width 0", "history size 0")
+        options = [word for setting in settings for word in ("-iex", f"set {setting}")]
         try:
             self._process = subprocess.Popen(
-                ["setsid", "--ctty", "gdb", "-nx", "-q", *(word for setting in settings for word in ("-iex", f"set {setting}"))],
+                ["setsid", "--ctty", "gdb", "-nx", "-q", *options],
                 # setsid makes the terminal gdb's own: Ctrl-C goes to gdb and to nobody else.
                 stdin=slave, stdout=slave, stderr=slave,
                 env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **(environment or {})},
@@ -106,9 +107,14 @@ class GdbTerminal:
                 self._read(deadline, "gdb to end")
         return self._process.wait(timeout)
 
+    def hang_up(self) -> None:
+        """Close the terminal, as when its window is closed."""
+        os.close(self._master)
+        self._master = -1
+
     def close(self) -> None:
         """End gdb, by force if it does not want to."""
-        if self._process.poll() is None:
+        if self._process.poll() is None and self._master >= 0:
             with contextlib.suppress(OSError, GdbTimeoutError):
                 self.type("quit")
                 self.wait_exit(10)
@@ -121,7 +127,9 @@ class GdbTerminal:
 
     def _read(self, deadline: float, what: str) -> None:
         data = b""
-        if select.select([self._master], [], [], _POLL)[0]:
+        if self._master < 0:
+            time.sleep(_POLL)
+        elif select.select([self._master], [], [], _POLL)[0]:
             with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
                 data = os.read(self._master, 1 << 16)
         if data:

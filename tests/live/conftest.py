@@ -90,13 +90,20 @@ class Probed:
 
 
 @pytest.fixture
-def probed(booted_guest: Callable[[GuestSpec], GuestVm]) -> Iterator[Callable[[GuestSpec], Probed]]:
+def make_probed() -> Callable[[GuestVm], Probed]:
+    """A function from a guest to a :class:`Probed`, for tests after which nothing can be checked any more."""
+    return lambda guest: Probed(guest, TextSnapshot(GuestMonitor(guest), GuestRam(guest)))
+
+
+@pytest.fixture
+def probed(
+    booted_guest: Callable[[GuestSpec], GuestVm], make_probed: Callable[[GuestVm], Probed]
+) -> Iterator[Callable[[GuestSpec], Probed]]:
     """A function from a :class:`GuestSpec` to a :class:`Probed`, which is checked at the end of the test."""
     used: list[Probed] = []
 
     def boot(spec: GuestSpec) -> Probed:
-        guest = booted_guest(spec)
-        used.append(Probed(guest, TextSnapshot(GuestMonitor(guest), GuestRam(guest))))
+        used.append(make_probed(booted_guest(spec)))
         return used[-1]
 
     yield boot
