@@ -74,7 +74,8 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
 def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
     """Plan *insn*'s probe at the best rung that the rules allow; the slot is taken from *slots*.
 
-    :raises RefusedError: no rung is possible; the refusal is that of the lowest rung, or of the instruction.
+    :raises RefusedError: no rung is possible; the refusal is that of the instruction, or of the best rung that the
+        policy allows.
     """
     family = can_handle(insn)
     if isinstance(family, Refusal):
@@ -92,7 +93,9 @@ def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
                 return Plan(insn, family, rung, slot, code, patch, tuple(declined))
             refusal = prepared
         declined.append((rung, refusal))
-    raise RefusedError(f"cannot probe {insn.addr:#x}", declined[-1][1])
+    ruled_out = (Reason.NOT_IMPLEMENTED, Reason.POLICY)
+    told = next((refusal for _, refusal in declined if refusal.reason not in ruled_out), declined[-1][1])
+    raise RefusedError(f"cannot probe {insn.addr:#x}", told)
 
 
 def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:

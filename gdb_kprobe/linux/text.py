@@ -86,9 +86,15 @@ class TextFacts:
         """Say whether *addr* is in the core kernel's text or in that of a live module (init text is neither)."""
         return any(addr in window for window in self.text) and not any(addr in window for window in self.init)
 
+    def fixup_of(self, addr: int) -> VirtAddr | None:
+        """Return where the kernel goes on after a fault of the instruction at *addr*; None where that is an oops."""
+        at = bisect_left(self.tables.ex_table, addr)
+        found = at < len(self.tables.ex_table) and self.tables.ex_table[at] == addr
+        return VirtAddr(self.tables.ex_fixups[at]) if found else None
+
     def in_extable(self, addr: int) -> bool:
         """Say whether the instruction at *addr* is one whose fault the kernel fixes up."""
-        return _contains(self.tables.ex_table, addr)
+        return self.fixup_of(addr) is not None
 
     def reason_at(self, addr: VirtAddr, length: int) -> Refusal | None:
         """Return why the *length* bytes of the instruction at *addr* must not be touched, or None.
@@ -202,11 +208,6 @@ def _read_forbidden(
     for entry in for_each_struct(memory, btf, "kprobe_blacklist_entry", "list", head):
         blacklisted = AddressRange(entry.pointer("start_addr"), entry.pointer("end_addr"))
         yield ForbiddenRange(blacklisted, Reason.BLACKLISTED, "the guest's kprobe blacklist")
-
-
-def _contains(sites: array[int], addr: int) -> bool:
-    at = bisect_left(sites, addr)
-    return at < len(sites) and sites[at] == addr
 
 
 def _around(sites: array[int], window: AddressRange, size: int) -> Iterator[int]:

@@ -52,7 +52,7 @@ _BUG_TABLE = _Table(
 
 @dataclass(frozen=True, slots=True)
 class TextTables:
-    """Sorted addresses of places in text (for the two pairs, the second is in its own order).
+    """Sorted addresses of places in text (of the two pairs, the second is in the order of the first).
 
     ======================  ==================================================================================
     *ex_table*              instructions that may fault; *ex_fixups* are where they then go on
@@ -79,12 +79,13 @@ def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tupl
     """
 
     def read(table: _Table) -> list[array[int]]:
-        columns = [array("Q") for _ in table.members]
+        rows: list[tuple[int, ...]] = []
         for section, inside in _sections(kallsyms, btf, modules, table):
-            for column, member in zip(columns, table.members, strict=True):
-                found = _relative_column(memory, btf, section, table.type_name, member)
-                column.extend([addr for addr in found if any(addr in window for window in inside)])
-        return [array("Q", sorted(column)) for column in columns]
+            columns = [_relative_column(memory, btf, section, table.type_name, member) for member in table.members]
+            found = zip(*columns, strict=True)
+            rows += [row for row in found if any(row[0] in window for window in inside)]
+        rows.sort()
+        return [array("Q", [row[index] for row in rows]) for index in range(len(table.members))]
 
     ex_table, ex_fixups = read(_EX_TABLE)
     jump_labels, jump_targets = read(_JUMP_TABLE)

@@ -87,8 +87,8 @@ class BareGuest:
             return Refusal(Reason.BP_PATH, place.addr, "an int3 there would trap for ever")
         return None
 
-    def in_extable(self, addr: VirtAddr) -> bool:
-        return False
+    def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
+        return None
 
     def match(self, prefix: str) -> Iterable[str]:
         return sorted(name for name in self._names if name.startswith(prefix))

@@ -83,7 +83,7 @@ class StubDispatcher:
         self._sites = sites
         self._on_hit = on_hit
         self._interruptible = interruptible
-        self._resumed: dict[tuple[VirtAddr, int], None] = {}
+        self._faulted: dict[tuple[VirtAddr, int], Site] = {}
         self._skip: dict[CpuId, tuple[VirtAddr, int]] = {}
         self.failed: list[Probe] = []
         """Probes whose handler raised; the session takes them away."""
@@ -150,9 +150,12 @@ class StubDispatcher:
         values.update(rip=trap.rip, rsp=trap.rsp, eflags=trap.eflags, cs=trap.cs)
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
-        resumed = self._skip.get(cpu) == key or key in self._resumed
+        resumed = self._skip.get(cpu) == key or key in self._faulted
         self._skip.pop(cpu, None)
-        self._resumed.pop(key, None)
+        self._faulted.pop(key, None)
+        for watcher in site.watchers:
+            # The fault was fixed up: the instruction is not executed again.
+            self._faulted.pop((watcher, trap.rsp), None)
 
         stop = False
         if not resumed:
@@ -216,13 +219,14 @@ class StubDispatcher:
         if after is None:
             # Nothing was executed: the guest executes the probed instruction as if it had not been hit.
             self._machine.write_registers(cpu, {"rip": site.addr})
-            self._resumed[(site.addr, before["rsp"])] = None
+            self._faulted[(site.addr, before["rsp"])] = site
             return False
         if step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
-            # When it returns, the instruction runs into the int3 again: that is the same hit, not another one.
+            # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,
+            # or goes on at the fixup, where a site of its own tells us.
             self._write_memory(cpu, step.fix_up_fault(insn, slot, after, read_stack).memory)
-            self._resumed[(site.addr, before["rsp"])] = None
+            self._faulted[(site.addr, before["rsp"])] = site
             return False
         fix = step.fix_up(insn, slot, before, after, read_stack)
         self._write_memory(cpu, fix.memory)

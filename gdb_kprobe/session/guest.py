@@ -77,8 +77,8 @@ class Guest(Protocol):
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
         """Why the guest's own rules forbid to touch *length* bytes there, or ``None``."""
 
-    def in_extable(self, addr: VirtAddr) -> bool:
-        """Whether a fault of the instruction at *addr* is fixed up by the guest's exception table."""
+    def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
+        """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""
 
     def match(self, prefix: str) -> Iterable[str]:
         """Names of functions that begin with *prefix*, for completion."""

@@ -113,8 +113,8 @@ class LinuxGuest:
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
         return self._facts.reason_at(place.addr, length)
 
-    def in_extable(self, addr: VirtAddr) -> bool:
-        return self._facts.in_extable(addr)
+    def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
+        return self._facts.fixup_of(addr)
 
     def match(self, prefix: str) -> Iterable[str]:
         return self.kallsyms.complete(prefix)

@@ -55,6 +55,10 @@ class Site:
     plan: Plan
     probes: list[Probe] = field(default_factory=list)
     armed: bool = False
+    fixup: VirtAddr | None = None
+    """Where the guest goes on when a fault of the instruction is fixed up: a site of its own while this is armed."""
+    watchers: set[VirtAddr] = field(default_factory=set)
+    """Sites whose :attr:`fixup` this one is."""
 
     @property
     def addr(self) -> VirtAddr:
@@ -62,7 +66,11 @@ class Site:
 
     @property
     def wanted(self) -> bool:
-        return any(probe.enabled for probe in self.probes)
+        return bool(self.watchers) or any(probe.enabled for probe in self.probes)
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.probes or self.watchers)
 
     @property
     def needs_post(self) -> bool:

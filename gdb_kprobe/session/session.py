@@ -99,9 +99,7 @@ class Session:
         site.probes.remove(probe)
         self.probes.remove(probe)
         self._match_text(site)
-        if not site.probes:
-            del self._sites[site.addr]
-            self.region.slots.free(site.plan.slot)
+        self._drop_unused(site)
 
     def site_of(self, probe: Probe) -> Site | None:
         """The site of *probe*; ``None`` while it is pending."""
@@ -166,8 +164,8 @@ class Session:
         if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
             self._replan(site, place)
         if site is None:
-            site = Site(self._make_plan(place, probe.post is not None, strategy))
-            self._sites[place.addr] = site
+            plan = self._make_plan(place, probe.post is not None, strategy)
+            site = self._sites[place.addr] = Site(plan, fixup=self.guest.fixup_of(place.addr))
         site.probes.append(probe)
         probe.place = place
         try:
@@ -175,10 +173,40 @@ class Session:
         except BaseException:
             site.probes.remove(probe)
             probe.place = None
-            if not site.probes:
-                del self._sites[site.addr]
-                self.region.slots.discard(site.plan.slot)
+            self._drop_unused(site)
             raise
+
+    def _drop_unused(self, site: Site) -> None:
+        if not site.in_use:
+            del self._sites[site.addr]
+            self.region.slots.free(site.plan.slot)
+
+    def _watch_fixup(self, site: Site) -> None:
+        """Arm a site where a fault of *site*'s instruction is fixed up: a hit there ends the one that faulted.
+
+        :raises RefusedError: that place cannot be probed.
+        """
+        if site.fixup is None:
+            return
+        place = self.guest.place_of(site.fixup)
+        watch = self._sites.get(site.fixup)
+        if watch is None:
+            try:
+                plan = self._make_plan(place, False, None)
+            except RefusedError as error:
+                detail = f"its fixup at {place} cannot be watched: {error.refusal}"
+                refusal = Refusal(Reason.EX_TABLE, site.addr, detail, error.refusal.hint)
+                raise RefusedError(f"cannot probe {self.guest.place_of(site.addr)}", refusal) from error
+            watch = self._sites[site.fixup] = Site(plan, fixup=self.guest.fixup_of(site.fixup))
+        watch.watchers.add(site.addr)
+        self._match_text(watch)
+
+    def _unwatch_fixup(self, site: Site) -> None:
+        watch = self._sites.get(site.fixup) if site.fixup is not None else None
+        if watch is not None:
+            watch.watchers.discard(site.addr)
+            self._match_text(watch)
+            self._drop_unused(watch)
 
     def _replan(self, site: Site, place: Place) -> None:
         """A post-handler came to a boosted site: it needs the single step."""
@@ -205,6 +233,7 @@ class Session:
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
         self.region.check()
+        self._watch_fixup(site)
         plan = site.plan
         self.region.store.add(Record(plan.patch, plan.slot, plan.rung), self.region.slots.high_water)
         try:
@@ -214,6 +243,7 @@ class Session:
             apply(self.guest.memory, [plan.patch])
         except BaseException:
             self.region.store.remove(site.addr)
+            self._unwatch_fixup(site)
             raise
         self._text.add(plan.patch)
         site.armed = True
@@ -229,11 +259,12 @@ class Session:
         self._text.remove(patch)
         site.armed = False
         self.region.store.remove(site.addr)
+        self._unwatch_fixup(site)
 
     def _make_plan(self, place: Place, needs_post: bool, strategy: Rung | None) -> Plan:
         insn = self._probeable_insn(place)
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
-        facts = Facts(self.guest.in_extable(insn.addr), needs_post, rungs)
+        facts = Facts(self.guest.fixup_of(insn.addr) is not None, needs_post, rungs)
         try:
             return make_plan(insn, facts, self.region.slots)
         except RefusedError as error:

@@ -35,8 +35,8 @@ class TextSnapshot:
     """All live text of a Linux guest, core kernel and modules, at one moment."""
 
     def __init__(self, monitor: Monitor, memory: PhysicalMemory) -> None:
-        self._guest: LinuxGuest = open_linux(monitor, memory)
-        self._ranges = tuple(self._guest.text_ranges())
+        self.guest: LinuxGuest = open_linux(monitor, memory)
+        self._ranges = tuple(self.guest.text_ranges())
         self._texts = {window: self._read(window) for window in self._ranges}
 
     @property
@@ -46,7 +46,7 @@ class TextSnapshot:
 
     def differences(self) -> tuple[Difference, ...]:
         """Compare with the text as it is now."""
-        self._guest.memory.invalidate()
+        self.guest.memory.invalidate()
         return tuple(
             self._difference(VirtAddr(window.start + index), old[index], new[index])
             for window, old in self._texts.items()
@@ -61,15 +61,15 @@ class TextSnapshot:
         return [str(found) for found in self.differences() if not found.own or found.addr in ours]
 
     def _read(self, window: AddressRange) -> bytes:
-        return self._guest.memory.read(window.start, window.size)
+        return self.guest.memory.read(window.start, window.size)
 
     def _difference(self, addr: VirtAddr, before: int, after: int) -> Difference:
-        place = self._guest.place_of(addr)
-        refusal = self._guest.refusal_at(place, 1)
+        place = self.guest.place_of(addr)
+        refusal = self.guest.refusal_at(place, 1)
         own = str(refusal.reason) if refusal is not None and refusal.reason in _GUESTS_OWN else ""
         if not own and place.offset < 16:
             # ftrace's sites have no table that survives boot in the image; they are the entry's nop or call.
             start = VirtAddr(addr - min(place.offset, 4))
-            now = self._guest.memory.read(start, 5)
+            now = self.guest.memory.read(start, 5)
             own = "ftrace site" if any(now.startswith(nop) for nop in _FENTRY_NOPS) and after != 0xCC else ""
         return Difference(addr, before, after, str(place), own)

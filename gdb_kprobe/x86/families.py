@@ -189,6 +189,8 @@ def _letter(insn: Insn) -> str:
         letter = _GROUPS[opcode_map, opcode][modrm >= 0xC0][modrm >> 3 & 7]
     if (opcode_map, opcode) == (0, 0x90) and encoding.rex & 1:
         letter = "p"  # xchg r8, rax
+    if (opcode_map, opcode) == (1, 0x01) and modrm in (0xCA, 0xCB):
+        letter = "p"  # clac, stac: the kernel's fixups begin with clac
 
     repeats = {b for b in encoding.prefixes if b in (0xF2, 0xF3)}
     if repeats and (letter in _FAMILIES or letter == "."):
