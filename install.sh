@@ -159,7 +159,7 @@ case "${1:-}" in
     bench)
         set_up
         cd "$here"
-        exec "$venv/bin/python" -m pytest tests/bench -s
+        exec "$venv/bin/gdb-kprobe" bench
         ;;
     --uninstall)
         uninstall

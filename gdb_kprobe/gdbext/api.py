@@ -25,7 +25,7 @@ from typing import TypeVar
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.definition import ProbeSpec, parse_definition
 from gdb_kprobe.session.attach import Attached
 from gdb_kprobe.session.context import Handler, HitContext
 from gdb_kprobe.session.guest import Place
@@ -66,12 +66,12 @@ def detach() -> Detached:
 
 
 def add(definition: str, pre: Handler | None = None, post: Handler | None = None, *, enabled: bool = True) -> Probe:
-    """Add the probe of *definition* (``p:NAME SYMBOL ...``); before an attach it is only noted.
+    """Add the probe of *definition* (``p:NAME SYMBOL ...``, or just ``SYMBOL``); before an attach it is only noted.
 
     *pre* is called before the probed instruction, *post* after it (which needs the single-step rung).
     """
     the_plugin = plugin.the_plugin()
-    new = Probe(parse_definition(definition), pre, post, enabled)
+    new = Probe(_parse(definition), pre, post, enabled)
     if the_plugin.link is None:
         if any(other.name == new.name for other in the_plugin.pending):
             raise KprobeError(f"there is a probe named {new.name} already", f"'kprobe delete {new.name}' first")
@@ -94,7 +94,7 @@ def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:
 def plan(definition: str) -> tuple[Probe, Place, Plan]:
     """Plan a probe and change nothing; the probe returned is not added."""
     link = plugin.the_plugin().need_link()
-    new = Probe(parse_definition(definition))
+    new = Probe(_parse(definition))
     with link.stopped():
         place, made = link.session.plan(new.spec, settings.settings().strategy)
     return new, place, made
@@ -151,3 +151,9 @@ def on_hit(listener: Callable[[Hit], None]) -> Callable[[], None]:
     session = plugin.the_plugin().need_link().session
     session.listeners.append(listener)
     return lambda: session.listeners.remove(listener)
+
+
+def _parse(definition: str) -> ProbeSpec:
+    """A definition with or without its type in front: ``p:NAME SYMBOL``, ``p SYMBOL`` or just ``SYMBOL``."""
+    kind = definition.split(maxsplit=1)[0].partition(":")[0] if definition.strip() else ""
+    return parse_definition(definition if kind in ("p", "r", "-") or not kind else f"p {definition}")

@@ -30,8 +30,7 @@ class Add(Command):
             raise KprobeError("kprobe add: where? nothing was given", "'help kprobe add' has an example")
         if argument.split()[0].startswith("--"):
             raise KprobeError(f"kprobe add: unknown option {argument.split()[0]}", "only --disabled is known")
-        is_definition = argument.split()[0].split(":")[0] in ("p", "r") or argument.startswith("-:")
-        add_definition(argument if is_definition else f"p {argument}", enabled=enabled)
+        add_definition(argument, enabled=enabled)
 
     def complete(self, text: str, word: str) -> list[str]:
         return complete.symbols(word)

@@ -23,8 +23,7 @@ class Plan(Command):
     def run(self, argument: str) -> None:
         if not argument:
             raise KprobeError("kprobe plan: where? nothing was given", "for example: kprobe plan vfs_read+5")
-        is_definition = argument.split()[0].split(":")[0] in ("p", "r")
-        write(render_plan(plan_view(*api.plan(argument if is_definition else f"p {argument}"))))
+        write(render_plan(plan_view(*api.plan(argument))))
 
     def complete(self, text: str, word: str) -> list[str]:
         return complete.symbols(word)
