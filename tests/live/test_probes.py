@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
 
 GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
+IOCTL = 16
+NO_SUCH_COMMAND = 0x1234
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -27,4 +30,48 @@ def test_every_call_is_one_hit_on_both_rungs(probed: Callable[[GuestSpec], Any],
             assert guest.guest.finish(job)[0] == 0
         gdb.interrupt()
         assert guest.hits(gdb) == {"boosted": 50 * vcpus, "stepped": 50 * vcpus}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize(("kernel", "second_insn"), [("debian", 5), ("newest", 4)])
+def test_module_function(probed: Callable[[GuestSpec], Any], kernel: Any, second_insn: int) -> None:
+    guest = probed(GuestSpec(kernel=kernel))
+    with guest.gdb() as gdb:
+        probe = guest.add(gdb, f"p:ctl loop:loop_control_ioctl cmd=%si:u32 if si == {NO_SUCH_COMMAND}")
+        assert probe["place"] == "loop_control_ioctl+0x0 [loop]"
+        gdb.console(f"kprobe p:other loop:loop_control_ioctl+{second_insn}")
+        with pytest.raises(GdbCommandError, match=r"vfs_read is at 0x[0-9a-f]+ \[the core kernel\]"):
+            gdb.console("kprobe p:wrong loop:vfs_read")
+        gdb.cont()
+        guest.guest.run(f"workload syscall {IOCTL} 23 3 {NO_SUCH_COMMAND} 0 3</dev/loop-control")
+        guest.guest.run(f"workload syscall {IOCTL} 7 3 {NO_SUCH_COMMAND + 1} 0 3</dev/loop-control")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ctl": 23, "other": 30}
+        gdb.console("kprobe detach")
+
+
+def test_disabled_probe_leaves_the_original_text(probed: Callable[[GuestSpec], Any]) -> None:
+    guest = probed(GuestSpec())
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:one __x64_sys_getpriority")
+        guest.add(gdb, "p:two __x64_sys_getpriority")
+        assert len(guest.snapshot.differences()) == 1
+        gdb.console("kprobe disable one")
+        gdb.cont()
+        guest.guest.run(f"workload syscall {GETPRIORITY} 23")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"one": 0, "two": 23}
+        gdb.console("kprobe disable two")
+        assert guest.snapshot.differences() == ()
+        gdb.cont()
+        guest.guest.run(f"workload syscall {GETPRIORITY} 23")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"one": 0, "two": 23}
+        gdb.console("kprobe enable all")
+        gdb.cont()
+        guest.guest.run(f"workload syscall {GETPRIORITY} 23")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"one": 23, "two": 46}
+        gdb.console("kprobe delete all")
+        assert guest.snapshot.differences() == ()
         gdb.console("kprobe detach")
