@@ -31,6 +31,6 @@ def _prepare_path() -> None:
 
 _prepare_path()
 
-from gdb_kprobe.gdbext import plugin  # noqa: E402  # the path comes first
+from gdb_kprobe.gdbext import startup  # noqa: E402  # the path comes first
 
-plugin.load()
+startup.load()

@@ -12,7 +12,7 @@ import gdb
 from gdb_kprobe.config.load import find_profile, load_profile
 from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
-from gdb_kprobe.gdbext import commands, settings, stops
+from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
@@ -211,19 +211,17 @@ _plugin: Plugin | None = None
 
 def the_plugin() -> Plugin:
     """The plugin of this gdb."""
-    assert _plugin is not None, "load() was not called"
+    assert _plugin is not None, "create() was not called"
     return _plugin
 
 
-def load() -> None:
-    """Register commands, settings and hooks. Loading twice does nothing."""
+def create() -> Plugin | None:
+    """Make the plugin of this gdb; ``None`` when there is one already."""
     global _plugin
     if _plugin is not None:
-        return
+        return None
     _plugin = Plugin()
-    settings.register()
-    commands.register()
-    stops.install(_plugin.on_stop, _plugin.on_resumed, _plugin.on_lost, _plugin.on_exit)
+    return _plugin
 
 
 def on_entry_stop() -> bool:

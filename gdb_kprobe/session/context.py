@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import TYPE_CHECKING
 
 from gdb_kprobe.errors import UnmappedError
 from gdb_kprobe.model import GENERAL_REGISTERS, PT_REGS_NAMES, CpuId, VirtAddr
+from gdb_kprobe.target.protocols import Cpus
 
-if TYPE_CHECKING:
-    from gdb_kprobe.session.probes import Probe
-    from gdb_kprobe.target.protocols import Cpus
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _WRITABLE = frozenset(GENERAL_REGISTERS)
@@ -81,21 +78,18 @@ class HitContext:
     """One hit of one probe, as its handler sees it.
 
     *regs* are the registers at the probe point, before the instruction (pre-handler) or after it (post-handler).
-    Changing ``regs.ip`` in a pre-handler skips the instruction: the guest goes on at the new address.
+    Changing ``regs.ip`` in a pre-handler skips the instruction: the guest goes on at the new address. *name* is the
+    probe's, *hit* counts its hits from 1.
     """
 
-    def __init__(self, probe: Probe, cpu: CpuId, regs: Registers, next_ip: VirtAddr, machine: Cpus) -> None:
-        self.probe = probe
+    def __init__(self, name: str, hit: int, cpu: CpuId, regs: Registers, next_ip: VirtAddr, machine: Cpus) -> None:
+        self.name = name
+        self.hit = hit
         self.cpu = cpu
         self.regs = regs
         self.next_ip = next_ip
         self._machine = machine
         self.stop_requested = False
-
-    @property
-    def hit(self) -> int:
-        """Which hit of the probe this is, counted from 1."""
-        return self.probe.hits
 
     def read(self, addr: int, size: int) -> bytes:
         """Read *size* bytes of the current address space, the user's part included.

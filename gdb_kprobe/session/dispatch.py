@@ -188,7 +188,9 @@ class StubDispatcher:
             probe.hits += 1
             self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
             if probe.pre is not None:
-                stop |= self._call(probe, probe.pre, HitContext(probe, cpu, regs, next_ip, self._machine))
+                stop |= self._call(
+                    probe, probe.pre, HitContext(probe.name, probe.hits, cpu, regs, next_ip, self._machine)
+                )
         return stop
 
     def _call(self, probe: Probe, handler: Handler, context: HitContext) -> bool:
@@ -241,7 +243,9 @@ class StubDispatcher:
         regs = Registers(values)
         for probe in tuple(site.probes):
             if probe.enabled and probe.post is not None:
-                stop |= self._call(probe, probe.post, HitContext(probe, cpu, regs, VirtAddr(regs.ip), self._machine))
+                stop |= self._call(
+                    probe, probe.post, HitContext(probe.name, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)
+                )
         if regs.changed:
             self._machine.write_registers(cpu, {name: values[name] for name in regs.changed})
         return stop

@@ -1,0 +1,14 @@
+"""Put the plugin into this gdb: settings, commands, hooks."""
+
+from __future__ import annotations
+
+from gdb_kprobe.gdbext import commands, plugin, settings, stops
+
+
+def load() -> None:
+    """Register everything. Loading twice does nothing."""
+    new = plugin.create()
+    if new is not None:
+        settings.register()
+        commands.register()
+        stops.install(new.on_stop, new.on_resumed, new.on_lost, new.on_exit)
