@@ -33,12 +33,13 @@ def wait_for_kernel(profile: Profile) -> None:
         gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
     channel = GdbChannel()
     stub = QemuStub(channel)
+    memory = RamView(stub, SharedRam.discover(stub))
     deadline = time.monotonic() + PATIENCE
     last = ""
     try:
         while True:
             try:
-                _look(stub, profile)
+                _look(stub, memory, profile)
                 return
             except KprobeError as error:
                 if isinstance(error, ConnectionLostError) or time.monotonic() > deadline:
@@ -53,8 +54,7 @@ def wait_for_kernel(profile: Profile) -> None:
         flush_registers()
 
 
-def _look(stub: QemuStub, profile: Profile) -> None:
-    memory = RamView(stub, SharedRam.discover(stub))
+def _look(stub: QemuStub, memory: RamView, profile: Profile) -> None:
     if profile.kernel.kind is KernelKind.LINUX:
         open_linux(stub, memory)
     else:

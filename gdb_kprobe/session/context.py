@@ -8,7 +8,6 @@ from gdb_kprobe.errors import UnmappedError
 from gdb_kprobe.model import GENERAL_REGISTERS, PT_REGS_NAMES, CpuId, VirtAddr
 from gdb_kprobe.target.protocols import Cpus
 
-
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _WRITABLE = frozenset(GENERAL_REGISTERS)
 
