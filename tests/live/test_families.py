@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from kprobe_guest import GuestSpec, GuestVm
 pytestmark = pytest.mark.live
 
 Probe = Callable[[GuestSpec], Any]
+Record = Callable[[str, object], None]
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
@@ -169,17 +170,17 @@ def load(guest: GuestVm) -> Iterator[None]:
         guest.finish(job, kill=True)
 
 
-def run_workloads(guest: GuestVm, commands: Iterable[str], timeout: float = 120) -> None:
-    """Run all *commands* at the same time, and wait for their ends."""
-    jobs = [guest.spawn(command) for command in commands]
-    for job in jobs:
-        status, output = guest.finish(job, timeout)
-        assert status == 0, output
+def run_workloads(guest: GuestVm, *chains: Sequence[str], timeout: float = 240) -> None:
+    """Run each of *chains* on a vCPU of its own (while there are enough), its workloads one after another."""
+    started = " ".join(
+        f"({'; '.join(f'taskset {1 << index % guest.spec.vcpus:x} {workload}' for workload in chain)}) > /tmp/chain{index} &"
+        for index, chain in enumerate(chains)
+    )
+    output = guest.check_output(f"{started} wait; cat /tmp/chain*; rm /tmp/chain*", timeout)
+    assert output.count("calls done") == sum(map(len, chains)), output
 
 
-def count_hits(
-    probed: Any, chosen: tuple[Site, ...], rung: str, hits: int, record: Callable[[str, object], None]
-) -> None:
+def count_hits(probed: Any, chosen: tuple[Site, ...], rung: str, hits: int, record: Record) -> None:
     """Probe all *chosen* sites at once, run one process for each vCPU, and compare the counts."""
     guest: GuestVm = probed.guest
     vcpus = guest.spec.vcpus
@@ -195,8 +196,7 @@ def count_hits(
             wanted[f"f{index}"] = calls[site.call] * vcpus * site.times
         gdb.cont()
         started = time.monotonic()
-        for call, each in calls.items():
-            run_workloads(guest, [call.workload(each)] * vcpus)
+        run_workloads(guest, *[[call.workload(each) for call, each in calls.items()]] * vcpus)
         seconds = time.monotonic() - started
         gdb.interrupt()
         counted = probed.hits(gdb)
@@ -223,23 +223,93 @@ BY_KERNEL = {"debian": {"rip-relative mov gs"}, "newest": {"rip-relative mov gs"
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("vcpus", [1, 2])
-@pytest.mark.parametrize("kernel", ["debian", "newest"])
+@pytest.mark.parametrize(("kernel", "hits"), [("debian", HITS), ("newest", HITS if FULL else HITS // 5)])
 def test_every_family_counts_every_call(
-    probed: Probe, sites: Sites, record_property: Callable[[str, object], None], kernel: Any, vcpus: int, rung: str
+    probed: Probe, sites: Sites, record_property: Record, kernel: Any, hits: int, vcpus: int, rung: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     chosen = sites.of(guest, CALLS)
     assert {site.form for site in chosen} >= ON_ANY_KERNEL | BY_KERNEL[kernel]
+    count_hits(guest, chosen, rung, hits, record_property)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+def test_two_thousand_hits_in_one_run(
+    probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
+) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
+    chosen = tuple(site for site in sites.of(guest, (GETPRIORITY,)) if site.form == "push")
+    assert len(chosen) == 1
+    count_hits(guest, chosen, rung, MANY_HITS, record_property)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+def test_indirect_calls_and_jumps_without_retpolines(
+    probed: Probe, sites: Sites, record_property: Record, kernel: Any, rung: str
+) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=2, extra_cmdline=("mitigations=off",)))
+    chosen = sites.of(guest, INDIRECT_CALLS)
+    assert {site.form for site in chosen} >= {"indirect call", "indirect jmp"}
     count_hits(guest, chosen, rung, HITS, record_property)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("vcpus", [1, 2])
-@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
-def test_two_thousand_hits_in_one_run(
-    probed: Probe, sites: Sites, record_property: Callable[[str, object], None], kernel: Any, vcpus: int, rung: str
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
+@pytest.mark.parametrize(("kernel", "hits"), [("debian", HITS // 5), ("newest", HITS // 5)])
+def test_every_family_with_page_table_isolation(
+    probed: Probe, sites: Sites, record_property: Record, kernel: Any, hits: int, vcpus: int, rung: str
 ) -> None:
-    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
-    chosen = tuple(site for site in sites.of(guest, CALLS) if site.form == "push" and site.call == GETPRIORITY)
-    assert len(chosen) == 1
-    count_hits(guest, chosen, rung, MANY_HITS, record_property)
+    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus, extra_cmdline=("pti=on",)))
+    chosen = sites.of(guest, CALLS)
+    assert {site.form for site in chosen} >= ON_ANY_KERNEL | BY_KERNEL[kernel]
+    count_hits(guest, chosen, rung, HITS if FULL else hits, record_property)
+
+
+@pytest.mark.parametrize("kernel", ["debian", "newest"])
+def test_arming_and_disarming_under_load_with_page_table_isolation(probed: Probe, kernel: Any) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=2, extra_cmdline=("pti=on",)))
+    rounds, calls = (20 if FULL else 5), 5
+    chains = [[GETPRIORITY.workload(calls)]] * 2
+    in_user_mode = 0
+    with load(guest.guest):
+        for _ in range(2):  # attached and detached as well
+            with guest.gdb() as gdb:
+                guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
+                guest.add(gdb, "p:stepped __do_sys_getpriority", "single-step")
+                for turn in range(rounds):
+                    gdb.cont()
+                    run_workloads(guest.guest, *chains)
+                    gdb.interrupt()
+                    in_user_mode += guest.guest.hmp("info registers -a").count("CPL=3")
+                    counted = 2 * calls * (turn + 1)
+                    assert guest.hits(gdb) == {"boosted": counted, "stepped": counted}
+                    gdb.console("kprobe disable all")
+                    gdb.cont()
+                    run_workloads(guest.guest, *chains)
+                    gdb.interrupt()
+                    assert guest.hits(gdb) == {"boosted": counted, "stepped": counted}
+                    gdb.console("kprobe enable all")
+                gdb.console("kprobe detach")
+    assert in_user_mode
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_arguments_are_those_of_the_call(probed: Probe, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    wanted = {(0, 4000): 20, (1, 4001): 20, (7, -1): 20}
+    chains = [[f"workload syscall 140 20 {which} {who}"] for which, who in wanted]
+    with load(guest.guest), guest.gdb() as gdb:
+        gdb.console("python import collections; seen = collections.Counter()")
+        gdb.console("python from gdb_kprobe.gdbext import api")
+        guest.add(gdb, "p:args __do_sys_getpriority which=%di:s32 who=%si:s32", rung)
+        gdb.console("python api.on_hit(lambda hit: seen.update([tuple(value for _, value in hit.args)]))")
+        gdb.cont()
+        run_workloads(guest.guest, *chains)
+        gdb.interrupt()
+        printed = gdb.console("python print(sorted(seen.items()))")
+        gdb.console("kprobe detach")
+    counted = {(which & 0xFFFF_FFFF, who & 0xFFFF_FFFF): count for (which, who), count in wanted.items()}
+    assert printed.strip() == str(sorted(counted.items()))
