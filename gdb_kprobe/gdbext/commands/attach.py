@@ -49,6 +49,8 @@ class Attach(Command):
             write(f"{probe.name}: not armed, still noted: {reason}")
         if profile.kernel.vmlinux is not None:
             write(f"Debug info: 'kprobe symbols' loads {profile.kernel.vmlinux} at the right addresses.")
+        elif not profile.kernel.symbols:
+            write("Names: 'kprobe symbols' gives gdb the guest's own kallsyms.")
         write(f"Attached in {time.monotonic() - started:.2f} s.")
 
     def complete(self, text: str, word: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import gdb
@@ -11,39 +12,55 @@ from elftools.elf.sections import NoteSection
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.linux.symbol_file import symbol_file
+from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.linux_guest import LinuxGuest
 
 
 class Symbols(Command):
-    """Load a vmlinux with debug info, moved by the guest's KASLR slide.
+    """Give gdb the kernel's symbols, at the right addresses.
 
     kprobe symbols [VMLINUX]
 
-    Without an argument, the file that the profile names. It must be the guest's kernel: the build ids are compared.
-    Nothing else needs it.
+    Without an argument, and when the profile names no vmlinux, these are the guest's own kallsyms: names in
+    backtraces, disassembly and breakpoints, no debug info. A vmlinux with debug info is moved by the KASLR slide; it
+    must be the guest's kernel: the build ids are compared. Probes need neither.
 
     Example:
-      kprobe symbols /usr/lib/debug/boot/vmlinux-6.1.0-9-amd64"""
+      kprobe symbols"""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, gdb.COMPLETE_FILENAME)
 
     def run(self, argument: str) -> None:
         link = plugin.the_plugin().need_link()
-        guest = link.attached.guest if link.attached is not None else None
+        guest = link.session.guest
         if not isinstance(guest, LinuxGuest):
-            raise KprobeError("only a Linux guest has a vmlinux", "use gdb's 'symbol-file'")
+            raise KprobeError("only a Linux guest has kallsyms", "use gdb's 'symbol-file'")
         path = Path(argument).expanduser() if argument else link.profile.kernel.vmlinux
         if path is None:
-            raise KprobeError("which file? the profile names no vmlinux", "kprobe symbols VMLINUX")
+            _load_kallsyms(guest)
+            return
         found = _build_id(path)
         if found != guest.build_id:
             raise KprobeError(
                 f"{path} is not the guest's kernel: its build id is {found.hex()}, the guest's {guest.build_id.hex()}",
                 f"the guest runs {guest.description}",
             )
-        gdb.execute(f'symbol-file -o {guest.image.slide:#x} "{path}"')
+        gdb.execute(f'symbol-file -o {guest.image.slide:#x} "{path}"', to_string=True)
         write(f"Loaded {path} with offset {guest.image.slide:#x}.")
+
+
+def _load_kallsyms(guest: LinuxGuest) -> None:
+    symbols = [symbol for symbol in guest.kallsyms if symbol.type not in "aA" and symbol.addr >= guest.image.base]
+    image = AddressRange(guest.image.base, guest.image.end)
+    text = list(guest.text_ranges())
+    data = [AddressRange(end, image.end) for end in (window.end for window in text) if end in image]
+    with tempfile.NamedTemporaryFile(prefix="kallsyms-", suffix=".elf") as file:
+        file.write(symbol_file(symbols, text, data))
+        file.flush()
+        gdb.execute(f'symbol-file -readnow "{file.name}"', to_string=True)
+    write(f"Loaded {len(symbols)} symbols of the guest's kallsyms.")
 
 
 def _build_id(path: Path) -> bytes:
@@ -57,7 +74,7 @@ def _build_id(path: Path) -> bytes:
     except Exception as error:
         raise KprobeError(f"{path} is no ELF file: {error}", "a vmlinux is wanted, not a compressed vmlinuz") from error
     for note in notes:
-        if note["n_type"] == "NT_GNU_BUILD_ID":
+        if note["n_name"] == "GNU" and note["n_type"] == "NT_GNU_BUILD_ID":
             return bytes.fromhex(note["n_desc"])
     raise KprobeError(f"{path} has no build id", "is it a vmlinux?")
 
