@@ -8,34 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 
 PROFILES = {"reserved": "debian", "ivshmem": "ivshmem"}
-
-
-class GuestRam:
-    """The guest's RAM through its file: an observer that has nothing to do with the plugin's own way."""
-
-    def __init__(self, guest: GuestVm) -> None:
-        self._guest = guest
-
-    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
-        return self._guest.read_ram(addr, size)
-
-    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
-        raise AssertionError("tests do not write guest memory")
-
-
-class GuestMonitor:
-    """QEMU's monitor through the harness's QMP socket."""
-
-    def __init__(self, guest: GuestVm) -> None:
-        self._guest = guest
-
-    def monitor(self, command: str) -> str:
-        return self._guest.hmp(command)
 
 
 @dataclass
