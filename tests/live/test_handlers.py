@@ -1,0 +1,301 @@
+"""Python handlers: what they see is what the workload passed, what they change is what the workload gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbTimeoutError
+from gdb_kprobe.x86.decode import Insn, iter_insns
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+Boot = Callable[[GuestSpec], Any]
+
+RUNGS = ("single-step", "boosted")
+ARGUMENT_1 = 0x70
+"""Offset of di in struct pt_regs: a system call's first argument."""
+
+
+@pytest.fixture
+def handler(tmp_path: Path) -> Callable[[Any, Any, str], None]:
+    """Runs a piece of Python in gdb, with the API as ``kprobe``, that adds probes to a guest."""
+
+    def define(guest: Any, gdb: Any, text: str) -> None:
+        script = tmp_path / "handler.py"
+        script.write_text(f"from gdb_kprobe.gdbext import api as kprobe\nseen = []\n{text}")
+        gdb.console(f"source {script}")
+        guest.touched |= {int(probe["addr"], 16) for probe in gdb.command("-kprobe-list")["probes"]}
+
+    return define
+
+
+def printed(gdb: Any, expression: str) -> str:
+    return str(gdb.console(f"python print({expression})")).strip()
+
+
+def result_of(guest: Any, command: str) -> int:
+    """What the last system call of the workload returned."""
+    return int(guest.guest.check_output(command).rpartition("last result ")[2])
+
+
+def insns_of(guest: Any, function: str) -> list[Insn]:
+    kernel = guest.snapshot.guest
+    (symbol,) = kernel.kallsyms.lookup(function)
+    return list(iter_insns(kernel.memory.read(symbol.addr, kernel.kallsyms.size(symbol)), symbol.addr))
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_reads_a_string_that_the_workload_passed(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            f"""
+@kprobe.probe("p:swapoff __x64_sys_swapoff")
+def on_swapoff(hit):
+    path = hit.read_int(hit.regs.di + {ARGUMENT_1:#x})
+    seen.append((hit.hit, hit.read_string(path), hit.read(path, 3)))
+""",
+        )
+        gdb.cont()
+        for name in ("/first", "/second-name"):
+            assert result_of(guest, f"workload syscall 168 2 s:{name}") == -2  # ENOENT
+        gdb.interrupt()
+        expected = [
+            (1, "/first", b"/fi"),
+            (2, "/first", b"/fi"),
+            (3, "/second-name", b"/se"),
+            (4, "/second-name", b"/se"),
+        ]
+        assert printed(gdb, "seen") == str(expected)
+        assert guest.hits(gdb) == {"swapoff": 4}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_register_that_is_written_changes_the_result(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            """
+@kprobe.probe("p:which __do_sys_getpriority if di == 0")
+def on_which(hit):
+    hit.regs.di = 7
+""",
+        )
+        gdb.cont()
+        assert result_of(guest, "workload syscall 140 10 0 0") == -22  # EINVAL: there is no `which` of 7
+        assert result_of(guest, "workload syscall 140 10 1 0") == 20
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"which": 10}
+        gdb.console("kprobe detach")
+    assert result_of(guest, "workload syscall 140 10 0 0") == 20
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_memory_that_is_written_changes_the_result(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            f"""
+@kprobe.probe("p:regs __x64_sys_getpriority")
+def on_regs(hit):
+    hit.write(hit.regs.di + {ARGUMENT_1:#x}, (7).to_bytes(8, "little"))
+""",
+        )
+        gdb.cont()
+        assert result_of(guest, "workload syscall 140 10 0 0") == -22
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_returns_from_the_function_at_its_entry(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            """
+@kprobe.probe("p:max __x64_sys_sched_get_priority_max")
+def on_max(hit):
+    hit.regs.ax = 1000 + hit.hit
+    hit.regs.ip = hit.read_int(hit.regs.sp)
+    hit.regs.sp += 8
+""",
+        )
+        gdb.cont()
+        assert result_of(guest, "workload syscall 146 10 2") == 1010
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"max": 10}
+        gdb.console("kprobe detach")
+    assert result_of(guest, "workload syscall 146 10 2") == 99
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_goes_on_at_another_instruction(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    ret = next(insn for insn in insns_of(guest, "__x64_sys_sched_get_priority_max") if insn.is_ret)
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            f"""
+@kprobe.probe("p:max __x64_sys_sched_get_priority_max")
+def on_max(hit):
+    hit.regs.ax, hit.regs.ip = -5, {ret.addr:#x}
+""",
+        )
+        guest.add(gdb, f"p:ret {ret.addr:#x}", rung)
+        gdb.cont()
+        assert result_of(guest, "workload syscall 146 10 2") == -5
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"max": 10, "ret": 10}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_skips_the_instruction(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    # The instruction that loads `which`: without it the pointer to pt_regs is taken for it.
+    load = next(insn for insn in insns_of(guest, "__x64_sys_getpriority") if insn.op_str.startswith("edi,"))
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(guest, gdb, f"kprobe.add('p:load {load.addr:#x}', lambda hit: hit.skip())")
+        gdb.cont()
+        assert result_of(guest, "workload syscall 140 10 0 0") == -22
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"load": 10}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("kernel", ["debian", "newest"])
+def test_a_post_handler_sees_and_changes_what_the_instruction_did(probed: Boot, handler: Any, kernel: Any) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=2))
+    load = next(insn for insn in insns_of(guest, "__x64_sys_getpriority") if insn.op_str.startswith("esi,"))
+    with guest.gdb() as gdb:
+        handler(
+            guest,
+            gdb,
+            f"""
+def before(hit):
+    seen.append(("before", hit.regs.ip - {load.addr:#x}, hit.read_int(hit.regs.di + 0x68)))
+
+def after(hit):
+    seen.append(("after", hit.regs.ip - {load.addr:#x}, hit.regs.si))
+    hit.regs.si = 1 << 20
+
+kprobe.add("p:load {load.addr:#x}", before, after)
+""",
+        )
+        assert gdb.command("-kprobe-list")["probes"][0]["rung"] == "single-step"
+        gdb.cont()
+        # No process has that number: ESRCH.
+        assert result_of(guest, "workload syscall 140 2 0 1") == -3
+        gdb.interrupt()
+        assert printed(gdb, "seen") == str([("before", 0, 1), ("after", load.length, 1)] * 2)
+        assert guest.hits(gdb) == {"load": 2}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_condition_counts_exactly_the_calls_that_match(probed: Boot, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:zero __do_sys_getpriority which=%di:s32 if which == 0", rung)
+        guest.add(gdb, "p:negative __do_sys_getpriority who=%si:s32 if who < 0 && di != 0", rung)
+        guest.add(gdb, "p:never __do_sys_getpriority if s32(di) > 2", rung)
+        gdb.cont()
+        calls = ["140 30 0 -1", "140 20 1 -1", "140 7 2 3"]
+        guest.guest.check_output(" & ".join(f"workload syscall {call}" for call in calls) + " & wait")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"zero": 30, "negative": 20, "never": 0}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_stop_gives_the_prompt_at_the_probe_and_a_hit_is_counted_once(
+    probed: Boot, handler: Any, vcpus: int, rung: str
+) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    calls = 10
+    first = insns_of(guest, "__do_sys_getpriority")[0]
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(guest, gdb, "kprobe.add('p:here __do_sys_getpriority', lambda hit: hit.stop())")
+        gdb.cont()
+        jobs = [guest.guest.spawn(f"sleep 1; workload syscall 140 {calls} 0 0") for _ in range(vcpus)]
+        stops = hits = 0
+        while hits < calls * vcpus:
+            gdb.wait_stop()
+            stops += 1
+            assert gdb.pc == first.addr
+            hits = guest.hits(gdb)["here"]
+            assert stops <= hits <= stops * vcpus
+            if stops % 3 == 0:
+                # A step executes the instruction that is probed, and is no other hit.
+                gdb.console("stepi")
+                assert gdb.pc == first.end
+            gdb.cont()
+        for job in jobs:
+            assert guest.guest.finish(job)[0] == 0
+        with pytest.raises(GdbTimeoutError):
+            gdb.wait_stop(1)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"here": calls * vcpus}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_several_probes_at_one_address(probed: Boot, handler: Any, rung: str) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    run = "workload syscall 140 10 0 0 & workload syscall 140 10 0 0 & wait"
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(
+            guest,
+            gdb,
+            """
+kprobe.add("p:one __do_sys_getpriority", lambda hit: seen.append("one"))
+kprobe.add("p:two __do_sys_getpriority if si == 1", lambda hit: seen.append("two"))
+kprobe.add("p:three __do_sys_getpriority", lambda hit: seen.append("three"))
+""",
+        )
+        assert len({probe["addr"] for probe in gdb.command("-kprobe-list")["probes"]}) == 1
+        gdb.cont()
+        guest.guest.check_output(run)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"one": 20, "two": 0, "three": 20}
+        assert printed(gdb, "seen == ['one', 'three'] * 20") == "True"
+        gdb.console("kprobe delete one")
+        gdb.cont()
+        guest.guest.check_output(run)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"two": 0, "three": 40}
+        gdb.console("kprobe disable three")
+        gdb.cont()
+        guest.guest.check_output("workload syscall 140 10 0 1")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"two": 10, "three": 40}
+        gdb.console("kprobe delete all")
+        assert guest.snapshot.leftovers(guest.touched) == []
+        gdb.cont()
+        guest.guest.check_output(run)
+        gdb.interrupt()
+        gdb.console("kprobe detach")
