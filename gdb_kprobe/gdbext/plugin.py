@@ -32,7 +32,7 @@ class Link:
         self.profile = profile
         self.channel = GdbChannel()
         self.stub = QemuStub(self.channel)
-        self.address = profile.gdbstub or self.channel.address
+        self.address = self.channel.address or profile.gdbstub
         self.descriptor = find_socket(self.channel.address)
         self.breakpoints = GdbBreakpoints(on_entry_stop)
         self.interrupts = InterruptWatch(self.descriptor)
@@ -180,15 +180,18 @@ class Plugin:
         if self.link is not None:
             self.rescue()
 
-    def on_exit(self) -> None:
-        """gdb ends. It may be in the middle of anything, also of a run, and take no request any more."""
-        link = self.link
-        if link is None:
+    def on_exit(self, killed: bool) -> None:
+        """gdb ends. It may be in the middle of anything, also of a run.
+
+        *killed*: by a SIGTERM. Then nothing may be asked of gdb: it would end at the first packet, the work half done.
+        """
+        if self.link is None:
             return
         with uninterrupted():
-            try:
-                self.detach()
-            except (KprobeError, gdb.error, KeyboardInterrupt):
+            if not killed:
+                with contextlib.suppress(KprobeError, gdb.error, KeyboardInterrupt):
+                    self.detach()
+            if self.link is not None:
                 self.rescue()
 
     def rescue(self) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C: never lost, and never in the middle of a dispatch.
+"""Ctrl-C and SIGTERM: never lost, and never in the middle of a dispatch.
 
 Left to itself, gdb answers a SIGINT by sending the interrupt byte to the stub. When the stub has just stopped at our
 breakpoint, it ignores that byte, the hit is handled, the guest resumed, and the Ctrl-C is gone. And a SIGINT that
@@ -7,6 +7,9 @@ comes while Python runs is raised as KeyboardInterrupt at a random place.
 So while the guest runs, SIGINT is blocked in gdb's main thread and taken by a thread of ours. That asks for the stop
 until it has happened: by the flag that the next dispatch looks at, and by the interrupt byte on gdb's own socket (a
 stopped stub ignores it, a running one stops).
+
+A SIGTERM is worse: gdb ends at the next packet that is sent, wherever that is. So it is held back, too, while we are at
+work (gdb's worker threads never take it).
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ import threading
 from collections.abc import Iterator
 
 _SIGINT = {signal.SIGINT}
+_HELD = {signal.SIGINT, signal.SIGTERM}
 _ASK_EVERY = 0.05
 """Seconds between two requests to stop."""
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT back. One that came meanwhile is delivered when this ends, unless it was held back before."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGINT)
+    """Hold SIGINT and SIGTERM back. One that came meanwhile is delivered at the end, unless it was held back before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
         yield
     finally:

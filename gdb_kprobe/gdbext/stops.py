@@ -25,7 +25,7 @@ def install(
     on_stop: Callable[[], None],
     on_resumed: Callable[[], None],
     on_lost: Callable[[str], None],
-    on_exit: Callable[[], None],
+    on_exit: Callable[[bool], None],
 ) -> None:
     """Define gdb's hooks (keeping what the user's own do) and connect to its events."""
     for command, function in HOOKS.items():
@@ -34,11 +34,13 @@ def install(
     gdb.events.stop.connect(lambda event: on_stop())
     gdb.events.cont.connect(lambda event: on_resumed())
     gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
+    # Twice: should gdb end while it ends (a SIGTERM during quit), the second one is not in use yet.
+    gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
     gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
 
 
-def _uninterruptible(function: Callable[[], None]) -> Callable[[object], object]:
-    """Return a callback that calls *function* even when a KeyboardInterrupt is pending.
+def _uninterruptible(function: Callable[[bool], None]) -> Callable[[object], object]:
+    """Return a callback that calls *function* even when a KeyboardInterrupt is pending, and tells it whether one was.
 
     gdb hands a SIGTERM to Python as one, and it is raised at the first bytecode of whatever Python code comes next,
     before any ``try`` of a function can be entered. A generator is resumed inside of its ``try``.
@@ -46,9 +48,11 @@ def _uninterruptible(function: Callable[[], None]) -> Callable[[object], object]
 
     def run() -> Generator[None, object, None]:
         while True:
+            interrupted = True
             with contextlib.suppress(KeyboardInterrupt):
                 yield
-            function()
+                interrupted = False
+            function(interrupted)
 
     generator = run()
     next(generator)

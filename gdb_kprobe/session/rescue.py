@@ -26,21 +26,19 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
     sites = session.armed_sites()
     places = ", ".join(str(session.guest.place_of(site.addr)) for site in sites)
     try:
-        channel = RspSocket(address)
-    except KprobeError as error:
-        if not sites:
-            return f"kprobe: the connection is lost ({error.message}); no probe was armed."
-        return (
-            f"kprobe: the connection is lost and cannot be made again: {error.message}\n"
-            f"kprobe: these sites are still armed in the guest: {places}\n"
-            "kprobe: the guest stops, or dies, at the next hit. 'kprobe attach' restores them once the stub answers."
-        )
-    with channel:
-        stub.use_channel(channel)
-        try:
+        # Left by an error, the socket is just closed: the machine stays stopped, at no hit that nobody handles.
+        with RspSocket(address) as channel:
+            stub.use_channel(channel)
             done = session.detach()
-        finally:
             channel.detach()
+    except (KprobeError, TimeoutError) as error:
+        if not sites:
+            return f"kprobe: the connection is lost and cannot be made again ({error}); no probe was armed."
+        return (
+            f"kprobe: the guest cannot be restored: {error}\n"
+            f"kprobe: these sites are still armed in it: {places}\n"
+            "kprobe: it stops, or dies, at the next hit. 'kprobe attach' restores them once the stub answers."
+        )
     lines = [f"kprobe: connected to {address} again: {done.restored} site(s) restored, the guest runs."]
     lines += [f"kprobe: left alone: {problem}" for problem in done.problems]
     return "\n".join(lines)
