@@ -14,6 +14,7 @@ from gdb_kprobe.model import CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.header import Record
+from gdb_kprobe.session.leave import step_out
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, write_verified
@@ -49,6 +50,8 @@ class Session:
         self.region = region
         self.probes = ProbeTable()
         self.listeners: list[Callable[[Hit], None]] = []
+        self.failed: list[Probe] = []
+        """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
         self._breakpoints = breakpoints
         self._rungs = rungs
         self._sites: dict[VirtAddr, Site] = {}
@@ -90,15 +93,24 @@ class Session:
 
     def set_enabled(self, probe: Probe, enabled: bool) -> None:
         """Enable or disable *probe*. A site whose last probe is disabled gets its original text back."""
-        probe.enabled = enabled
-        self._match_text(self._site_of(probe))
+        before, probe.enabled = probe.enabled, enabled
+        try:
+            self._match_text(self._site_of(probe))
+        except BaseException:
+            probe.enabled = before
+            raise
 
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
         site = self._site_of(probe)
+        at = site.probes.index(probe)
         site.probes.remove(probe)
+        try:
+            self._match_text(site)
+        except BaseException:
+            site.probes.insert(at, probe)
+            raise
         self.probes.remove(probe)
-        self._match_text(site)
         self._drop_unused(site)
 
     def site_of(self, probe: Probe) -> Site | None:
@@ -126,7 +138,7 @@ class Session:
         moved = False
         for cpu in self.machine.cpus():
             moved |= self._dispatcher.dispatch(cpu) in (Outcome.HANDLED, Outcome.STOP)
-            moved |= self._dispatcher.leave_slots(cpu, self.region.header.code.__contains__)
+            moved |= step_out(self.machine, cpu, self.region.header.code)
         self._dispatcher.forget_stale_skips()
         self._drop_failed()
         return moved
@@ -135,9 +147,10 @@ class Session:
         """Undo everything: text, records, mapping. What cannot be undone is left alone and named."""
         self.guest.refresh()
         problems: list[str] = []
+        self._dispatcher.complete()
         for cpu in self.machine.cpus():
             self._dispatcher.undo_trap(cpu)
-            self._dispatcher.leave_slots(cpu, self.region.header.code.__contains__)
+            step_out(self.machine, cpu, self.region.header.code)
         restored = 0
         for site in reversed(tuple(self._sites.values())):
             if site.armed:
@@ -199,7 +212,12 @@ class Session:
                 raise RefusedError(f"cannot probe {self.guest.place_of(site.addr)}", refusal) from error
             watch = self._sites[site.fixup] = Site(plan, fixup=self.guest.fixup_of(site.fixup))
         watch.watchers.add(site.addr)
-        self._match_text(watch)
+        try:
+            self._match_text(watch)
+        except BaseException:
+            watch.watchers.discard(site.addr)
+            self._drop_unused(watch)
+            raise
 
     def _unwatch_fixup(self, site: Site) -> None:
         watch = self._sites.get(site.fixup) if site.fixup is not None else None
@@ -210,11 +228,20 @@ class Session:
 
     def _replan(self, site: Site, place: Place) -> None:
         """A post-handler came to a boosted site: it needs the single step."""
-        plan = self._make_plan(place, True, None)
-        if site.armed:
-            self._disarm(site)
-        self.region.slots.free(site.plan.slot)
-        site.plan = plan
+        plan, old, armed = self._make_plan(place, True, None), site.plan, site.armed
+        try:
+            if armed:
+                self._disarm(site)
+            site.plan = plan
+            if armed:
+                self._arm(site)
+        except BaseException:
+            self.region.slots.discard(plan.slot)
+            site.plan = old
+            if armed and not site.armed:
+                self._arm(site)
+            raise
+        self.region.slots.free(old.slot)
 
     def _site_of(self, probe: Probe) -> Site:
         site = self.site_of(probe)
@@ -227,24 +254,23 @@ class Session:
             self._arm(site)
         elif not site.wanted and site.armed:
             self._disarm(site)
-        if not self.armed_sites():
-            self._close_gate()
+        self._close_unused_gate()
 
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
         self.region.check()
-        self._watch_fixup(site)
         plan = site.plan
-        self.region.store.add(Record(plan.patch, plan.slot, plan.rung), self.region.slots.high_water)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._watch_fixup(site)
+            undo.callback(self._unwatch_fixup, site)
+            self.region.store.add(Record(plan.patch, plan.slot, plan.rung), self.region.slots.high_water)
+            undo.callback(self.region.store.remove, site.addr)
             found = self.guest.memory.read(plan.slot.start, plan.slot.size)
             write_verified(self.guest.memory, CodePatch(plan.slot.start, found, plan.slot_image))
             self._open_gate()
+            undo.callback(self._close_unused_gate)
             apply(self.guest.memory, [plan.patch])
-        except BaseException:
-            self.region.store.remove(site.addr)
-            self._unwatch_fixup(site)
-            raise
+            undo.pop_all()
         self._text.add(plan.patch)
         site.armed = True
 
@@ -292,7 +318,9 @@ class Session:
         return insn
 
     def _decode_up_to(self, place: Place, what: str) -> Insn:
-        size = min(place.offset + MAX_INSN, max(place.end - place.start, place.offset + 1))
+        size = place.offset + MAX_INSN
+        if place.symbol is not None:
+            size = min(size, max(place.end - place.start, place.offset + 1))
         text = self.original_text(place.start, size)
         before = place.start
         try:
@@ -322,6 +350,10 @@ class Session:
             self._breakpoints.insert(self.guest.bp_entry)
             self._gate_open = True
 
+    def _close_unused_gate(self) -> None:
+        if not self.armed_sites():
+            self._close_gate()
+
     def _close_gate(self) -> None:
         if self._gate_open:
             self._breakpoints.remove(self.guest.bp_entry)
@@ -333,7 +365,10 @@ class Session:
 
     def _end_quarantine(self) -> bool:
         words = self._stack_words()
-        return words is not None and self.region.slots.release(words) > 0
+        if words is None:
+            return False
+        inside = [self.machine.read_register(cpu, "rip") for cpu in self.machine.cpus()]
+        return self.region.slots.release(words + inside) > 0
 
     def _unmap_if_unused(self) -> bool:
         if self._stack_words() != []:
@@ -346,10 +381,9 @@ class Session:
         while self._dispatcher.failed:
             probe = self._dispatcher.failed.pop()
             if probe.enabled:
+                self.failed.append(probe)
                 probe.enabled = False
-                site = self._site_of(probe)
-                if not site.wanted and site.armed:
-                    self._disarm(site)
+                self._match_text(self._site_of(probe))
 
     def _tell(self, hit: Hit) -> None:
         for listener in self.listeners:
