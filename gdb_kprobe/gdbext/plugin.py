@@ -130,6 +130,7 @@ class Plugin:
         cpu = selected_cpu()
         try:
             stop = link.session.on_breakpoint(cpu)
+            _tell_failures(link.session)
         finally:
             link.stub.forget_selection()
             link.stub.select(cpu)
@@ -156,6 +157,7 @@ class Plugin:
         try:
             with contextlib.suppress(GuestStateError), link.stopped():
                 link.session.settle()
+                _tell_failures(link.session)
         except ConnectionLostError:
             pass  # the event of the lost connection follows
         except KprobeError as error:
@@ -203,6 +205,15 @@ class Plugin:
             cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)
         print(message, file=sys.stderr, flush=True)
+
+
+def _tell_failures(session: Session) -> None:
+    while session.failed:
+        probe = session.failed.pop()
+        gdb.write(
+            f"kprobe: the handler of {probe.name} failed; it is disabled, its text restored.\n{probe.last_error}",
+            gdb.STDERR,
+        )
 
 
 def _is_connected() -> bool:

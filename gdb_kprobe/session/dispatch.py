@@ -31,11 +31,9 @@ from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 
 _FRAME = struct.Struct("<5Q")
+_LAST = ("eflags", "rip", "rsp")
 MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
-
-MAX_STEPS_OUT = 16
-"""Steps that bring a vCPU out of a slot: one instruction, relocated, and a jump."""
 
 
 class Outcome(Enum):
@@ -85,6 +83,8 @@ class StubDispatcher:
         self._interruptible = interruptible
         self._faulted: dict[tuple[VirtAddr, int], Site] = {}
         self._skip: dict[CpuId, tuple[VirtAddr, int]] = {}
+        self._writing: tuple[CpuId, dict[str, int]] | None = None
+        self._stepping: tuple[CpuId, Site, dict[str, int]] | None = None
         self.failed: list[Probe] = []
         """Probes whose handler raised; the session takes them away."""
 
@@ -120,21 +120,18 @@ class StubDispatcher:
         trap = self.trap_of(cpu)
         if trap is None or self.site_of(trap) is None:
             return False
-        self._machine.write_registers(cpu, {"rip": trap.rip, "rsp": trap.rsp, "eflags": trap.eflags})
+        self._machine.write_registers(cpu, {"eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
         return True
 
-    def leave_slots(self, cpu: CpuId, in_slots: Callable[[int], bool]) -> bool:
-        """Step a vCPU that is inside a slot out of it, as the guest itself would go on; whether it was in one.
-
-        :raises TargetError: it did not come out in a bounded number of steps.
-        """
-        if not in_slots(self._machine.read_register(cpu, "rip")):
-            return False
-        for _ in range(MAX_STEPS_OUT * 4):
-            self._machine.step(cpu)
-            if not in_slots(self._machine.read_register(cpu, "rip")):
-                return True
-        raise TargetError(f"vCPU {cpu} does not leave the slot at {self._machine.read_register(cpu, 'rip'):#x}")
+    def complete(self) -> None:
+        """Bring a dispatch to its end that the loss of the connection cut off; no handler runs."""
+        if self._writing is not None:
+            self._write_frame(*self._writing)
+        if self._stepping is not None:
+            cpu, site, before = self._stepping
+            after = self._machine.read_registers(cpu)
+            stepped = step.stepped(site.plan.insn, site.plan.slot.code, before, after)
+            self._fix_up(cpu, site, before, after if stepped else None)
 
     def forget_stale_skips(self) -> None:
         """A stopped probe is resumed without a second hit only while its vCPU still stands there."""
@@ -160,23 +157,28 @@ class StubDispatcher:
         stop = False
         if not resumed:
             stop = self._run_handlers(cpu, site, regs)
-        frame = {"rip": trap.rip, "rsp": trap.rsp, "eflags": trap.eflags}
-        frame.update({name: values[name] for name in regs.changed})
+        # In this order: should gdb be killed between two writes, what it was about can still be told (session.leave).
+        frame = {name: values[name] for name in (*sorted(regs.changed - {*_LAST}), *_LAST)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
-            self._machine.write_registers(cpu, frame)
+            self._write_frame(cpu, frame)
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
-            self._machine.write_registers(cpu, frame)
+            self._write_frame(cpu, frame)
             self._skip[cpu] = (trap.rip, frame["rsp"])
             return Outcome.STOP
 
         frame["rip"] = site.plan.slot.code
-        self._machine.write_registers(cpu, frame)
+        self._write_frame(cpu, frame)
         if site.plan.rung is Rung.SINGLE_STEP:
             values.update(frame)
             return Outcome.STOP if self._single_step(cpu, site, values) else Outcome.HANDLED
         return Outcome.HANDLED
+
+    def _write_frame(self, cpu: CpuId, frame: dict[str, int]) -> None:
+        self._writing = cpu, frame
+        self._machine.write_registers(cpu, frame)
+        self._writing = None
 
     def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> bool:
         stop = False
@@ -209,6 +211,17 @@ class StubDispatcher:
 
     def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int]) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
+        self._stepping = cpu, site, before
+        after = self._fix_up(cpu, site, before, self._step(cpu, site, before))
+        return after is not None and site.needs_post and self._run_post(cpu, site, after)
+
+    def _fix_up(
+        self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None
+    ) -> dict[str, int] | None:
+        """Put right what the step left in *after* (``None``: nothing was executed).
+
+        Returns the registers after the instruction; ``None`` when it is not through: not executed, or it has faulted.
+        """
         insn, slot = site.plan.insn, site.plan.slot.code
 
         def read_stack(addr: int, size: int) -> bytes:
@@ -217,26 +230,25 @@ class StubDispatcher:
                 raise TargetError(f"the stack at {addr:#x} is not mapped after the single step at {site.addr:#x}")
             return data
 
-        after = self._step(cpu, site, before)
         if after is None:
-            # Nothing was executed: the guest executes the probed instruction as if it had not been hit.
+            # The guest executes the probed instruction as if it had not been hit.
             self._machine.write_registers(cpu, {"rip": site.addr})
             self._faulted[(site.addr, before["rsp"])] = site
-            return False
+            self._stepping = None
+            return None
         if step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
             # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,
             # or goes on at the fixup, where a site of its own tells us.
             self._write_memory(cpu, step.fix_up_fault(insn, slot, after, read_stack).memory)
             self._faulted[(site.addr, before["rsp"])] = site
-            return False
+            self._stepping = None
+            return None
         fix = step.fix_up(insn, slot, before, after, read_stack)
         self._write_memory(cpu, fix.memory)
         self._machine.write_registers(cpu, fix.registers)
-        if not site.needs_post:
-            return False
-        after.update(fix.registers)
-        return self._run_post(cpu, site, after)
+        self._stepping = None
+        return {**after, **fix.registers}
 
     def _run_post(self, cpu: CpuId, site: Site, values: dict[str, int]) -> bool:
         stop = False

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.model import PhysAddr, VirtAddr, offset
+from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, iter_records, read_header
+from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.target.protocols import Machine, PhysicalMemory
@@ -37,7 +37,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
     records = tuple(iter_records(memory, header))
-    undo_traps(machine, guest, records)
+    bring_out(machine, guest, records, header.code)
     messages = [note for record in records if (note := _restore_site(guest, record))]
     if records:
         messages.insert(0, f"an earlier session left {len(records)} site(s) armed; their text is restored")
@@ -48,23 +48,6 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
     guest.memory.invalidate()
     return Restored(tuple(messages), None, len(records))
-
-
-def undo_traps(machine: Machine, guest: Guest, records: tuple[Record, ...]) -> None:
-    """Send vCPUs that took one of our int3s, or stand at the start of a slot, back to the original instruction."""
-    sites = {record.patch.addr for record in records}
-    slots = {record.slot.code: record.patch.addr for record in records}
-    for cpu in machine.cpus():
-        rip = VirtAddr(machine.read_register(cpu, "rip"))
-        if rip in slots:
-            machine.write_registers(cpu, {"rip": slots[rip]})
-        elif rip == guest.bp_entry:
-            frame = machine.read_current(cpu, VirtAddr(machine.read_register(cpu, "rsp")), 40)
-            if frame is None:
-                continue
-            ip, cs, flags, rsp, _ = struct.unpack("<5Q", frame)
-            if offset(VirtAddr(ip), -1) in sites and not cs & 3:
-                machine.write_registers(cpu, {"rip": ip - 1, "rsp": rsp, "eflags": flags})
 
 
 def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:

@@ -1,0 +1,357 @@
+"""However a session ends, the guest goes on with its original text.
+
+Each test arms probes of both rungs, lets them be hit, ends the session in one way, and then has the workload come to
+its full count. That the text is as it was, the log clean and the guest running is checked by the fixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTerminal
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY = 140
+CALLS = 150_000
+"""Calls of a workload: for the most part made at full speed, after the probes are gone."""
+
+PROBES = (
+    ("p:boosted __x64_sys_getpriority", "boosted"),
+    ("p:stepped __x64_sys_getpriority+5", "single-step"),
+    ("p:inner __do_sys_getpriority", "boosted"),
+)
+CUT = (
+    "python import os, socket; from gdb_kprobe.gdbext.channel import *; "
+    "socket.socket(fileno=os.dup(find_socket(GdbChannel().address))).shutdown(socket.SHUT_RDWR)"
+)
+"""What a network that goes away does to gdb's connection."""
+
+Boot = Callable[[GuestSpec], Any]
+
+
+@pytest.fixture(params=[1, 2], ids=["1cpu", "2cpu"])
+def guest(probed: Boot, request: pytest.FixtureRequest) -> Any:
+    return probed(GuestSpec(vcpus=request.param))
+
+
+class Load:
+    """One workload for each vCPU, in the background of the guest."""
+
+    def __init__(self, guest: Any) -> None:
+        self._vm = guest.guest
+        count = self._vm.spec.vcpus
+        self._jobs = [self._vm.spawn(f"workload syscall {GETPRIORITY} {CALLS}") for _ in range(count)]
+
+    def finish(self) -> None:
+        """All of them come to their full count."""
+        for job in self._jobs:
+            status, output = self._vm.finish(job)
+            assert (status, output.split(",")[0]) == (0, f"workload: {CALLS} calls done")
+
+
+def arm(guest: Any, gdb: GdbMi) -> None:
+    for definition, strategy in PROBES:
+        guest.add(gdb, definition, strategy)
+
+
+def a_moment() -> None:
+    """Let hits come for a time that is another at each run."""
+    time.sleep(random.uniform(0.1, 0.4))
+
+
+def text_of(gdb: GdbMi) -> str:
+    return "\n".join(gdb.transcript)
+
+
+@contextlib.contextmanager
+def under_load(guest: Any, *, stop: bool) -> Iterator[tuple[GdbMi, Load]]:
+    """A gdb with armed probes that are being hit; stopped by Ctrl-C, or running in the background."""
+    with guest.gdb() as gdb:
+        arm(guest, gdb)
+        gdb.cont()
+        load = Load(guest)
+        a_moment()
+        if stop:
+            gdb.interrupt()
+            assert all(guest.hits(gdb).values())
+        yield gdb, load
+
+
+@contextlib.contextmanager
+def at_terminal(guest: Any, command: str) -> Iterator[tuple[GdbTerminal, Load]]:
+    """A gdb at a terminal with armed probes that are being hit, in a foreground *command*."""
+    with GdbTerminal(guest.environment) as gdb:
+        gdb.command(f"kprobe attach {guest.profile}")
+        for definition, strategy in PROBES:
+            gdb.command(f"set kprobe strategy {strategy}")
+            assert "armed" in gdb.command(f"kprobe {definition}")
+        guest.touched |= {int(line.split()[0], 16) for line in gdb.command("kprobe list").splitlines()[1:]}
+        gdb.type(command)
+        gdb.wait_text("Tracing" if "trace" in command else "Continuing")
+        load = Load(guest)
+        a_moment()
+        try:
+            yield gdb, load
+        except BaseException:
+            print(gdb.transcript[-6000:])
+            raise
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["kprobe detach", "detach"])
+def test_a_command_that_detaches(guest: Any, command: str) -> None:
+    with under_load(guest, stop=True) as (gdb, load):
+        assert "3 site(s) restored" in gdb.console(command)
+        load.finish()
+
+
+def test_detach_over_mi(guest: Any) -> None:
+    # gdb 13 gives no notice of -target-detach before it is done: so the probes go first.
+    with under_load(guest, stop=True) as (gdb, load):
+        assert gdb.command("-kprobe-detach")["restored"] == "3"
+        gdb.command("-target-detach")
+        load.finish()
+
+
+def test_disconnect_leaves_the_guest_stopped_with_its_own_text(guest: Any) -> None:
+    # gdb's disconnect does not resume the machine: that is what tells it from detach.
+    with under_load(guest, stop=True) as (gdb, load):
+        assert "3 site(s) restored" in gdb.console("disconnect")
+        guest.guest.cont()
+        load.finish()
+
+
+def test_kill_restores_the_text_before_qemu_ends(booted_guest: Callable[[GuestSpec], Any], make_probed: Any) -> None:
+    guest = make_probed(booted_guest(GuestSpec(vcpus=2)))
+    with under_load(guest, stop=True) as (gdb, _):
+        assert "3 site(s) restored" in gdb.console("kill")
+    assert not guest.guest.alive(), "QEMU ends at gdb's kill"
+    assert guest.snapshot.leftovers(guest.touched) == []
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
+@pytest.mark.parametrize("command", ["-gdb-exit", '-interpreter-exec console "quit"'])
+def test_gdb_ends_by_a_command(guest: Any, command: str, stop: bool) -> None:
+    with under_load(guest, stop=stop) as (gdb, load):
+        with contextlib.suppress(GdbDiedError):
+            gdb.command(command)
+        assert gdb.wait_exit() == 0
+        load.finish()
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_gdb_ends_by_a_signal(guest: Any, number: signal.Signals, stop: bool) -> None:
+    with under_load(guest, stop=stop) as (gdb, load):
+        gdb.signal(number)
+        gdb.wait_exit()
+        load.finish()
+
+
+@pytest.mark.parametrize("command", ["continue", "kprobe trace", "continue &"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_gdb_ends_by_a_signal_at_a_terminal(guest: Any, number: signal.Signals, command: str) -> None:
+    with at_terminal(guest, command) as (gdb, load):
+        gdb.signal(number)
+        gdb.wait_exit()
+        load.finish()
+
+
+def test_ctrl_c_at_the_prompt_then_quit(guest: Any) -> None:
+    with at_terminal(guest, "continue") as (gdb, load):
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        for _ in range(3):
+            gdb.press_ctrl_c()
+            assert "Quit" in gdb.wait_prompt()
+        gdb.type("quit")
+        assert gdb.wait_exit() == 0
+        load.finish()
+
+
+def test_quit_while_running_in_the_background(guest: Any) -> None:
+    with at_terminal(guest, "continue &") as (gdb, load):
+        gdb.type("quit")
+        assert gdb.wait_exit() == 0
+        load.finish()
+
+
+def test_the_terminal_goes_away(guest: Any) -> None:
+    with at_terminal(guest, "continue") as (gdb, load):
+        gdb.hang_up()
+        gdb.wait_exit()
+        load.finish()
+
+
+# -- handlers ---------------------------------------------------------------------------------------------------------
+
+
+def source(gdb: GdbMi | GdbTerminal, path: Path, text: str) -> None:
+    path.write_text(f"from gdb_kprobe.gdbext import api as kprobe\n{text}")
+    gdb.console(f"source {path}") if isinstance(gdb, GdbMi) else gdb.command(f"source {path}")
+
+
+def test_an_exception_in_a_handler_takes_its_probe_away(guest: Any, tmp_path: Path) -> None:
+    with guest.gdb() as gdb:
+        source(
+            gdb,
+            tmp_path / "handlers.py",
+            """
+@kprobe.probe("p:bad __x64_sys_getpriority")
+def bad(hit):
+    if hit.hit == 5:
+        raise ValueError("five is too many")
+
+@kprobe.probe("p:good __x64_sys_getpriority+5")
+def good(hit):
+    pass
+""",
+        )
+        guest.touched |= {int(probe["addr"], 16) for probe in gdb.command("-kprobe-list")["probes"]}
+        gdb.cont()
+        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 20")
+        assert guest.guest.finish(job)[0] == 0
+        gdb.interrupt()
+        probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
+        assert (probes["bad"]["state"], probes["bad"]["hits"], probes["bad"]["missed"]) == ("disabled", "5", "1")
+        assert (probes["good"]["state"], probes["good"]["hits"]) == ("armed", "20")
+        assert "five is too many" in probes["bad"]["error"]
+        # Told when it happened, not only on request.
+        told = text_of(gdb)
+        assert "bad" in told
+        assert "five is too many" in told.split("-kprobe-list")[1]
+        # Its text is back already: what is left of differences is the other probe's byte.
+        assert {int(line.addr) for line in guest.snapshot.differences()} == {int(probes["good"]["addr"], 16)}
+        gdb.console("kprobe detach")
+
+
+def test_ctrl_c_interrupts_a_handler(guest: Any, tmp_path: Path) -> None:
+    with GdbTerminal(guest.environment) as gdb:
+        gdb.command(f"kprobe attach {guest.profile}")
+        source(
+            gdb,
+            tmp_path / "handlers.py",
+            """
+@kprobe.probe("p:slow __x64_sys_getpriority")
+def slow(hit):
+    if hit.hit == 3:
+        print("looping")
+        while True:
+            pass
+""",
+        )
+        guest.touched |= {int(line.split()[0], 16) for line in gdb.command("kprobe list").splitlines()[1:]}
+        gdb.type("continue")
+        gdb.wait_text("Continuing.")
+        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 50")
+        gdb.wait_text("looping")
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        assert (
+            gdb.command("python print(kprobe.get('slow').place.addr == int(gdb.parse_and_eval('(unsigned long)$pc')))")
+            == "True"
+        )
+        gdb.type("continue")
+        gdb.wait_text("Continuing.")
+        assert guest.guest.finish(job)[0] == 0
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        assert gdb.command("python print(kprobe.get('slow').hits)") == "50"
+        gdb.command("kprobe detach")
+
+
+# -- the connection ---------------------------------------------------------------------------------------------------
+
+
+def touch_the_guest(gdb: GdbMi) -> None:
+    """Have gdb find out that its connection is gone."""
+    with contextlib.suppress(GdbCommandError):
+        gdb.console("maintenance flush register-cache")
+        gdb.console("info registers rip")
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
+def test_a_lost_connection_is_made_again_and_the_guest_restored(guest: Any, stop: bool) -> None:
+    with under_load(guest, stop=stop) as (gdb, load):
+        gdb.console(CUT)
+        if stop:
+            touch_the_guest(gdb)
+        load.finish()
+        gdb.console("echo")
+        assert "3 site(s) restored, the guest runs" in text_of(gdb)
+        gdb.console(f"kprobe attach {guest.profile}")
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
+def test_a_connection_that_cannot_be_made_again_names_the_sites_and_attach_restores(guest: Any, stop: bool) -> None:
+    path = Path(guest.guest.gdb_address)
+    hidden = path.with_name("hidden")
+    with under_load(guest, stop=stop) as (gdb, load):
+        path.rename(hidden)
+        try:
+            gdb.console(CUT)
+            if stop:
+                touch_the_guest(gdb)
+            else:
+                wait_for(lambda: "still armed" in text_of(gdb) or gdb.console("echo"))
+        finally:
+            hidden.rename(path)
+        told = text_of(gdb)
+        for name in ("__x64_sys_getpriority+0x0", "__x64_sys_getpriority+0x5", "__do_sys_getpriority+0x0"):
+            assert name in told.split("still armed")[1], name
+        assert "3 site(s) armed; their text is restored" in gdb.console(f"kprobe attach {guest.profile}")
+        gdb.console("kprobe detach")
+        load.finish()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# -- a gdb that is killed ---------------------------------------------------------------------------------------------
+
+
+def kill_gdb(guest: Any, *, stop: bool) -> Load:
+    """Leave probes armed with nobody to dispatch them; the guest stops at the next hit, if it was not stopped."""
+    with under_load(guest, stop=stop) as (gdb, load):
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    wait_for(lambda: not guest.guest.qmp("query-status")["running"])
+    assert len(guest.snapshot.leftovers(guest.touched)) == 3
+    return load
+
+
+@pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
+def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
+    load = kill_gdb(guest, stop=stop)
+    with guest.gdb(attach=False) as gdb:
+        assert "an earlier session left 3 site(s) armed; their text is restored" in gdb.console(
+            f"kprobe attach {guest.profile}"
+        )
+        # The session is a good one: probes can be armed again, at the very same places.
+        arm(guest, gdb)
+        gdb.cont()
+        a_moment()
+        gdb.interrupt()
+        assert all(guest.hits(gdb).values())
+        gdb.console("kprobe detach")
+        load.finish()
