@@ -7,13 +7,20 @@ from kprobe_guest import GuestVm
 
 
 class GuestRam:
-    """A :class:`~gdb_kprobe.target.protocols.PhysicalMemory`: the file that backs the guest's RAM."""
+    """A :class:`~gdb_kprobe.target.protocols.PhysicalMemory`: the file that backs the guest's RAM.
+
+    Of a guest whose RAM is private: what QEMU's monitor saves to a file.
+    """
 
     def __init__(self, guest: GuestVm) -> None:
         self._guest = guest
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
-        return self._guest.read_ram(addr, size)
+        if self._guest.ram_path is not None:
+            return self._guest.read_ram(addr, size)
+        saved = self._guest.directory / "memory"
+        self._guest.qmp("pmemsave", val=addr, size=size, filename=str(saved))
+        return saved.read_bytes()
 
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         raise AssertionError("an observer does not write")

@@ -58,7 +58,7 @@ class PathTracer:
         self._read = read
         self._timeout = timeout
 
-    def trace(self, ranges: Sequence[AddressRange], start_call: Callable[[], None]) -> CallPath:
+    def trace(self, ranges: Sequence[AddressRange], start_call: Callable[[], object] = lambda: None) -> CallPath:
         """Follow one call of the function that begins *ranges*, inside these; what it calls outside runs freely.
 
         *start_call* is called when the machine runs with a breakpoint at the function, and must not wait for it.
@@ -105,7 +105,7 @@ class PathTracer:
         raise TargetError(f"vCPU {cpu} does not step at {before:#x}")
 
     def _run_to(
-        self, channel: RspSocket, stub: QemuStub, addr: VirtAddr, when_running: Callable[[], None] = lambda: None
+        self, channel: RspSocket, stub: QemuStub, addr: VirtAddr, when_running: Callable[[], object] = lambda: None
     ) -> CpuId:
         channel.send(b"Z1,%x,1" % addr)
         channel.resume()

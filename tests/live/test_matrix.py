@@ -1,0 +1,152 @@
+"""The same two probes on guests of all kinds, and every instruction of the bare-metal guest's functions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.launcher.oracle import GuestRam
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.testing import GdbMi, PathTracer
+from gdb_kprobe.x86.families import Family, classify
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CALLS = 20
+
+SPECS = {
+    "default CPU": GuestSpec(cpu="default"),
+    "default CPU, 2 vCPUs": GuestSpec(cpu="default", vcpus=2),
+    "no KASLR": GuestSpec(kaslr=False),
+    "TCP gdbstub": GuestSpec(gdb="tcp"),
+    "private RAM": GuestSpec(shared_ram=False, vcpus=2),
+    "ivshmem": GuestSpec(region="ivshmem", vcpus=2),
+    "i440FX machine": GuestSpec(machine="pc"),
+    "no mitigations": GuestSpec(extra_cmdline=("mitigations=off",), vcpus=2),
+    "newest kernel, default CPU, ivshmem": GuestSpec(kernel="newest", cpu="default", region="ivshmem"),
+    "newest kernel, private RAM": GuestSpec(kernel="newest", shared_ram=False),
+}
+
+
+def profile_of(guest: GuestVm, directory: Path) -> Path:
+    """The profile in configs/ for the guest's region, with the address and the memory of this very guest."""
+    text = (CONFIGS / ("ivshmem.yaml" if guest.spec.region == "ivshmem" else "debian.yaml")).read_text()
+    text = text.replace("${KPROBE_GUEST}/gdb", guest.gdb_address)
+    if not guest.spec.shared_ram:
+        text = text.replace("shared_memory: auto", "shared_memory: off")
+    profile = directory / "profile.yaml"
+    profile.write_text(text)
+    return profile
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_one_probe_on_each_rung(probed: Callable[[GuestSpec], Any], tmp_path: Path, spec: GuestSpec) -> None:
+    guest = probed(spec)
+    with guest.gdb(attach=False) as gdb:
+        gdb.console(f"kprobe attach {profile_of(guest.guest, tmp_path)}")
+        guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
+        guest.add(gdb, "p:stepped __do_sys_getpriority", "single-step")
+        gdb.cont()
+        guest.guest.check_output(
+            " & ".join([f"workload syscall 140 {CALLS} 0 0"] * spec.vcpus) + " & wait", timeout=120
+        )
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"boosted": CALLS * spec.vcpus, "stepped": CALLS * spec.vcpus}
+        done = gdb.command("-kprobe-detach")
+        assert (done["restored"], done["problems"]) == ("2", [])
+
+
+# -- the bare-metal guest ---------------------------------------------------------------------------------------------
+
+BARE = GuestSpec(kernel="bare")
+BARE_HITS = 50
+ALTERNATING = "f_jcc"
+"""Goes one way in every other round of the main loop."""
+
+
+class BareGuest:
+    """The bare-metal guest's text, and which instructions each round of its main loop executes."""
+
+    def __init__(self, guest: GuestVm) -> None:
+        self.guest = guest
+        self.symbols = guest.bare_image().symbols
+        self._ram = GuestRam(guest)
+
+    def read(self, addr: VirtAddr, size: int) -> bytes:
+        return self._ram.read_physical(PhysAddr(addr - self.symbols["image"] + self._image), size)
+
+    @property
+    def _image(self) -> int:
+        return self.guest.bare_image().physical("image")
+
+    def text(self) -> bytes:
+        start = VirtAddr(self.symbols["image"])
+        return self.read(start, self.symbols["end_of_text"] - start)
+
+    def counts_of_two_rounds(self) -> Counter[VirtAddr]:
+        """How often the instructions that may be probed are executed in two rounds, by address."""
+        tracer = PathTracer(self.guest.gdb_address, self.read)
+        total: Counter[VirtAddr] = Counter()
+        for name in self.guest.bare_image().functions:
+            if name == "f_int3":
+                continue
+            start = VirtAddr(self.symbols[name])
+            # Anything that the guest calls is within its text; leaf is followed, too.
+            ranges = [AddressRange(start, VirtAddr(self.symbols["bp_entry"]))]
+            paths = {tracer.trace(ranges).executed}
+            while name == ALTERNATING and len(paths) < 2:
+                paths.add(tracer.trace(ranges).executed)
+            for path in paths:
+                for step in path:
+                    if isinstance(classify(step.insn), Family):
+                        total[step.insn.addr] += 3 - len(paths)
+        return total
+
+
+@pytest.mark.parametrize("rung", ["single-step", "boosted"])
+def test_every_instruction_of_the_bare_metal_guest(
+    booted_guest: Callable[[GuestSpec], GuestVm], record_property: Callable[[str, object], None], rung: str
+) -> None:
+    guest = booted_guest(BARE)
+    bare = BareGuest(guest)
+    per_two_rounds = bare.counts_of_two_rounds()
+    before = bare.text()
+    environment = {"KPROBE_GUEST": str(guest.directory), "KPROBE_SYMBOLS": str(guest.bare_image().symbols_path)}
+
+    def rounds() -> int:
+        return guest.read_u64(guest.bare_image().physical("rounds"))
+
+    with GdbMi(environment) as gdb:
+        gdb.console("kprobe attach bare")
+        gdb.console(f"set kprobe strategy {rung}")
+        gdb.console(f"thbreak *{bare.symbols['main_loop']:#x}")
+        gdb.cont()
+        gdb.wait_stop()
+        for addr in per_two_rounds:
+            gdb.command(f'-kprobe-add "p:a{addr:x} {addr:#x}"')
+        first = rounds()
+        # An even number of whole rounds.
+        gdb.console(f"hbreak *{bare.symbols['main_loop']:#x}")
+        turns = BARE_HITS
+        for _ in range(turns):
+            gdb.cont()
+            gdb.wait_stop()
+        assert rounds() == first + turns
+        found = {
+            VirtAddr(int(probe["addr"], 16)): int(probe["hits"])
+            for probe in gdb.command("-kprobe-list")["probes"]
+            if probe["missed"] == "0" and probe["rung"] == rung
+        }
+        gdb.console("kprobe detach")
+    assert found == {addr: count * turns // 2 for addr, count in per_two_rounds.items()}
+    record_property("summary", f"{len(found)} instructions, {sum(found.values())} hits")
+    assert bare.text() == before
+    counters = guest.bare_counters()
+    assert rounds() > first + turns
+    assert all(count > 0 for name, count in counters.items() if name != "f_int3")
