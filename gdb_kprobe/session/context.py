@@ -65,6 +65,17 @@ class Registers(MutableMapping[str, int]):
         """Hardware names of the registers written so far."""
         return frozenset(self._changed)
 
+    def save(self) -> tuple[dict[str, int], frozenset[str]]:
+        """All values and what was written so far, for :meth:`restore`."""
+        return dict(self._values), self.changed
+
+    def restore(self, saved: tuple[dict[str, int], frozenset[str]]) -> None:
+        """Forget what was written since :meth:`save`."""
+        values, changed = saved
+        self._values.update(values)
+        self._changed.clear()
+        self._changed.update(changed)
+
 
 def _hardware(name: str) -> str:
     hardware = PT_REGS_NAMES.get(name, name)

@@ -36,6 +36,10 @@ MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
 
 
+_Key = tuple[VirtAddr, int]
+_Called = tuple[Probe, ...]
+
+
 class Outcome(Enum):
     """What a stop at the #BP entry was."""
 
@@ -81,10 +85,11 @@ class StubDispatcher:
         self._sites = sites
         self._on_hit = on_hit
         self._interruptible = interruptible
-        self._faulted: dict[tuple[VirtAddr, int], Site] = {}
-        self._skip: dict[CpuId, tuple[VirtAddr, int]] = {}
+        # Hits that are not through: (address, RSP) -> the probes that were called for it.
+        self._faulted: dict[_Key, _Called] = {}
+        self._skip: dict[CpuId, tuple[_Key, _Called]] = {}
         self._writing: tuple[CpuId, dict[str, int]] | None = None
-        self._stepping: tuple[CpuId, Site, dict[str, int]] | None = None
+        self._stepping: tuple[CpuId, Site, dict[str, int], _Called] | None = None
         self.failed: list[Probe] = []
         """Probes whose handler raised; the session takes them away."""
 
@@ -128,16 +133,16 @@ class StubDispatcher:
         if self._writing is not None:
             self._write_frame(*self._writing)
         if self._stepping is not None:
-            cpu, site, before = self._stepping
+            cpu, site, before, called = self._stepping
             after = self._machine.read_registers(cpu)
             stepped = step.stepped(site.plan.insn, site.plan.slot.code, before, after)
-            self._fix_up(cpu, site, before, after if stepped else None)
+            self._fix_up(cpu, site, before, after if stepped else None, called)
 
     def forget_stale_skips(self) -> None:
         """A stopped probe is resumed without a second hit only while its vCPU still stands there."""
-        for cpu, (addr, rsp) in tuple(self._skip.items()):
+        for cpu, (key, _) in tuple(self._skip.items()):
             values = self._machine.read_registers(cpu)
-            if (values["rip"], values["rsp"]) != (addr, rsp):
+            if (values["rip"], values["rsp"]) != key:
                 del self._skip[cpu]
 
     # -- private ------------------------------------------------------------------------------------------------
@@ -147,16 +152,17 @@ class StubDispatcher:
         values.update(rip=trap.rip, rsp=trap.rsp, eflags=trap.eflags, cs=trap.cs)
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
-        resumed = self._skip.get(cpu) == key or key in self._faulted
-        self._skip.pop(cpu, None)
-        self._faulted.pop(key, None)
+        called = self._faulted.pop(key, None)
+        stopped_at, stopped_for = self._skip.pop(cpu, (None, ()))
+        if stopped_at == key:
+            called = stopped_for
         for watcher in site.watchers:
             # The fault was fixed up: the instruction is not executed again.
             self._faulted.pop((watcher, trap.rsp), None)
 
         stop = False
-        if not resumed:
-            stop = self._run_handlers(cpu, site, regs)
+        if called is None:
+            stop, called = self._run_handlers(cpu, site, regs)
         # In this order: should gdb be killed between two writes, what it was about can still be told (session.leave).
         frame = {name: values[name] for name in (*sorted(regs.changed - {*_LAST}), *_LAST)}
         if "rip" in regs.changed:
@@ -165,14 +171,14 @@ class StubDispatcher:
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
             self._write_frame(cpu, frame)
-            self._skip[cpu] = (trap.rip, frame["rsp"])
+            self._skip[cpu] = (trap.rip, frame["rsp"]), called
             return Outcome.STOP
 
         frame["rip"] = site.plan.slot.code
         self._write_frame(cpu, frame)
         if site.plan.rung is Rung.SINGLE_STEP:
             values.update(frame)
-            return Outcome.STOP if self._single_step(cpu, site, values) else Outcome.HANDLED
+            return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
         return Outcome.HANDLED
 
     def _write_frame(self, cpu: CpuId, frame: dict[str, int]) -> None:
@@ -180,43 +186,49 @@ class StubDispatcher:
         self._machine.write_registers(cpu, frame)
         self._writing = None
 
-    def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> bool:
+    def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> tuple[bool, _Called]:
+        """Call what is to be called; whether to stop for the user, and the probes whose condition held."""
         stop = False
+        called: list[Probe] = []
         next_ip = offset(site.addr, site.plan.insn.length)
         for probe in tuple(site.probes):
             condition = probe.spec.condition
             if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
                 continue
+            called.append(probe)
             probe.hits += 1
             self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
             if probe.pre is not None:
                 stop |= self._call(
                     probe, probe.pre, HitContext(probe.name, probe.hits, cpu, regs, next_ip, self._machine)
                 )
-        return stop
+        return stop, tuple(called)
 
     def _call(self, probe: Probe, handler: Handler, context: HitContext) -> bool:
-        """Run a user's handler. Whatever it raises, the guest's instruction is executed all the same."""
+        """Run a user's handler. When it raises, what it did to the registers is undone, and the guest goes on."""
+        before = context.regs.save()
         try:
             with self._interruptible():
                 returned = handler(context)
         except KeyboardInterrupt:
+            context.regs.restore(before)
             return True
         except Exception:
+            context.regs.restore(before)
             probe.last_error = traceback.format_exc()
             probe.missed += 1
             self.failed.append(probe)
             return False
         return context.stop_requested or returned is True
 
-    def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int]) -> bool:
+    def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: _Called) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
-        self._stepping = cpu, site, before
-        after = self._fix_up(cpu, site, before, self._step(cpu, site, before))
-        return after is not None and site.needs_post and self._run_post(cpu, site, after)
+        self._stepping = cpu, site, before, called
+        after = self._fix_up(cpu, site, before, self._step(cpu, site, before), called)
+        return after is not None and site.needs_post and self._run_post(cpu, after, called)
 
     def _fix_up(
-        self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None
+        self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None, called: _Called
     ) -> dict[str, int] | None:
         """Put right what the step left in *after* (``None``: nothing was executed).
 
@@ -233,7 +245,7 @@ class StubDispatcher:
         if after is None:
             # The guest executes the probed instruction as if it had not been hit.
             self._machine.write_registers(cpu, {"rip": site.addr})
-            self._faulted[(site.addr, before["rsp"])] = site
+            self._faulted[(site.addr, before["rsp"])] = called
             self._stepping = None
             return None
         if step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
@@ -241,7 +253,7 @@ class StubDispatcher:
             # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,
             # or goes on at the fixup, where a site of its own tells us.
             self._write_memory(cpu, step.fix_up_fault(insn, slot, after, read_stack).memory)
-            self._faulted[(site.addr, before["rsp"])] = site
+            self._faulted[(site.addr, before["rsp"])] = called
             self._stepping = None
             return None
         fix = step.fix_up(insn, slot, before, after, read_stack)
@@ -250,10 +262,10 @@ class StubDispatcher:
         self._stepping = None
         return {**after, **fix.registers}
 
-    def _run_post(self, cpu: CpuId, site: Site, values: dict[str, int]) -> bool:
+    def _run_post(self, cpu: CpuId, values: dict[str, int], called: _Called) -> bool:
         stop = False
         regs = Registers(values)
-        for probe in tuple(site.probes):
+        for probe in called:
             if probe.enabled and probe.post is not None:
                 stop |= self._call(
                     probe, probe.post, HitContext(probe.name, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)

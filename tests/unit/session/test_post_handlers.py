@@ -1,0 +1,94 @@
+"""Post-handlers: after the instruction, with the single step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.model import Reason, Rung
+
+
+def test_it_sees_the_state_after_the_instruction_at_the_original_address(toy: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    toy.add("f_call", post=lambda hit: seen.append((hit.regs.ip, hit.read_int(hit.regs.sp))))
+    assert toy.call("f_call") == 14
+    assert seen == [(toy.addr("leaf"), toy.addr("f_call", 5))]
+
+
+def test_it_may_change_registers_and_the_way(toy: Any) -> None:
+    def change(hit: Any) -> None:
+        hit.regs.ax = 1
+        hit.regs.ip = hit.read_int(hit.regs.sp)
+        hit.regs.sp += 8
+
+    toy.add("f_nop", post=change)
+    assert toy.call("f_nop") == 1
+    assert toy.count("f_nop") == 0
+
+
+def test_it_may_stop_behind_the_instruction(toy: Any) -> None:
+    probe = toy.add("f_push", post=lambda hit: True)
+    assert toy.call("f_push") is None
+    assert toy.machine.registers[1]["rip"] == toy.addr("f_push", 1)
+    assert toy.resume() == 13
+    assert probe.hits == 1
+
+
+def test_it_runs_once_when_the_pre_handler_had_stopped(toy: Any) -> None:
+    order: list[str] = []
+    toy.add("f_push", lambda hit: order.append("pre") or True, lambda hit: order.append("post"))
+    assert toy.call("f_push") is None
+    assert order == ["pre"]
+    assert toy.resume() == 13
+    assert order == ["pre", "post"]
+
+
+def test_it_does_not_run_where_the_instruction_is_skipped(toy: Any) -> None:
+    order: list[str] = []
+    toy.add("f_nop", lambda hit: hit.skip(), lambda hit: order.append("post"))
+    assert toy.call("f_nop") == 13
+    assert order == []
+
+
+def test_it_runs_only_where_the_condition_held_before_the_instruction(toy: Any) -> None:
+    seen: list[int] = []
+    probe = toy.add("p:some f_push if di == 8", post=lambda hit: seen.append(hit.regs.di))
+    for edi in (6, 8, 9):
+        toy.call("f_push", rdi=edi)
+    assert (probe.hits, seen) == (1, [8])
+
+
+def test_the_condition_is_asked_once_also_when_the_hit_is_resumed(toy: Any) -> None:
+    """The pre-handler has made the condition false: the post-handler belongs to the hit all the same."""
+    seen: list[int] = []
+
+    def change(hit: Any) -> bool:
+        hit.regs.di = 1
+        return True
+
+    toy.add("p:some f_push if di == 8", change, lambda hit: seen.append(hit.regs.di))
+    toy.add("p:other f_push if di == 1", post=lambda hit: seen.append(-1), enabled=False)
+    assert toy.call("f_push", rdi=8) is None
+    assert toy.resume() == 8
+    assert seen == [1]
+
+
+def test_one_that_raises_is_disabled_and_the_guest_goes_on(toy: Any) -> None:
+    def broken(hit: Any) -> None:
+        hit.regs.ax = 1000
+        hit.regs.ip = 0
+        raise ValueError
+
+    probe = toy.add("f_push", post=broken)
+    assert toy.call("f_push") == 13
+    assert (probe.enabled, probe.missed) == (False, 1)
+    assert (toy.changed_text(), toy.machine.breakpoints) == ({}, set())
+
+
+def test_it_is_refused_where_only_boosting_is_wanted(toy: Any) -> None:
+    with pytest.raises(RefusedError) as caught:
+        toy.add("f_push", post=lambda hit: None, rung=Rung.BOOSTED)
+    assert caught.value.refusal.reason is Reason.NEEDS_SINGLE_STEP
+    toy.assert_idle()
