@@ -1,0 +1,195 @@
+"""The documents say what is there: commands, settings, paths, layers, the version."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ROOT / "gdb_kprobe" / "gdbext" / "commands"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "qemu/README.md")
+NOT_IMPLEMENTED = {"r"}
+"""Commands that only refuse: their help has no example."""
+
+_SUFFIXES = (".md", ".py", ".S", ".sh", ".toml", ".yaml", "/")
+# Where a path in a document may start.
+_BASES = {
+    "qemu/README.md": ("", "qemu/kprobe_guest"),
+    "docs/architecture.md": ("", "gdb_kprobe"),
+}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads(read("pyproject.toml"))
+
+
+def section(document: str, heading: str) -> str:
+    """The text under a ``##`` heading of *document*."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", read(document), re.M | re.S)
+    assert found is not None, f"{document} has no section {heading!r}"
+    return found[1]
+
+
+def first_cells(text: str) -> list[str]:
+    """What stands in backticks at the start of each table row."""
+    return re.findall(r"^\| `([^`]+)`", text, re.M)
+
+
+# -- what the sources say, without importing gdb ----------------------------------------------------------------------
+
+
+def registered_commands() -> dict[str, str]:
+    """Docstrings of the ``kprobe`` commands by name: the calls ``Class("name")`` in each module's ``register()``."""
+    found: dict[str, str] = {}
+    for path in sorted(COMMANDS.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "register":
+                for call in ast.walk(node):
+                    match call:
+                        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(word))]) if name in classes:
+                            found[word] = ast.get_docstring(classes[name]) or ""
+    return found
+
+
+def registered_mi_commands() -> set[str]:
+    """First elements of the pairs that the MI module's ``register()`` goes through."""
+    tree = ast.parse((COMMANDS / "mi.py").read_text())
+    register = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "register")
+    pairs = [node.elts[0] for node in ast.walk(register) if isinstance(node, ast.Tuple) and len(node.elts) == 2]
+    return {f"-kprobe-{ast.literal_eval(name)}" for name in pairs if isinstance(name, ast.Constant)}
+
+
+def registered_settings() -> set[str]:
+    kinds = {"_Switch", "_Choice", "_Text"}
+    calls = [node for node in ast.walk(ast.parse(read("gdb_kprobe/gdbext/settings.py"))) if isinstance(node, ast.Call)]
+    return {
+        ast.literal_eval(call.args[0]) for call in calls if isinstance(call.func, ast.Name) and call.func.id in kinds
+    }
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_readme_lists_every_command_and_no_other() -> None:
+    listed = {cell.split()[1].partition("[")[0] for cell in first_cells(section("README.md", "Commands"))
+              if cell.startswith("kprobe ") and not cell.startswith("kprobe -:")}  # fmt: skip
+    assert listed == set(registered_commands())
+
+
+def test_readme_lists_every_mi_command_and_no_other() -> None:
+    listed = set(re.findall(r"`(-kprobe-\w+)`", section("README.md", "Commands")))
+    assert listed == registered_mi_commands()
+
+
+def test_readme_lists_every_setting_and_no_other() -> None:
+    listed = set(re.findall(r"^\| `set kprobe ([\w-]+)", read("README.md"), re.M))
+    assert listed == registered_settings()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_a_document_exist(document: str) -> None:
+    used = set(re.findall(r"(?:`|\(gdb\) )kprobe ([a-z]+)\b(?!:?=)", read(document)))
+    assert used <= set(registered_commands()), document
+
+
+@pytest.mark.parametrize(("name", "docstring"), sorted(registered_commands().items()))
+def test_help_has_summary_usage_and_example(name: str, docstring: str) -> None:
+    lines = docstring.splitlines()
+    assert lines[0].endswith("."), "gdb shows the first line in the list of commands"
+    assert len(lines[0]) < 90
+    assert re.search(rf"^kprobe {name}\b", docstring, re.M), "no usage line"
+    if name not in NOT_IMPLEMENTED:
+        example = docstring.partition("Example:\n")[2]
+        assert re.match(rf" +kprobe {name}\b", example), "no example of the command"
+
+
+def test_examples_use_only_commands_that_exist() -> None:
+    prefix = ast.parse((COMMANDS / "prefix.py").read_text())
+    texts = [*registered_commands().values()]
+    texts += [ast.get_docstring(node) or "" for node in prefix.body if isinstance(node, ast.ClassDef)]
+    used = {word for text in texts for word in re.findall(r"^ +kprobe ([a-z]+)\b", text, re.M)}
+    assert used <= set(registered_commands())
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+def paths_in(document: str) -> Iterator[str]:
+    """Words in backticks that look like a path of this project, and the targets of links."""
+    prose = re.sub(r"```.*?```", "", read(document), flags=re.S)
+    words = {word for code in re.findall(r"`([^`]+)`", prose) for word in code.split()}
+    words |= set(re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose))
+    for word in sorted(words):
+        path = word.removeprefix("./")
+        if re.fullmatch(r"\w[\w./-]*", path) and path.endswith(_SUFFIXES):
+            yield path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_a_document_exist(document: str) -> None:
+    bases = [ROOT / base for base in _BASES.get(document, ("",))]
+    bases.append((ROOT / document).parent)
+    placeholders = {"NAME.yaml", "my.yaml"}
+    missing = [
+        path
+        for path in paths_in(document)
+        if path not in placeholders and not any((base / path).exists() for base in bases)
+    ]
+    assert missing == []
+
+
+def test_the_path_finder_finds_paths() -> None:
+    assert {"session/header.py", "qemu/kprobe_guest/"} <= set(paths_in("docs/architecture.md"))
+    assert {"configs/", "install.sh", "docs/architecture.md"} <= set(paths_in("README.md"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_headings_lead_somewhere(document: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", read(document)):
+        name = target or document
+        headings = re.findall(r"^#+ (.+)$", read(name), re.M)
+        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, (target, anchor)
+
+
+# -- layers, version, profiles ----------------------------------------------------------------------------------------
+
+
+def test_layers_are_those_of_the_import_contract() -> None:
+    contracts = pyproject()["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert first_cells(section("docs/architecture.md", "Layers")) == layers
+
+
+def test_layers_are_all_of_the_package() -> None:
+    package = ROOT / "gdb_kprobe"
+    there = {path.stem for path in package.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"}
+    assert set(first_cells(section("docs/architecture.md", "Layers"))) == there - {"__init__"}
+
+
+def test_changelog_has_the_version() -> None:
+    version = pyproject()["project"]["version"]
+    assert re.search(rf"^## \[{re.escape(version)}\] - (Unreleased|\d{{4}}-\d\d-\d\d)$", read("CHANGELOG.md"), re.M)
+
+
+def test_readme_lists_every_key_of_a_profile_and_no_other() -> None:
+    groups: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse(read("gdb_kprobe/config/load.py")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)]) if name.endswith("_KEYS"):
+                groups[name] = ast.literal_eval(node.value)
+    keys = {key for key in groups["_PROFILE_KEYS"] if key not in ("kernel", "region", "policy")}
+    keys |= {f"kernel.{key}" for key in groups["_KERNEL_KEYS"]} | {f"region.{key}" for key in groups["_REGION_KEYS"]}
+    keys |= {"policy.rungs"}
+    assert set(first_cells(section("README.md", "Profiles"))) == keys
