@@ -383,7 +383,8 @@ class Session:
             if probe.enabled:
                 self.failed.append(probe)
                 probe.enabled = False
-                self._match_text(self._site_of(probe))
+                if any(probe is other for other in self.probes):  # it may have deleted itself before it raised
+                    self._match_text(self._site_of(probe))
 
     def _tell(self, hit: Hit) -> None:
         for listener in self.listeners:

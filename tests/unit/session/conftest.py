@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +84,7 @@ def link(program: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     text = bytearray()
     for name, source in program.items():
         text += b"\xcc" * (symbols[name] - TEXT - len(text))
-        for word in source.split():
-            if word == "count":
-                text += b"\x48\xff\x05"  # inc qword ptr [rip+rel32]
-                word = f"count_{name}:rel"
+        for word in source.replace("count", f"48ff05 count_{name}:rel").split():  # inc qword ptr [rip+rel32]
             if word.endswith(":rel"):
                 text += struct.pack("<i", symbols[word[:-4]] - (TEXT + len(text) + 4))
             else:
@@ -361,6 +358,7 @@ class Toy:
     region: Region
     session: Session
     hits: list[Hit]
+    died: type[Exception] = GuestDiedError
 
     def addr(self, name: str, offset: int = 0) -> VirtAddr:
         return VirtAddr(self.machine.symbols[name] + offset)
@@ -438,7 +436,7 @@ class Toy:
         return [] if header is None else sorted(iter_records(self.machine, header), key=lambda r: r.patch.addr)
 
     def writes(self) -> list[str]:
-        """What was written since the last call: ``header``, ``record``, ``clear record``, ``slot``, ``text``, ``link``."""
+        """The writes since the last call, by name: what of the region, or the guest's text or page tables."""
         layout = self.region.header.layout
         names: list[str] = []
         for addr, data in self.machine.log:
@@ -481,8 +479,8 @@ def machine() -> ToyMachine:
 
 
 @pytest.fixture
-def toy(machine: ToyMachine) -> Iterator[Toy]:
-    yield make_toy(machine)
+def toy(machine: ToyMachine) -> Toy:
+    return make_toy(machine)
 
 
 @pytest.fixture
