@@ -1,0 +1,235 @@
+"""What is written to the guest, in which order, and what is left when a write fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import KprobeError, RegionError, StaleTextError, TargetError
+from gdb_kprobe.model import Rung
+from gdb_kprobe.session.header import HeaderStore
+from gdb_kprobe.session.session import Session
+
+TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000
+
+
+def physical(addr: int) -> int:
+    return addr - TEXT + TEXT_PHYS
+
+
+def make_region_full(toy: Any) -> None:
+    """All records in use, as far as the allocator of records knows."""
+    store = toy.region.store
+    store.header = type(store.header)(
+        store.header.size,
+        store.header.virt,
+        store.header.phys,
+        store.header.identity,
+        store.header.cookie,
+        store.header.code_high_water,
+        store.header.layout.record_count,
+    )
+
+
+def snapshot(toy: Any) -> tuple[Any, ...]:
+    """All that a session and its guest show."""
+    session: Session = toy.session
+    return (
+        toy.changed_text(),
+        toy.records(),
+        set(toy.machine.breakpoints),
+        {
+            addr: (site.armed, site.plan.rung, [probe.name for probe in site.probes])
+            for addr, site in session._sites.items()
+        },
+        [(probe.name, probe.enabled) for probe in session.probes],
+        toy.region.slots.used - sum(slot.size for slot in toy.region.slots.quarantined),
+    )
+
+
+# -- order --------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_comes_before_the_slot_and_the_text_last(toy: Any) -> None:
+    toy.add("f_push")
+    assert toy.writes() == ["record", "header", "slot", "text"]
+    assert toy.machine.breakpoints
+
+
+def test_the_text_is_restored_before_the_record_goes(toy: Any) -> None:
+    probe = toy.add("f_push")
+    toy.writes()
+    toy.session.delete(probe)
+    assert toy.writes() == ["text", "clear record"]
+
+
+def test_a_watched_fixup_is_armed_before_its_instruction_and_outlives_it(toy: Any) -> None:
+    toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
+    probe = toy.add("f_load")
+    text = [addr for addr, _ in toy.machine.log if TEXT_PHYS <= addr < TEXT_PHYS + 0x1000]
+    assert text == [physical(toy.addr("fixup")), physical(toy.addr("f_load"))]
+    toy.machine.log.clear()
+    toy.session.delete(probe)
+    text = [addr for addr, _ in toy.machine.log if TEXT_PHYS <= addr < TEXT_PHYS + 0x1000]
+    assert text == [physical(toy.addr("f_load")), physical(toy.addr("fixup"))]
+
+
+def test_only_one_byte_of_text_is_written(toy: Any) -> None:
+    probe = toy.add("f_call")
+    toy.session.delete(probe)
+    site = physical(toy.addr("f_call"))
+    assert [entry for entry in toy.machine.log if entry[0] < TEXT_PHYS + 0x1000] == [(site, b"\xcc"), (site, b"\xe8")]
+
+
+def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
+    """From memory alone: what another gdb would find."""
+
+    def told() -> list[tuple[int, bytes, bytes, Rung]]:
+        return [(r.patch.addr, r.patch.old, r.patch.new, r.rung) for r in toy.records()]
+
+    at_push = (toy.addr("f_push"), b"\x55", b"\xcc", Rung.BOOSTED)
+    at_jmp = (toy.addr("f_jmp"), b"\xeb", b"\xcc", Rung.SINGLE_STEP)
+    push = toy.add("f_push")
+    assert told() == [at_push]
+    jmp = toy.add("f_jmp", rung=Rung.SINGLE_STEP)
+    assert told() == [at_push, at_jmp]
+    toy.session.set_enabled(push, False)
+    assert told() == [at_jmp]
+    toy.session.set_enabled(push, True)
+    assert told() == [at_push, at_jmp]
+    toy.session.delete(jmp)
+    assert told() == [at_push]
+    slot = toy.records()[0].slot
+    assert toy.machine.load(slot.start, 8) == toy.addr("f_push").to_bytes(8, "little")
+    assert toy.header().code_high_water >= slot.end
+    toy.session.detach()
+    assert toy.header() is None
+
+
+# -- failures -----------------------------------------------------------------------------------------------------
+
+
+def at_site(toy: Any) -> int:
+    return physical(toy.addr("f_push"))
+
+
+def at_slot(toy: Any) -> int:
+    start: int = toy.region.header.phys + toy.region.header.layout.data_end
+    return start
+
+
+def at_record(toy: Any) -> int:
+    phys: int = toy.region.header.phys
+    return phys + 0x1000
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [("ignored", at_site), ("ignored", at_slot), ("rejected", at_site), ("rejected", at_slot), ("rejected", at_record)],
+)
+def test_an_add_whose_write_fails_leaves_nothing(toy: Any, how: str, where: Callable[[Any], int]) -> None:
+    addresses = getattr(toy.machine, how)
+    addresses.add(where(toy))
+    with pytest.raises(TargetError, match="holds" if how == "ignored" else "cannot write"):
+        toy.add("f_push")
+    addresses.clear()
+    assert len(toy.session.probes) == 0
+    toy.assert_idle()
+    assert toy.call("f_push") == 13
+    toy.add("f_push")
+    assert toy.call("f_push") == 13
+    assert len(toy.hits) == 1
+
+
+def test_text_that_changes_under_the_plan_is_not_written(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between reading the instruction and writing the int3 the bytes are read again."""
+    add_record = HeaderStore.add
+
+    def change(*args: Any) -> None:
+        add_record(*args)
+        toy.machine.ram[at_site(toy)] = 0x90
+
+    monkeypatch.setattr(HeaderStore, "add", change)
+    with pytest.raises(StaleTextError, match="holds 90, expected 55; nothing was written"):
+        toy.add("f_push")
+    assert toy.changed_text() == {toy.addr("f_push"): 0x90}
+    assert (toy.records(), toy.machine.breakpoints) == ([], set())
+
+
+def test_text_that_somebody_else_has_changed_is_left_alone(toy: Any) -> None:
+    probe = toy.add("f_push")
+    toy.machine.ram[at_site(toy)] = 0x90
+    before = snapshot(toy)
+    for act in (lambda: toy.session.delete(probe), lambda: toy.session.set_enabled(probe, False)):
+        with pytest.raises(StaleTextError):
+            act()
+        assert snapshot(toy) == before
+    done = toy.session.detach()
+    assert (done.restored, done.unmapped) == (0, False)
+    assert len(done.problems) == 1
+    assert done.problems[0].startswith("f_push+0x0: guest text at")
+    assert toy.changed_text() == {toy.addr("f_push"): 0x90}
+    assert len(toy.records()) == 1, "whoever comes next can find out"
+
+
+def test_enabling_that_fails_leaves_the_probe_disabled(toy: Any) -> None:
+    probe = toy.add("f_push", enabled=False)
+    toy.machine.ignored.add(at_site(toy))
+    before = snapshot(toy)
+    with pytest.raises(TargetError):
+        toy.session.set_enabled(probe, True)
+    assert snapshot(toy) == before
+
+
+def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy: Any) -> None:
+    first = toy.add("p:first f_push")
+    before = snapshot(toy)
+    toy.machine.rejected.add(toy.region.slots.high_water - toy.region.header.virt + toy.region.header.phys)
+    with pytest.raises(TargetError, match="cannot write"):
+        toy.add("p:second f_push", post=lambda hit: None)
+    assert snapshot(toy) == before
+    assert toy.call("f_push") == 13
+    assert first.hits == 1
+
+
+@pytest.mark.parametrize("where", ["f_load", "fixup"])
+def test_a_watched_fixup_goes_when_its_instruction_cannot_be_armed(toy: Any, where: str) -> None:
+    toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
+    toy.machine.ignored.add(physical(toy.addr(where)))
+    with pytest.raises(TargetError):
+        toy.add("f_load")
+    toy.machine.ignored.clear()
+    toy.assert_idle()
+
+
+@pytest.mark.parametrize("place", ["f_push", "f_load"])
+def test_when_all_records_are_in_use_nothing_is_written(toy: Any, place: str) -> None:
+    toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
+    make_region_full(toy)
+    with pytest.raises(RegionError, match="records of the region are in use"):
+        toy.add(place)
+    assert (toy.changed_text(), toy.machine.breakpoints, toy.session._sites) == ({}, set(), {})
+
+
+def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Any) -> None:
+    link = toy.region.links[0]
+    toy.machine.set_quad(link.addr, 0)
+    with pytest.raises(RegionError, match=f"entry at physical {link.addr:#x}"):
+        toy.add("f_push")
+    assert toy.writes() == []
+
+
+def test_a_detach_restores_the_other_sites_when_one_cannot_be(toy: Any) -> None:
+    for name in ("f_nop", "f_push", "f_jmp"):
+        toy.add(name)
+    toy.machine.rejected.add(at_site(toy))
+    done = toy.session.detach()
+    assert (done.restored, len(done.problems), done.unmapped) == (2, 1, False)
+    assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+
+
+def test_errors_are_all_of_one_kind_for_the_prompt(toy: Any) -> None:
+    assert issubclass(StaleTextError, KprobeError)
+    assert issubclass(RegionError, KprobeError)
