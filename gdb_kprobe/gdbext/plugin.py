@@ -15,6 +15,7 @@ from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
+from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
@@ -65,6 +66,9 @@ class Plugin:
         self.stop_requested = False
         """A trace has shown all it was asked for: the next stop is the user's."""
         self._settling = False
+        self._guard: Guard | None = None
+        self._connection = 0
+        """gdb's number of the last connection that was looked at for what others left behind."""
 
     def need_link(self) -> Link:
         """:raises ConnectionLostError: not attached."""
@@ -89,16 +93,20 @@ class Plugin:
         """
         if self.link is not None:
             raise KprobeError("attached already", "'kprobe detach' first")
-        if not _is_connected():
-            gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+        connect(profile)
         link = Link(profile)
         try:
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+                if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
+                    self._guard.leftover.restore(link.stub)
         except BaseException:
             link.interrupts.close()
             raise
         self.link = link
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
         refused: list[tuple[Probe, str]] = []
         waiting, self.pending = self.pending, []
         for probe in waiting:
@@ -150,11 +158,14 @@ class Plugin:
     def on_stop(self) -> None:
         """The machine stopped for the user."""
         link = self.link
-        if link is None or self._settling:
+        if self._settling:
             return
-        link.interrupts.stopped()
+        if link is None:
+            self._look_for_leftovers()
+            return
         self._settling = True
         try:
+            link.interrupts.stopped()
             with contextlib.suppress(GuestStateError), link.stopped():
                 link.session.settle()
                 _tell_failures(link.session)
@@ -165,9 +176,22 @@ class Plugin:
         finally:
             self._settling = False
 
+    def _look_for_leftovers(self) -> None:
+        """At the first stop of each connection, which is made while gdb connects."""
+        connection = gdb.selected_inferior().connection
+        if connection is None or connection.num == self._connection:
+            return
+        self._connection = connection.num
+        self._settling = True
+        try:
+            self._guard = guard_connection()
+        finally:
+            self._settling = False
+
     def before_detach(self) -> None:
         """The user is about to take gdb's connection away."""
         if self.link is None:
+            self._leave_guarded()
             return
         try:
             done = self.detach()
@@ -181,6 +205,9 @@ class Plugin:
         """gdb's connection is gone (it was lost, or an MI client detached)."""
         if self.link is not None:
             self.rescue()
+        elif self._guard is not None:
+            guard, self._guard = self._guard, None
+            guard.rescue()
 
     def on_exit(self, killed: bool) -> None:
         """gdb ends. It may be in the middle of anything, also of a run.
@@ -188,6 +215,7 @@ class Plugin:
         *killed*: by a SIGTERM. Then nothing may be asked of gdb: it would end at the first packet, the work half done.
         """
         if self.link is None:
+            self._leave_guarded(killed=killed)
             return
         with uninterrupted():
             if not killed:
@@ -195,6 +223,19 @@ class Plugin:
                     self.detach()
             if self.link is not None:
                 self.rescue()
+
+    def _leave_guarded(self, *, killed: bool = False) -> None:
+        """gdb leaves a guest that an earlier session left armed: not without its text."""
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        with uninterrupted():
+            try:
+                if killed:
+                    raise ConnectionLostError("gdb is being ended")
+                guard.restore()
+            except (KprobeError, gdb.error):
+                guard.rescue()
 
     def rescue(self) -> None:
         """Restore the guest over a connection of our own."""
@@ -216,8 +257,21 @@ def _tell_failures(session: Session) -> None:
         )
 
 
-def _is_connected() -> bool:
-    return isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection)
+def connect(profile: Profile) -> None:
+    """Connect gdb to the profile's gdbstub, if it is not connected already.
+
+    :raises ConnectionLostError: nobody answers there.
+    """
+    if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+        return
+    try:
+        gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+    except gdb.error as error:
+        raise ConnectionLostError(
+            f"cannot connect to the gdbstub at {profile.gdbstub}: {error}",
+            "is QEMU running with -gdb, and no other gdb connected (the stub serves one client)? The address is "
+            f"'gdbstub' in {profile.path}",
+        ) from error
 
 
 _plugin: Plugin | None = None

@@ -12,6 +12,7 @@ from gdb_kprobe.config.profile import KernelKind, Profile
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
+from gdb_kprobe.gdbext.plugin import connect
 from gdb_kprobe.session.bare_guest import open_bare
 from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.ram import RamView, SharedRam
@@ -29,8 +30,7 @@ def wait_for_kernel(profile: Profile) -> None:
 
     :raises GuestStateError: it is not up after :data:`PATIENCE` seconds; says what was seen last.
     """
-    if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
-        gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+    connect(profile)
     channel = GdbChannel()
     stub = QemuStub(channel)
     memory = RamView(stub, SharedRam.discover(stub))

@@ -133,6 +133,9 @@ class Header:
     def code(self) -> AddressRange:
         return AddressRange(offset(self.virt, self.layout.data_end), offset(self.virt, self.layout.code_end))
 
+    def record_address(self, index: int) -> PhysAddr:
+        return offset(self.phys, RECORD_OFFSET + index * RECORD_SIZE)
+
     @property
     def range(self) -> AddressRange:
         return AddressRange(self.virt, offset(self.virt, self.size))
@@ -204,7 +207,7 @@ class HeaderStore:
         self.memory.write_physical(self.header.phys, bytes(_HEADER.size))
 
     def _address(self, index: int) -> PhysAddr:
-        return offset(self.header.phys, RECORD_OFFSET + index * RECORD_SIZE)
+        return self.header.record_address(index)
 
 
 def read_header(memory: PhysicalMemory, phys: PhysAddr) -> Header | None:

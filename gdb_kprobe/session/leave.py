@@ -12,11 +12,13 @@ All there is to go by is the records in the region and the vCPUs themselves. A v
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from gdb_kprobe.errors import TargetError
+from gdb_kprobe.linux.idt import Gate
+from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
-from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Record
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
@@ -31,7 +33,20 @@ MAX_STEPS_OUT = 64
 """Steps that bring a vCPU out of a slot: one instruction, relocated, and a jump; one step in 500 does nothing."""
 
 
-def bring_out(machine: Cpus, guest: Guest, records: Iterable[Record], code: AddressRange) -> None:
+class Trapping(Protocol):
+    """What must be known of a guest to do that; a :class:`~gdb_kprobe.session.guest.Guest` has it."""
+
+    @property
+    def memory(self) -> PageTable: ...
+
+    @property
+    def bp_entry(self) -> VirtAddr: ...
+
+    @property
+    def gates(self) -> Mapping[VirtAddr, Gate]: ...
+
+
+def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], code: AddressRange) -> None:
     """Bring every vCPU out of traps and slots of *records*; *code* is the whole code area of the region.
 
     :raises TargetError: a vCPU does not come out.
@@ -57,7 +72,12 @@ def step_out(machine: Cpus, cpu: CpuId, code: AddressRange) -> bool:
     raise TargetError(f"vCPU {cpu} does not leave the slot at {machine.read_register(cpu, 'rip'):#x}")
 
 
-def _undo_trap(machine: Cpus, guest: Guest, cpu: CpuId, records: tuple[Record, ...]) -> bool:
+def trapped_at(machine: Cpus, cpu: CpuId, bp_entry: VirtAddr, site: VirtAddr) -> bool:
+    """Whether *cpu* stands at the #BP entry because of the int3 at *site*."""
+    return machine.read_register(cpu, "rip") == bp_entry and _frame_of(machine, cpu, site, 1 << 64) is not None
+
+
+def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Record, ...]) -> bool:
     if machine.read_register(cpu, "rip") != guest.bp_entry:
         return False
     return any(_take_frame_off(machine, cpu, record.patch.addr, 1 << 64) for record in records)
@@ -74,19 +94,31 @@ def _undo_entry(machine: Cpus, cpu: CpuId, records: tuple[Record, ...]) -> bool:
 
 
 def _take_frame_off(machine: Cpus, cpu: CpuId, site: VirtAddr, most: int) -> bool:
-    """Undo the exception of the int3 at *site*, if its frame is what RSP points to, *most* bytes below the stack."""
-    at = machine.read_register(cpu, "rsp")
-    data = machine.read_current(cpu, VirtAddr(at), _FRAME.size)
-    if data is None:
+    """Undo the exception of the int3 at *site*, if its frame is what RSP points to."""
+    frame = _frame_of(machine, cpu, site, most)
+    if frame is None:
         return False
-    ip, cs, eflags, rsp, _ = _FRAME.unpack(data)
-    if offset(VirtAddr(ip), -1) != site or cs & 3 or abs(rsp - at) > most:
-        return False
+    eflags, rsp = frame
     machine.write_registers(cpu, {"eflags": eflags, "rip": site, "rsp": rsp})
     return True
 
 
-def _complete_step(machine: Cpus, guest: Guest, cpu: CpuId, records: tuple[Record, ...]) -> None:
+def _frame_of(machine: Cpus, cpu: CpuId, site: VirtAddr, most: int) -> tuple[int, int] | None:
+    """RFLAGS and RSP in the exception frame of the int3 at *site*, if that is what RSP points to.
+
+    *most* is how many bytes the frame may be away from the stack that was interrupted.
+    """
+    at = machine.read_register(cpu, "rsp")
+    data = machine.read_current(cpu, VirtAddr(at), _FRAME.size)
+    if data is None:
+        return None
+    ip, cs, eflags, rsp, _ = _FRAME.unpack(data)
+    if offset(VirtAddr(ip), -1) != site or cs & 3 or abs(rsp - at) > most:
+        return None
+    return eflags, rsp
+
+
+def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Record, ...]) -> None:
     registers = machine.read_registers(cpu)
 
     def read_stack(addr: int, size: int) -> bytes:
@@ -117,7 +149,7 @@ def _write(machine: Cpus, cpu: CpuId, fix: step.StepFixup) -> None:
     machine.write_registers(cpu, fix.registers)
 
 
-def _original(guest: Guest, record: Record) -> Insn | None:
+def _original(guest: Trapping, record: Record) -> Insn | None:
     """The instruction that the record's slot is for."""
     old, addr = record.patch.old, record.patch.addr
     # Near the end of a mapping fewer bytes than the longest instruction has may be there.

@@ -7,6 +7,7 @@ import os
 import socket
 
 from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.session.leftover import Leftover
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
@@ -41,4 +42,22 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
         )
     lines = [f"kprobe: connected to {address} again: {done.restored} site(s) restored, the guest runs."]
     lines += [f"kprobe: left alone: {problem}" for problem in done.problems]
+    return "\n".join(lines)
+
+
+def rescue_leftover(leftover: Leftover, stub: QemuStub, address: str) -> str:
+    """The same for a guest that somebody else left armed."""
+    try:
+        with RspSocket(address) as channel:
+            stub.use_channel(channel)
+            notes = leftover.restore(stub)
+            channel.detach()
+    except (KprobeError, TimeoutError) as error:
+        return (
+            f"kprobe: the guest cannot be restored: {error}\n"
+            f"kprobe: {len(leftover.records)} site(s) of an earlier session are still armed in it; 'kprobe attach' "
+            "restores them once the stub answers."
+        )
+    lines = [f"kprobe: connected to {address} again: {len(leftover.records)} site(s) restored, the guest runs."]
+    lines += [f"kprobe: {note}" for note in notes]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from gdb_kprobe.session.header import Header, Identity, Record, iter_records, re
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
 from gdb_kprobe.session.transaction import write_verified
-from gdb_kprobe.target.protocols import Machine, PhysicalMemory
+from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
 
     records = tuple(iter_records(memory, header))
     bring_out(machine, guest, records, header.code)
-    messages = [note for record in records if (note := _restore_site(guest, record))]
+    messages = [note for record in records if (note := restore_site(guest.memory, record))]
     if records:
         messages.insert(0, f"an earlier session left {len(records)} site(s) armed; their text is restored")
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
@@ -64,18 +64,19 @@ def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bo
     return int.from_bytes(value, "little") == found.entry_value
 
 
-def _restore_site(guest: Guest, record: Record) -> str | None:
+def restore_site(memory: Memory, record: Record) -> str | None:
+    """Put the text of one site back, if it still holds what we wrote; else say what it holds."""
     patch = record.patch
     try:
-        found = guest.memory.read(patch.addr, len(patch.new))
+        found = memory.read(patch.addr, len(patch.new))
     except UnmappedError:
         return f"{patch.addr:#x} is not mapped any more; left alone"
     if found == patch.old:
         return None
     if found != patch.new:
         return (
-            f"{guest.place_of(patch.addr)} holds {found.hex(' ')}, neither our {patch.new.hex(' ')} "
+            f"{patch.addr:#x} holds {found.hex(' ')}, neither our {patch.new.hex(' ')} "
             f"nor the original {patch.old.hex(' ')}; left alone"
         )
-    write_verified(guest.memory, CodePatch(patch.addr, patch.new, patch.old))
+    write_verified(memory, CodePatch(patch.addr, patch.new, patch.old))
     return None

@@ -355,3 +355,60 @@ def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
         assert all(guest.hits(gdb).values())
         gdb.console("kprobe detach")
         load.finish()
+
+
+@pytest.mark.parametrize("by_mi", [True, False], ids=["mi", "cli"])
+def test_connecting_by_hand_guards_what_a_killed_gdb_left(guest: Any, by_mi: bool) -> None:
+    load = kill_gdb(guest, stop=True)
+    address = guest.guest.gdb_address
+    with guest.gdb(attach=False) as gdb:
+        gdb.command(f"-target-select remote {address}") if by_mi else gdb.console(f"target remote {address}")
+        assert "an earlier session left 3 site(s) armed in this guest" in text_of(gdb)
+        gdb.cont()
+        # The next hit stops to the prompt instead of killing the guest.
+        gdb.wait_stop()
+        assert "the guest ran into a probe of an earlier session" in text_of(gdb)
+        assert "3 site(s) armed; their text is restored" in gdb.console(f"kprobe attach {guest.profile}")
+        gdb.console("kprobe detach")
+        load.finish()
+
+
+@pytest.mark.parametrize("way", ["detach", "quit", "SIGTERM", "lost connection"])
+def test_a_gdb_that_only_looked_does_not_leave_the_probes_behind(guest: Any, way: str) -> None:
+    load = kill_gdb(guest, stop=False)
+    with guest.gdb(attach=False) as gdb:
+        gdb.console(f"target remote {guest.guest.gdb_address}")
+        match way:
+            case "detach":
+                assert "3 site(s) of an earlier session restored" in gdb.console("detach")
+            case "quit":
+                with contextlib.suppress(GdbDiedError):
+                    gdb.console("quit")
+            case "SIGTERM":
+                gdb.signal(signal.SIGTERM)
+                gdb.wait_exit()
+            case _:
+                gdb.console(CUT)
+                touch_the_guest(gdb)
+        load.finish()
+    # The region is still mapped, and empty: the next attach takes it over.
+    with guest.gdb() as gdb:
+        gdb.console("kprobe detach")
+
+
+def test_a_header_of_an_earlier_boot_is_cleared_and_no_text_touched(booted_guest: Boot, make_probed: Any) -> None:
+    vm = booted_guest(GuestSpec(vcpus=2))
+    guest = make_probed(vm)
+    with contextlib.suppress(GdbDiedError):
+        kill_gdb(guest, stop=True)
+    magic = vm.read_ram(vm.reserved_base, 8)
+    vm.reset(wait=False)
+    vm.cont()
+    vm.wait_ready()
+    assert vm.read_ram(vm.reserved_base, 8) == magic == b"GDBKPROB", "reserved memory survives a reset"
+    again = make_probed(vm)
+    with again.gdb() as gdb:
+        assert "a header of an earlier boot; it was cleared, no text was touched" in text_of(gdb)
+        assert again.snapshot.leftovers() == []
+        gdb.console("kprobe detach")
+    again.check_untouched()

@@ -1,0 +1,90 @@
+"""At every connection: if the guest has probes that somebody left armed, it cannot run without their breakpoint.
+
+gdb may be connected by hand, long before or without ``kprobe attach``. The first stop of a connection, which gdb makes
+while it connects, is where this happens; the guest has not run since QEMU stopped it for us.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import gdb
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
+from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, selected_cpu
+from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.session.leftover import Leftover, find_leftover
+from gdb_kprobe.session.rescue import cut, rescue_leftover
+from gdb_kprobe.target.stub import QemuStub
+
+_ATTACH = "'kprobe attach PROFILE' restores their text"
+
+
+class Guard:
+    """One connection to a guest whose probes have no session."""
+
+    def __init__(self, stub: QemuStub, channel: GdbChannel, leftover: Leftover) -> None:
+        self.leftover = leftover
+        self._stub = stub
+        self._channel = channel
+        self._descriptor = find_socket(channel.address)
+        self._breakpoints = GdbBreakpoints(self._on_entry)
+        self._breakpoints.insert(leftover.bp_entry)
+
+    def release(self) -> None:
+        """Take the breakpoint away: the text is restored, or a session takes over."""
+        self._breakpoints.remove(self.leftover.bp_entry)
+        self._breakpoints.tidy()
+
+    def restore(self) -> None:
+        """Put the text back over gdb's connection, before it goes away.
+
+        :raises KprobeError: the guest runs, or does not answer.
+        """
+        with uninterrupted(), self._channel.borrowed(self._stub):
+            notes = self.leftover.restore(self._stub)
+        self.release()
+        gdb.write(f"kprobe: {len(self.leftover.records)} site(s) of an earlier session restored.\n")
+        for note in notes:
+            gdb.write(f"kprobe: {note}.\n")
+
+    def rescue(self) -> None:
+        """Put the text back over a connection of our own."""
+        if self._descriptor is not None:
+            cut(self._descriptor)
+        print(rescue_leftover(self.leftover, self._stub, self._channel.address), file=sys.stderr, flush=True)
+
+    def _on_entry(self) -> bool:
+        self._stub.forget_selection()
+        cpu = selected_cpu()
+        try:
+            hit = self.leftover.is_hit(self._stub, cpu)
+        finally:
+            self._stub.forget_selection()
+            self._stub.select(cpu)
+        if hit:
+            gdb.write(f"kprobe: the guest ran into a probe of an earlier session; {_ATTACH}.\n")
+        return hit
+
+
+def guard_connection() -> Guard | None:
+    """Look at the guest that gdb has just been connected to, and guard it if it needs that."""
+    try:
+        if gdb.selected_frame().architecture().name() != "i386:x86-64":
+            return None
+        channel = GdbChannel()
+        stub = QemuStub(channel)
+        with uninterrupted(), channel.borrowed(stub):
+            leftover = find_leftover(stub)
+        if leftover is None:
+            return None
+        guard = Guard(stub, channel, leftover)
+    except (KprobeError, gdb.error):
+        # Whatever gdb is connected to: it has no probes of ours that we could know of.
+        return None
+    gdb.write(
+        f"kprobe: an earlier session left {len(leftover.records)} site(s) armed in this guest; a breakpoint at its #BP "
+        f"entry guards them. {_ATTACH}.\n"
+    )
+    return guard

@@ -1,0 +1,107 @@
+"""Probes that somebody left armed, found before anything is known of the guest's kernel.
+
+Whoever connects to such a guest must not let it run: its next hit would be an int3 that nobody handles. So the region
+is looked for at every connection, by what costs milliseconds: the page tables, and the magic of a header where a
+mapping begins. No symbols are read, and no profile is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import GuestStateError, TargetError
+from gdb_kprobe.linux import idt
+from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_root, loaded_table, shift
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, iter_records, read_header
+from gdb_kprobe.session.leave import bring_out, trapped_at
+from gdb_kprobe.session.restore import restore_site
+from gdb_kprobe.target.protocols import Machine
+
+WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_0000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
+"""Where a region can be: in s32 reach of a kernel image, up to the end of the module area."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A region with armed sites in a guest that has no session. (A :class:`~gdb_kprobe.session.leave.Trapping`.)"""
+
+    header: Header
+    records: tuple[Record, ...]
+    memory: PageTable
+    bp_entry: VirtAddr
+    gates: Mapping[VirtAddr, idt.Gate]
+
+    def is_hit(self, machine: Machine, cpu: CpuId) -> bool:
+        """Whether *cpu* stands at the #BP entry because of one of the sites."""
+        return any(trapped_at(machine, cpu, self.bp_entry, record.patch.addr) for record in self.records)
+
+    def restore(self, machine: Machine) -> tuple[str, ...]:
+        """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
+
+        :raises TargetError: the machine did not do as asked.
+        """
+        self.memory.invalidate()
+        bring_out(machine, self, self.records, self.header.code)
+        notes = tuple(note for record in self.records if (note := restore_site(self.memory, record)))
+        for index in range(self.header.records):
+            machine.write_physical(self.header.record_address(index), bytes(RECORD_SIZE))
+        return notes
+
+
+def find_leftover(machine: Machine) -> Leftover | None:
+    """Look for armed sites in the stopped *machine*; ``None`` when there are none, or no kernel.
+
+    :raises TargetError: this is no machine that we know.
+    :raises RegionError: there is a region of another version of this project.
+    """
+    cpus = idt.read_registers(machine)
+    cpu = next((cpu for cpu in cpus if cpu.is_long_mode), cpus[0])
+    try:
+        loaded = loaded_table(machine, cpu.cr3, cpu.cr4)
+        entry = idt.find_breakpoint_handler(loaded, cpu)
+        table = kernel_root(machine, cpu.cr3, cpu.cr4, entry)
+        gates = idt.read_idt(table, cpu.idt_base, cpu.idt_limit).handlers()
+    except GuestStateError:
+        return None
+    for virt, phys in _mapped_slots(table):
+        header = _header_at(machine, virt, phys)
+        if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(machine, header):
+            records = tuple(iter_records(machine, header))
+            return Leftover(header, records, table, entry, gates) if records else None
+    return None
+
+
+def _mapped_slots(table: PageTable) -> Iterator[tuple[VirtAddr, PhysAddr]]:
+    """The 2 MiB slots of :data:`WINDOW` whose first page is mapped, from the top down."""
+    at = int(WINDOW.end)
+    while at > WINDOW.start:
+        at -= PMD_SIZE
+        last = table.entries(VirtAddr(at))[-1]
+        if last.value & PRESENT:
+            yield VirtAddr(at), _first_byte(last, at)
+        else:
+            at &= -max(1 << shift(last.level), PMD_SIZE)
+
+
+def _first_byte(leaf: Entry, virt: int) -> PhysAddr:
+    size = 1 << shift(leaf.level)
+    return PhysAddr(leaf.value & 0x000F_FFFF_FFFF_F000 & -size | virt & size - 1)
+
+
+def _header_at(machine: Machine, virt: VirtAddr, phys: PhysAddr) -> Header | None:
+    try:
+        if machine.read_physical(phys, len(MAGIC)) != MAGIC:
+            return None
+        header = read_header(machine, phys)
+    except TargetError:
+        return None  # no RAM there
+    return header if header is not None and (header.virt, header.phys) == (virt, phys) else None
+
+
+def _hangs_on_its_entry(machine: Machine, header: Header) -> bool:
+    identity = header.identity
+    if not identity.entry_addr:
+        return True  # premapped: no entry of ours
+    return int.from_bytes(machine.read_physical(identity.entry_addr, 8), "little") == identity.entry_value
