@@ -175,10 +175,13 @@ class StubDispatcher:
             return Outcome.STOP
 
         frame["rip"] = site.plan.slot.code
-        self._write_frame(cpu, frame)
         if site.plan.rung is Rung.SINGLE_STEP:
             values.update(frame)
+            # Known before the vCPU is in the slot: a copy that is not stepped does not lead back by itself.
+            self._stepping = cpu, site, values, called
+            self._write_frame(cpu, frame)
             return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
+        self._write_frame(cpu, frame)
         return Outcome.HANDLED
 
     def _write_frame(self, cpu: CpuId, frame: dict[str, int]) -> None:
@@ -223,7 +226,6 @@ class StubDispatcher:
 
     def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: _Called) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
-        self._stepping = cpu, site, before, called
         after = self._fix_up(cpu, site, before, self._step(cpu, site, before), called)
         return after is not None and site.needs_post and self._run_post(cpu, after, called)
 
