@@ -85,9 +85,10 @@ def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Record
 
 def _undo_entry(machine: Cpus, cpu: CpuId, records: tuple[Record, ...]) -> bool:
     rip = machine.read_register(cpu, "rip")
-    record = next((record for record in records if record.slot.code == rip), None)
+    record = next((record for record in records if rip in (record.slot.code, record.patch.addr)), None)
     if record is None:
         return False
+    # Back at the instruction with the frame still there: undoing the trap was itself cut off.
     if not _take_frame_off(machine, cpu, record.patch.addr, _FRAME.size + _ALIGNMENT):
         machine.write_registers(cpu, {"rip": record.patch.addr})
     return True
@@ -136,7 +137,9 @@ def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Re
                 return
         behind = offset(slot, insn.length)
         astray = None if insn.branch_target is None else offset(insn.branch_target, slot - insn.addr)
-        called = insn.is_call and int.from_bytes(read_stack(registers["rsp"], 8), "little") == behind
+        top = int.from_bytes(read_stack(registers["rsp"], 8), "little") if insn.is_call else None
+        # The return address is put right before RIP is.
+        called = top == behind or (top == insn.end and registers["rip"] == astray)
         if called or (registers["rip"] in (behind, astray) and not insn.is_call):
             _write(machine, cpu, step.fix_up(insn, slot, registers, registers, read_stack))
             return

@@ -128,6 +128,8 @@ def _return_address(
     rsp = after["rsp"]
     found = int.from_bytes(read_stack(rsp, 8), "little")
     expected = slot + insn.length & _MASK
+    if found == insn.end:
+        return ()  # put right already, by a fix-up that was cut off
     if found != expected:
         raise StepError(f"after {insn} in the slot at {slot:#x} the stack holds {found:#x}, not {expected:#x}")
     return ((rsp, _qword(insn.end)),)

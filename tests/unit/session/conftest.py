@@ -18,7 +18,7 @@ import pytest
 import unicorn
 from unicorn import x86_const
 
-from gdb_kprobe.errors import TargetError
+from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PageTable
@@ -117,6 +117,8 @@ class ToyMachine:
         """Physical addresses where a write is an error."""
         self.unmoved_steps = 0
         """How many of the next steps come back with nothing executed, as one in 500 of QEMU's does."""
+        self.changes_left: int | None = None
+        """After so many changes of anything the connection is lost, as when gdb is killed."""
         self.fixups: dict[int, int] = {}
         self.lazy: set[int] = set()
         """Pages at LAZY that the guest maps when they are touched."""
@@ -277,7 +279,14 @@ class ToyMachine:
             raise TargetError(f"no RAM at {addr:#x}")
         return self.ram[addr : addr + size]
 
+    def _change(self) -> None:
+        if self.changes_left is not None:
+            if not self.changes_left:
+                raise ConnectionLostError("gdb was killed")
+            self.changes_left -= 1
+
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        self._change()
         if addr + len(data) > RAM_SIZE or addr in self.rejected:
             raise TargetError(f"cannot write at {addr:#x}")
         self.log.append((addr, data))
@@ -296,8 +305,10 @@ class ToyMachine:
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
         assert values.keys() <= self.registers[cpu].keys()
-        assert all(0 <= value <= _MASK for value in values.values())
-        self.registers[cpu].update(values)
+        for name, value in values.items():
+            assert 0 <= value <= _MASK
+            self._change()
+            self.registers[cpu][name] = value
         if "cr3" in values:
             self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
 
@@ -308,10 +319,12 @@ class ToyMachine:
     def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
         if self.read_current(cpu, addr, len(data)) is None:
             return False
+        self._change()
         self._store(addr, data)
         return True
 
     def step(self, cpu: CpuId) -> None:
+        self._change()
         if self.unmoved_steps:
             self.unmoved_steps -= 1
         else:
@@ -359,6 +372,10 @@ class Toy:
     session: Session
     hits: list[Hit]
     died: type[Exception] = GuestDiedError
+
+    def again(self) -> Toy:
+        """A new session on the same machine, after this one has ended."""
+        return make_toy(self.machine)
 
     def addr(self, name: str, offset: int = 0) -> VirtAddr:
         return VirtAddr(self.machine.symbols[name] + offset)

@@ -1,0 +1,162 @@
+"""The region: put in place by stores to the guest's page tables, checked, taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import RegionError
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.session.header import read_header
+from gdb_kprobe.session.region import create_mapped, create_premapped, links_of
+
+MIB = 1 << 20
+PHYS, SIZE = PhysAddr(0x40_0000), 2 * MIB
+WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
+READ, WRITE, EXEC = 1, 2, 4
+P, W, NX = 1, 2, 1 << 63
+PREMAPPED = VirtAddr(0xFFFF_FFFF_9000_0000)
+
+
+def test_code_is_executable_data_is_writable_and_nothing_is_both(toy: Any) -> None:
+    header = toy.region.header
+    for at in range(0, SIZE, 0x1000):
+        found = toy.machine.walk(header.virt + at)
+        if at < header.layout.data_end:
+            assert found == (PHYS + at, READ | WRITE)
+        elif at < header.layout.code_end:
+            assert found == (PHYS + at, READ | EXEC)
+        else:
+            assert found is None, "the page tables are not mapped"
+    assert toy.machine.walk(header.virt - 1) is None
+    assert toy.machine.walk(header.virt + SIZE) is None
+
+
+def test_it_is_put_at_the_top_of_the_window_by_one_store_to_the_guests_tables(machine: Any, toy_with: Any) -> None:
+    before = bytes(machine.ram[:PHYS]) + bytes(machine.ram[PHYS + SIZE :])
+    toy = toy_with(machine)
+    after = bytes(machine.ram[:PHYS]) + bytes(machine.ram[PHYS + SIZE :])
+    changed = {at & -8 for at in range(len(before)) if before[at] != after[at]}
+    assert toy.region.header.virt == WINDOW.end - SIZE
+    assert changed == {link.addr - SIZE for link in toy.region.links}
+    assert len(changed) == 1
+
+
+def test_the_links_are_found_again_from_the_guests_tables(toy: Any) -> None:
+    header = toy.region.header
+    assert links_of(toy.guest.memory, header.virt, header.phys, header.size) == toy.region.links
+    assert links_of(toy.guest.memory, VirtAddr(0xFFFF_FFFF_8000_0000), header.phys, header.size) == ()
+    assert header.identity.entry_addr == toy.region.links[0].addr
+    assert header.identity.entry_value == toy.machine.quad(toy.region.links[0].addr)
+
+
+def test_a_wish_is_granted(machine: Any, toy: Any) -> None:
+    toy.session.detach()
+    virt = VirtAddr(0xFFFF_FFFF_C040_0000)
+    region = create_mapped(machine, toy.guest, PHYS, SIZE, virt, WINDOW)
+    assert region.header.virt == virt
+    assert machine.walk(virt)[0] == PHYS
+
+
+def test_a_place_that_is_taken_is_refused_and_nothing_is_written(machine: Any, toy: Any) -> None:
+    toy.session.detach()
+    virt = VirtAddr(0xFFFF_FFFF_C040_0000)
+    machine.map(virt + MIB, 0x20_0000, P)
+    machine.log.clear()
+    toy.guest.refresh()
+    with pytest.raises(RegionError, match=f"{virt:#x} is taken in the guest"):
+        create_mapped(machine, toy.guest, PHYS, SIZE, virt, WINDOW)
+    assert machine.log == []
+
+
+def test_a_window_without_room_is_refused_and_nothing_is_written(machine: Any, toy: Any) -> None:
+    toy.session.detach()
+    window = AddressRange(WINDOW.start, VirtAddr(WINDOW.start + 2 * MIB))
+    machine.map(window.start, 0x20_0000, P)
+    machine.log.clear()
+    toy.guest.refresh()
+    with pytest.raises(RegionError, match="no 2 MiB of empty 2 MiB slots"):
+        create_mapped(machine, toy.guest, PHYS, SIZE, None, window)
+    assert machine.log == []
+
+
+def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Any) -> None:
+    """Also not by what its TLB holds."""
+    probe = toy.add("f_push")
+    code = toy.session.site_of(probe).plan.slot.code
+    assert toy.call("f_push") == 13  # the vCPU has executed in the slot
+    link = toy.region.links[0]
+    assert toy.session.detach().unmapped
+    assert (toy.machine.quad(link.addr), read_header(toy.machine, PHYS)) == (0, None)
+    toy.put("f_nop", rip=code)
+    toy.machine.execute(1)
+    assert toy.machine.registers[1]["rip"] == toy.addr("pf_entry")
+
+
+def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Any) -> None:
+    probe = toy.add("f_push")
+    code = toy.session.site_of(probe).plan.slot.code
+    toy.put("f_nop")
+    toy.machine.registers[1]["rsp"] -= 8
+    toy.machine.set_quad(toy.machine.registers[1]["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, code)
+    done = toy.session.detach()
+    assert (done.restored, done.unmapped, done.problems) == (1, False, ())
+    assert toy.changed_text() == {}
+    assert toy.machine.load(code, 1) == b"\x55"
+
+
+def test_check_names_the_entry_that_was_changed(toy: Any) -> None:
+    toy.region.check()
+    link = toy.region.links[0]
+    toy.machine.set_quad(link.addr, link.value | 1 << 9)
+    with pytest.raises(RegionError, match=f"entry at physical {link.addr:#x} that maps the region holds"):
+        toy.region.check()
+
+
+# -- memory that the guest has mapped itself ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def premap(machine: Any, toy: Any) -> Any:
+    """A function that maps 2 MiB for writing and executing, with one page as the test wants it, and starts a region."""
+    toy.session.detach()
+
+    def make(odd: int | None = None, phys: int | None = None, flags: int = P | W) -> Any:
+        for at in range(0, SIZE, 0x1000):
+            if at != odd:
+                machine.map(PREMAPPED + at, PHYS + at, P | W)
+            elif phys is not None:
+                machine.map(PREMAPPED + at, phys, flags)
+        toy.guest.refresh()
+        machine.log.clear()
+        return create_premapped(machine, toy.guest, PREMAPPED, SIZE)
+
+    return make
+
+
+def test_memory_that_is_mapped_for_everything_is_taken_as_it_is(premap: Any, machine: Any) -> None:
+    region = premap()
+    assert (region.links, region.header.phys, region.header.identity.entry_addr) == ((), PHYS, 0)
+    assert read_header(machine, PHYS) == region.header
+    assert len(machine.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("phys", "flags", "message"),
+    [
+        (None, 0, "not mapped"),
+        (0x20_0000, P | W, "not contiguous"),
+        (PHYS + 0x7000, P, "not writable"),
+        (PHYS + 0x7000, P | W | NX, "executable"),
+    ],
+)
+def test_one_page_that_is_different_is_named(premap: Any, machine: Any, phys: Any, flags: int, message: str) -> None:
+    with pytest.raises(RegionError, match=f"{message}.* at {PREMAPPED + 0x7000:#x}"):
+        premap(0x7000, phys, flags)
+    assert machine.log == []
+
+
+def test_a_place_where_nothing_is_mapped_is_refused(premap: Any) -> None:
+    with pytest.raises(RegionError, match=f"region.virtual {PREMAPPED:#x} is not mapped in the guest"):
+        premap(0)

@@ -1,0 +1,246 @@
+"""A session is killed, at any moment, and another one finds what it has left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
+from gdb_kprobe.session.region import adopt_mapped
+from gdb_kprobe.session.restore import Restored, restore
+
+REGION_PHYS = PhysAddr(0x40_0000)
+RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
+MOST_CHANGES = 60
+
+
+def restore_after_kill(toy: Any) -> Restored:
+    """gdb is gone, and with it the stub's breakpoints; a new one attaches."""
+    toy.machine.changes_left = None
+    toy.machine.breakpoints.clear()
+    guest = type(toy.guest)(toy.machine)
+    return restore(toy.machine, toy.machine, guest, REGION_PHYS)
+
+
+def assert_clean(toy: Any) -> None:
+    assert toy.changed_text() == {}
+    assert toy.header() is None
+    assert toy.machine.walk(toy.region.header.virt) is None
+
+
+def test_a_region_that_was_never_used_is_nothing_to_restore(machine: Any) -> None:
+    machine.ram[REGION_PHYS : REGION_PHYS + 0x2000] = b"\x5a" * 0x2000
+    guest: Any = None
+    assert restore(machine, machine, guest, REGION_PHYS) == Restored()
+    assert machine.log == []
+
+
+def test_armed_sites_get_their_text_back_and_the_mapping_goes(toy: Any) -> None:
+    toy.add("f_push")
+    toy.add("f_jmp", rung=Rung.SINGLE_STEP)
+    done = restore_after_kill(toy)
+    assert done == Restored(("an earlier session left 2 site(s) armed; their text is restored",), None, 2)
+    assert_clean(toy)
+    assert (toy.call("f_push"), toy.call("f_jmp")) == (13, 13)
+
+
+def test_a_disabled_probe_is_nothing_to_restore(toy: Any) -> None:
+    toy.session.set_enabled(toy.add("f_push"), False)
+    assert restore_after_kill(toy) == Restored()
+    assert_clean(toy)
+
+
+def test_a_region_of_an_earlier_boot_is_cleared_and_no_text_is_touched(toy: Any) -> None:
+    """Reserved memory survives a reset; the page-table entry that maps the region does not."""
+    toy.add("f_push")
+    toy.machine.set_quad(toy.region.links[0].addr, 0)
+    done = restore_after_kill(toy)
+    assert "earlier boot" in done.messages[0]
+    assert (done.kept, done.sites, toy.header()) == (None, 0, None)
+    assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+
+
+@pytest.mark.parametrize("what", ["build_id", "text_base", "bp_entry"])
+def test_a_region_of_another_kernel_is_cleared_and_no_text_is_touched(toy: Any, what: str) -> None:
+    toy.add("f_push")
+    header = toy.region.header
+    other = {"build_id": bytes(19) + b"x", "text_base": VirtAddr(0x1000), "bp_entry": VirtAddr(0x1000)}[what]
+    changed = replace(header, identity=replace(header.identity, **{what: other}))
+    toy.machine.ram[REGION_PHYS : REGION_PHYS + len(changed.pack())] = changed.pack()
+    assert restore_after_kill(toy).sites == 0
+    assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+
+
+def test_text_that_somebody_has_changed_since_is_left_alone_and_named(toy: Any) -> None:
+    toy.add("f_nop")
+    toy.add("f_push")
+    toy.machine.ram[0x10_0000 + toy.addr("f_push") - toy.addr("f_nop")] = 0x90
+    done = restore_after_kill(toy)
+    assert f"{toy.addr('f_push'):#x} holds 90, neither our cc nor the original 55; left alone" in done.messages[1]
+    assert toy.changed_text() == {toy.addr("f_push"): 0x90}
+
+
+def test_text_that_is_unmapped_by_now_is_left_alone_and_named(toy: Any) -> None:
+    toy.add("f_push")
+    toy.machine.set_quad(toy.guest.memory.entries(toy.addr("f_push"))[-1].addr, 0)
+    done = restore_after_kill(toy)
+    assert done.messages[1] == f"{toy.addr('f_push'):#x} is not mapped any more; left alone"
+
+
+def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Any) -> None:
+    toy.add("f_push")
+    toy.machine.ignored.add(0x10_0000 + toy.addr("f_push") - toy.addr("f_nop"))
+    with pytest.raises(TargetError, match="the guest holds cc"):
+        restore_after_kill(toy)
+    assert len(toy.records()) == 1
+
+
+def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Any, toy_with: Any) -> None:
+    probe = toy.add("f_push")
+    slot = toy.session.site_of(probe).plan.slot
+    toy.put("f_nop", cpu=2)
+    values = toy.machine.registers[2]
+    values["rsp"] -= 8
+    toy.machine.set_quad(values["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, slot.code + 1)  # an interrupted RIP
+    done = restore_after_kill(toy)
+    assert toy.changed_text() == {}
+    assert done.kept == toy.header()
+    assert toy.machine.load(slot.code, 1) == b"\x55"
+
+    region = adopt_mapped(toy.machine, toy.guest, done.kept)
+    assert region.links == toy.region.links
+    assert region.slots.area.start >= slot.end
+    assert region.header.virt == toy.region.header.virt
+    assert region.header.cookie != toy.region.header.cookie
+
+
+# -- killed at any moment -----------------------------------------------------------------------------------------
+
+FUNCTIONS = ["f_nop", "f_push", "f_lea", "f_jcc+2", "f_back+6", "f_call", "f_call_register+7", "f_jmp", "f_ret", "leaf"]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("place", FUNCTIONS)
+def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None:
+    """After each change that a dispatch makes to the machine; the guest then computes what it would have."""
+    function = place.partition("+")[0]
+    expected = toy.call(function)
+    for count in range(MOST_CHANGES):
+        probe = toy.add(f"p:killed{count} {place}", rung=rung)
+        toy.put(function)
+        toy.run_until(toy.addr("bp_entry"))
+        toy.machine.changes_left = count
+        try:
+            toy.session.on_breakpoint(1)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = False
+        restore_after_kill(toy)
+        assert_clean(toy)
+        assert toy.resume() == expected, f"killed after {count} changes"
+        assert probe.hits == 1
+        if not killed:
+            return
+        toy = toy.again()
+    raise AssertionError("a dispatch has no end")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("place", FUNCTIONS)
+def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place: str, rung: Rung) -> None:
+    """The same session detaches over a new connection."""
+    function = place.partition("+")[0]
+    expected = toy.call(function)
+    for count in range(MOST_CHANGES):
+        toy.add(f"p:lost{count} {place}", rung=rung)
+        toy.put(function)
+        toy.run_until(toy.addr("bp_entry"))
+        toy.machine.changes_left = count
+        try:
+            toy.session.on_breakpoint(1)
+        except ConnectionLostError:
+            lost = True
+        else:
+            lost = False
+        toy.machine.changes_left = None
+        assert toy.session.detach().problems == ()
+        assert_clean(toy)
+        assert toy.resume() == expected, f"lost after {count} changes"
+        if not lost:
+            return
+        toy = toy.again()
+    raise AssertionError("a dispatch has no end")
+
+
+def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
+    for count in range(MOST_CHANGES):
+        toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
+        toy.add(f"p:killed{count} f_load")
+        toy.put("f_load", rdi=0x10)
+        toy.run_until(toy.addr("bp_entry"))
+        toy.machine.changes_left = count
+        try:
+            toy.session.on_breakpoint(1)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = False
+        restore_after_kill(toy)
+        assert_clean(toy)
+        assert toy.resume() == (1 << 64) - 14, f"killed after {count} changes"
+        if not killed:
+            return
+        toy = toy.again()
+    raise AssertionError("a dispatch has no end")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("act", ["add", "disable", "delete", "detach", "post"])
+def test_a_kill_at_any_moment_of_an_act(toy: Any, act: str, rung: Rung) -> None:
+    for count in range(MOST_CHANGES):
+        probe = None if act == "add" else toy.add(f"p:probe{count} f_push", rung=rung)
+        toy.machine.changes_left = count
+        try:
+            match act:
+                case "add":
+                    toy.add(f"p:probe{count} f_push", rung=rung)
+                case "disable":
+                    toy.session.set_enabled(probe, False)
+                case "delete":
+                    toy.session.delete(probe)
+                case "detach":
+                    toy.session.detach()
+                case "post":
+                    toy.add(f"p:post{count} f_push", post=lambda hit: None)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = toy.machine.changes_left == 0  # a detach goes on and names what it could not do
+        restore_after_kill(toy)
+        assert toy.changed_text() == {}, f"killed after {count} changes"
+        assert toy.header() is None
+        assert toy.call("f_push") == 13
+        if not killed:
+            return
+        toy = toy.again()
+    raise AssertionError("an act has no end")
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_a_kill_in_the_middle_of_restoring_is_restored_by_the_next(toy: Any, count: int) -> None:
+    for name in ("f_nop", "f_push", "f_jmp"):
+        toy.add(name)
+    toy.put_at_trap("f_push")
+    toy.machine.breakpoints.clear()
+    toy.machine.changes_left = count
+    try:
+        restore(toy.machine, toy.machine, toy.guest, REGION_PHYS)
+    except ConnectionLostError:
+        restore_after_kill(toy)
+    assert toy.changed_text() == {}
+    assert toy.header() is None
+    assert toy.resume() == 13
