@@ -10,7 +10,7 @@ from typing import assert_never
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator
+from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator, in_reach
 from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, offset
 from gdb_kprobe.x86 import families, relocate
 from gdb_kprobe.x86.decode import Insn
@@ -74,7 +74,7 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
 def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
     """Plan *insn*'s probe at the best rung that the rules allow; the slot is taken from *slots*.
 
-    :raises RefusedError: no rung is possible; the refusal is that of the instruction, or of the best rung that the
+    :raises RefusedError: no rung is possible; the refusal is that of the instruction, or of the last rung that the
         policy allows.
     """
     family = can_handle(insn)
@@ -94,7 +94,7 @@ def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
             refusal = prepared
         declined.append((rung, refusal))
     ruled_out = (Reason.NOT_IMPLEMENTED, Reason.POLICY)
-    told = next((refusal for _, refusal in declined if refusal.reason not in ruled_out), declined[-1][1])
+    told = next((refusal for _, refusal in reversed(declined) if refusal.reason not in ruled_out), declined[-1][1])
     raise RefusedError(f"cannot probe {insn.addr:#x}", told)
 
 
@@ -112,7 +112,15 @@ def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:
 
 def _prepare(rung: Rung, insn: Insn, slots: SlotAllocator) -> tuple[Slot, bytes] | Refusal:
     size = relocate.relocated_size(insn) if rung is Rung.BOOSTED else insn.length
-    slot = slots.allocate(size, AddressRange(insn.addr, offset(insn.addr, insn.length)))
+    near = AddressRange(insn.addr, offset(insn.addr, insn.length))
+    slot = slots.allocate(size, near)
+    if slot is None and not in_reach(slots.area, near):
+        return Refusal(
+            Reason.OUT_OF_REACH,
+            insn.addr,
+            f"the region's code is at {slots.area}",
+            "place the region within 2 GiB of the text (region.virtual in the profile)",
+        )
     if slot is None:
         return Refusal(
             Reason.REGION_FULL,
