@@ -7,6 +7,7 @@ uses the channel does it inside :meth:`GdbChannel.borrowed`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ class GdbChannel:
 
     def __init__(self) -> None:
         self._connection = _connection()
+        # gdb 13 asserts that no connection object is freed while its connection is open, and frees them all when it
+        # exits by a signal with one open. One reference more than is ever given back keeps it from aborting there.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 
     @property
     def address(self) -> str:
