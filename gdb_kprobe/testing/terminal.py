@@ -15,8 +15,9 @@ import signal
 import struct
 import subprocess
 import termios
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -51,6 +52,11 @@ class GdbTerminal:
         self._unread = ""
         self.transcript = ""
         """All that appeared on the terminal, what was typed included."""
+        self._appeared = threading.Condition()
+        self._hung_up = False
+        # A terminal that nobody reads fills up, and gdb stands still at its next word.
+        self._reader = threading.Thread(target=self._show, name="terminal", daemon=True)
+        self._reader.start()
         self.wait_prompt()
         if load:
             self.command(f"source {LOADER}")
@@ -81,18 +87,16 @@ class GdbTerminal:
 
     def wait_prompt(self, timeout: float = 30) -> str:
         """Wait until the prompt is the last thing on the terminal; returns what was printed before it."""
-        deadline = time.monotonic() + timeout
-        while not re.search(rf"(^|\n){re.escape(PROMPT)}$", self._unread):
-            self._read(deadline, "the prompt")
-        printed, self._unread = self._unread.removesuffix(PROMPT), ""
+        with self._appeared:
+            self._wait(lambda: re.search(rf"(^|\n){re.escape(PROMPT)}$", self._unread), "the prompt", timeout)
+            printed, self._unread = self._unread.removesuffix(PROMPT), ""
         return printed
 
     def wait_text(self, text: str, timeout: float = 30) -> str:
         """Wait for *text* to appear; returns what was printed before it."""
-        deadline = time.monotonic() + timeout
-        while text not in self._unread:
-            self._read(deadline, repr(text))
-        before, _, self._unread = self._unread.partition(text)
+        with self._appeared:
+            self._wait(lambda: text in self._unread, repr(text), timeout)
+            before, _, self._unread = self._unread.partition(text)
         return before
 
     def signal(self, number: signal.Signals) -> None:
@@ -101,14 +105,15 @@ class GdbTerminal:
 
     def wait_exit(self, timeout: float = 30) -> int:
         """Wait for the end of gdb; returns its exit status (negative: the signal that ended it)."""
-        deadline = time.monotonic() + timeout
-        with contextlib.suppress(GdbDiedError):
-            while True:
-                self._read(deadline, "gdb to end")
-        return self._process.wait(timeout)
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise GdbTimeoutError(f"gdb does not end; the terminal shows\n{self.transcript[-4000:]}") from error
 
     def hang_up(self) -> None:
         """Close the terminal, as when its window is closed."""
+        self._hung_up = True
+        self._reader.join()
         os.close(self._master)
         self._master = -1
 
@@ -122,21 +127,27 @@ class GdbTerminal:
             self._process.kill()
             self._process.wait()
         if self._master >= 0:
-            os.close(self._master)
-            self._master = -1
+            self.hang_up()
 
-    def _read(self, deadline: float, what: str) -> None:
-        data = b""
-        if self._master < 0:
-            time.sleep(_POLL)
-        elif select.select([self._master], [], [], _POLL)[0]:
-            with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+    def _wait(self, condition: Callable[[], object], what: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            self._appeared.wait(_POLL)
+            if self._process.poll() is not None and not self._reader.is_alive() and not condition():
+                raise GdbDiedError(f"gdb ended with status {self._process.returncode} while waiting for {what}")
+            if time.monotonic() > deadline:
+                raise GdbTimeoutError(f"waited in vain for {what}; the terminal shows\n{self.transcript[-4000:]}")
+
+    def _show(self) -> None:
+        while not self._hung_up:
+            if not select.select([self._master], [], [], _POLL)[0]:
+                continue
+            try:
                 data = os.read(self._master, 1 << 16)
-        if data:
-            text = data.decode(errors="replace").replace("\r", "")
-            self.transcript += text
-            self._unread += text
-        elif self._process.poll() is not None:
-            raise GdbDiedError(f"gdb ended with status {self._process.returncode} while waiting for {what}")
-        elif time.monotonic() > deadline:
-            raise GdbTimeoutError(f"waited in vain for {what}; the terminal shows\n{self.transcript[-4000:]}")
+            except OSError:  # EIO: gdb has ended, nobody has the terminal open any more
+                return
+            with self._appeared:
+                text = data.decode(errors="replace").replace("\r", "")
+                self.transcript += text
+                self._unread += text
+                self._appeared.notify_all()
