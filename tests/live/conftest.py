@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 
 PROFILES = {"reserved": "debian", "ivshmem": "ivshmem"}
@@ -41,6 +41,8 @@ class Probed:
             try:
                 yield gdb
             except BaseException:
+                with contextlib.suppress(GdbTimeoutError, GdbDiedError):
+                    gdb.wait_stop(0.2)  # reads what gdb has said since
                 print("\n".join(gdb.transcript[-80:]))
                 raise
 

@@ -172,11 +172,11 @@ def load(guest: GuestVm) -> Iterator[None]:
 
 def run_workloads(guest: GuestVm, *chains: Sequence[str], timeout: float = 240) -> None:
     """Run each of *chains* on a vCPU of its own (while there are enough), its workloads one after another."""
-    started = " ".join(
-        f"({'; '.join(f'taskset {1 << index % guest.spec.vcpus:x} {workload}' for workload in chain)}) > /tmp/chain{index} &"
-        for index, chain in enumerate(chains)
-    )
-    output = guest.check_output(f"{started} wait; cat /tmp/chain*; rm /tmp/chain*", timeout)
+    script = ""
+    for index, chain in enumerate(chains):
+        on_cpu = f"taskset {1 << index % guest.spec.vcpus:x}"
+        script += f"({'; '.join(f'{on_cpu} {workload}' for workload in chain)}) > /tmp/chain{index} & "
+    output = guest.check_output(f"{script} wait; cat /tmp/chain*; rm /tmp/chain*", timeout)
     assert output.count("calls done") == sum(map(len, chains)), output
 
 
