@@ -53,10 +53,14 @@ class RspSocket:
         self._timeout = timeout
         self._sock = open_socket(address, timeout)
         self._buffer = bytearray()
-        # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
-        # initial, unasked stop reply is behind us).
-        self.send(b"qSupported:multiprocess+")
-        self.send(b"qXfer:features:read:target.xml:0,ffb")
+        try:
+            # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
+            # initial, unasked stop reply is behind us).
+            self.send(b"qSupported:multiprocess+")
+            self.send(b"qXfer:features:read:target.xml:0,ffb")
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> RspSocket:
         return self
@@ -80,16 +84,16 @@ class RspSocket:
 
     def send(self, packet: bytes) -> bytes:
         self._put(packet)
-        reply = self._get(self._timeout)
+        reply = self._reply()
         while reply[:1] in (b"T", b"S") and not packet.startswith(_RESUMES):
-            reply = self._get(self._timeout)
+            reply = self._reply()
         return reply
 
     def monitor(self, command: str) -> str:
         self._put(b"qRcmd," + command.encode().hex().encode())
         output: list[str] = []
         while True:
-            reply = self._get(self._timeout)
+            reply = self._reply()
             if reply == b"OK" or not reply:
                 return "".join(output)
             if reply[:1] == b"E":
@@ -111,6 +115,16 @@ class RspSocket:
             return self._get(timeout)
         except TimeoutError:
             return None
+
+    def _reply(self) -> bytes:
+        """:raises ConnectionLostError: there is none in time; one that comes later would be taken for another's."""
+        try:
+            return self._get(self._timeout)
+        except TimeoutError as error:
+            raise ConnectionLostError(
+                f"no answer from the gdbstub at {self.address} within {self._timeout:g} s",
+                "is another gdb connected (the stub serves one client), or QEMU itself stopped?",
+            ) from error
 
     def _raw(self, data: bytes) -> None:
         try:
@@ -139,7 +153,7 @@ class RspSocket:
                 return _unescape(body)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise TimeoutError(f"no answer from the gdbstub at {self.address} within {timeout:g} s")
+                raise TimeoutError
             self._sock.settimeout(remaining)
             with contextlib.suppress(TimeoutError):
                 try:

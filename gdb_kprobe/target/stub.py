@@ -69,7 +69,7 @@ class QemuStub:
     def read_registers(self, cpu: CpuId) -> dict[str, int]:
         layout = self._register_layout()
         self.select(cpu)
-        data = bytes.fromhex(self._channel.send(b"g").decode())
+        data = _unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}")
         return {
             name: int.from_bytes(data[start : start + size], "little")
             for name, (_, start, size) in layout.items()
@@ -79,8 +79,7 @@ class QemuStub:
     def read_register(self, cpu: CpuId, name: str) -> int:
         number, _, _ = self._register_layout()[name]
         self.select(cpu)
-        reply = self._channel.send(b"p%x" % number)
-        return int.from_bytes(bytes.fromhex(reply.decode()), "little")
+        return int.from_bytes(_unhex(self._channel.send(b"p%x" % number), f"{name} of vCPU {cpu}"), "little")
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
         layout = self._register_layout()
@@ -92,12 +91,21 @@ class QemuStub:
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         self.select(cpu)
-        reply = self._channel.send(b"m%x,%x" % (addr, size))
-        return None if _is_error(reply) or len(reply) != 2 * size else bytes.fromhex(reply.decode())
+        parts: list[bytes] = []
+        for start, count in _chunks(addr, size, _READ_CHUNK):
+            reply = self._channel.send(b"m%x,%x" % (start, count))
+            if _is_error(reply) or len(reply) != 2 * count:
+                return None
+            parts.append(bytes.fromhex(reply.decode()))
+        return b"".join(parts)
 
     def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
         self.select(cpu)
-        return self._channel.send(b"M%x,%x:%b" % (addr, len(data), data.hex().encode())) == b"OK"
+        for start, count in _chunks(addr, len(data), _WRITE_CHUNK):
+            chunk = data[start - addr : start - addr + count]
+            if self._channel.send(b"M%x,%x:%b" % (start, count, chunk.hex().encode())) != b"OK":
+                return False
+        return True
 
     def step(self, cpu: CpuId) -> None:
         reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
@@ -111,7 +119,12 @@ class QemuStub:
     def physical_mode(self) -> Iterator[None]:
         """Make memory packets physical. It holds for everybody on the stub, so it is left at once, come what may."""
         if self._physical_depth == 0:
-            self._expect_ok(b"Qqemu.PhyMemMode:1", "switch to physical addresses")
+            try:
+                self._expect_ok(b"Qqemu.PhyMemMode:1", "switch to physical addresses")
+            except BaseException:
+                with contextlib.suppress(TargetError):  # it may have been heard all the same
+                    self._channel.send(b"Qqemu.PhyMemMode:0")
+                raise
         self._physical_depth += 1
         try:
             yield
@@ -123,8 +136,7 @@ class QemuStub:
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         parts: list[bytes] = []
         with self.physical_mode():
-            for start in range(addr, addr + size, _READ_CHUNK):
-                count = min(_READ_CHUNK, addr + size - start)
+            for start, count in _chunks(addr, size, _READ_CHUNK):
                 reply = self._channel.send(b"m%x,%x" % (start, count))
                 if _is_error(reply) or len(reply) != 2 * count:
                     raise TargetError(f"no guest memory at physical {start:#x} ({count} bytes): {reply[:16]!r}")
@@ -133,10 +145,10 @@ class QemuStub:
 
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         with self.physical_mode():
-            for start in range(0, len(data), _WRITE_CHUNK):
-                chunk = data[start : start + _WRITE_CHUNK]
-                packet = b"M%x,%x:%b" % (addr + start, len(chunk), chunk.hex().encode())
-                self._expect_ok(packet, f"write {len(chunk)} bytes at physical {addr + start:#x}")
+            for start, count in _chunks(addr, len(data), _WRITE_CHUNK):
+                chunk = data[start - addr : start - addr + count]
+                packet = b"M%x,%x:%b" % (start, count, chunk.hex().encode())
+                self._expect_ok(packet, f"write {count} bytes at physical {start:#x}")
 
     # -- Monitor ------------------------------------------------------------------------------------------------
 
@@ -180,6 +192,19 @@ class QemuStub:
             if reply[:1] == b"l":
                 # QEMU declares neither the DTD's file nor the prefix of its includes.
                 return re.sub(r"<!DOCTYPE[^>]*>", "", text.decode()).replace("<xi:include", "<include")
+
+
+def _chunks(addr: int, size: int, most: int) -> Iterator[tuple[int, int]]:
+    """Split *size* bytes at *addr* into (address, count) of at most *most* bytes."""
+    for start in range(addr, addr + size, most):
+        yield start, min(most, addr + size - start)
+
+
+def _unhex(reply: bytes, what: str) -> bytes:
+    """:raises TargetError: *reply* is an error, or nothing."""
+    if not reply or _is_error(reply):
+        raise TargetError(f"the gdbstub does not tell {what}: it answered {reply.decode() or 'nothing'}")
+    return bytes.fromhex(reply.decode())
 
 
 def _is_error(reply: bytes) -> bool:
