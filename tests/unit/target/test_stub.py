@@ -1,0 +1,218 @@
+"""QEMU's stub above the carrier: registers by name, memory by physical address, and no mode left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.target.stub import QemuStub
+
+CPU = CpuId(1)
+
+# As QEMU sends it, shortened: an undeclared prefix for the includes, a DOCTYPE, registers wider than 64 bits.
+TARGET_XML = b"""<?xml version="1.0"?><!DOCTYPE target SYSTEM "gdb-target.dtd"><target><architecture>i386:x86-64\
+</architecture><xi:include href="core.xml"/><xi:include href="more.xml"/></target>"""
+CORE_XML = b"""<?xml version="1.0"?><!DOCTYPE feature SYSTEM "gdb-target.dtd"><feature name="org.gnu.gdb.i386.core">
+<flags id="x64_eflags" size="4"><field name="" start="22" end="31"/></flags>
+<reg name="rax" bitsize="64" type="int64" regnum="0"/><reg name="rip" bitsize="64" type="code_ptr"/>
+<reg name="eflags" bitsize="32" type="x64_eflags"/><reg name="cs" bitsize="32" type="int32"/>
+<reg name="st0" bitsize="80" type="i387_ext"/><reg name="xmm0" bitsize="128" type="vec128"/>
+<reg name="cr3" bitsize="64" type="int64"/></feature>"""
+MORE_XML = b"""<feature name="more"><reg name="k_gs_base" bitsize="64" type="int"/></feature>"""
+G_PACKET = bytes.fromhex("11" * 8 + "22" * 8 + "46020000" + "10000000" + "99" * 26 + "0010000000000000" + "33" * 8)
+
+
+@pytest.fixture
+def described(fake: Any) -> Any:
+    """The channel of a machine that has described its registers, the last document in two pieces."""
+    read = b"qXfer:features:read:%b:%x,ffb"
+    fake.answers |= {
+        read % (b"target.xml", 0): b"l" + TARGET_XML,
+        read % (b"core.xml", 0): b"m" + CORE_XML[:100],
+        read % (b"core.xml", 100): b"l" + CORE_XML[100:],
+        read % (b"more.xml", 0): b"l" + MORE_XML,
+        b"g": G_PACKET.hex().encode(),
+    }
+    return fake
+
+
+@pytest.fixture
+def stub(described: Any) -> QemuStub:
+    return QemuStub(described)
+
+
+# -- registers ----------------------------------------------------------------------------------------------------
+
+
+def test_registers_are_found_by_name_wherever_the_description_puts_them(stub: QemuStub) -> None:
+    assert stub.read_registers(CPU) == {
+        "rax": 0x1111_1111_1111_1111,
+        "rip": 0x2222_2222_2222_2222,
+        "eflags": 0x246,
+        "cs": 0x10,
+        "cr3": 0x1000,
+        "k_gs_base": 0x3333_3333_3333_3333,
+    }
+
+
+def test_registers_that_the_stub_does_not_send_are_left_out(stub: QemuStub, described: Any) -> None:
+    described.answers[b"g"] = G_PACKET[:20].hex().encode()
+    assert stub.read_registers(CPU).keys() == {"rax", "rip", "eflags"}
+
+
+def test_the_description_is_read_once(stub: QemuStub, described: Any) -> None:
+    stub.read_registers(CPU)
+    described.packets.clear()
+    stub.read_registers(CPU)
+    assert described.packets == [b"g"]
+
+
+def test_one_register_is_read_by_its_number(stub: QemuStub, described: Any) -> None:
+    described.answers[b"p6"] = b"00500100000000ff"
+    assert stub.read_register(CPU, "cr3") == 0xFF00_0000_0001_5000
+
+
+def test_only_the_named_registers_are_written_in_the_order_given(stub: QemuStub, described: Any) -> None:
+    described.answers |= {b"P2=46020000": b"OK", b"P1=0010000000000000": b"OK"}
+    stub.write_registers(CPU, {"eflags": 0x246, "rip": 0x1000})
+    assert [packet for packet in described.packets if packet[:1] == b"P"] == [b"P2=46020000", b"P1=0010000000000000"]
+
+
+@pytest.mark.parametrize("answer", [b"", b"E22"])
+def test_a_register_that_is_not_told_is_an_error_and_never_zero(stub: QemuStub, described: Any, answer: bytes) -> None:
+    described.answers |= {b"g": answer, b"p1": answer}
+    with pytest.raises(TargetError, match="does not tell rip of vCPU 1"):
+        stub.read_register(CPU, "rip")
+    with pytest.raises(TargetError, match="does not tell the registers of vCPU 1"):
+        stub.read_registers(CPU)
+
+
+@pytest.mark.parametrize("answer", [b"", b"E22"])
+def test_a_register_that_is_not_written_is_an_error(stub: QemuStub, described: Any, answer: bytes) -> None:
+    """QEMU 7.2 answers P with nothing, and writes nothing, until the description was read."""
+    described.answers[b"P1=0010000000000000"] = answer
+    with pytest.raises(TargetError, match="would not write rip of vCPU 1: it answered"):
+        stub.write_registers(CPU, {"rip": 0x1000})
+
+
+def test_a_stub_that_describes_nothing_is_an_error(fake: Any) -> None:
+    with pytest.raises(ConnectionLostError, match="does not describe its registers"):
+        QemuStub(fake).read_registers(CPU)
+
+
+# -- vCPUs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_vcpus_come_in_several_packets(stub: QemuStub, described: Any) -> None:
+    described.answers |= {b"qfThreadInfo": b"mp01.01,p01.0a", b"qsThreadInfo": b"l"}
+    assert stub.cpus() == (1, 10)
+    described.answers[b"qfThreadInfo"] = b"mp01.01"
+    assert stub.cpus() == (1, 10), "asked once"
+    stub.forget_cpus()
+    assert stub.cpus() == (1,)
+
+
+def test_a_vcpu_is_selected_only_when_another_one_was(stub: QemuStub, described: Any) -> None:
+    for cpu in (1, 1, 2, 2):
+        stub.read_current(CpuId(cpu), VirtAddr(0), 1)
+    assert [packet for packet in described.packets if packet[:1] == b"H"] == [b"Hgp1.1", b"Hgp1.2"]
+    stub.forget_selection()
+    stub.read_current(CpuId(2), VirtAddr(0), 1)
+    assert described.packets[-2:] == [b"Hgp1.2", b"m0,1"]
+
+
+def test_a_step_steps_one_vcpu_and_unselects_it(stub: QemuStub, described: Any) -> None:
+    described.answers[b"vCont;s:p1.2"] = b"T05thread:p01.02;"
+    stub.select(CpuId(2))
+    stub.step(CpuId(2))
+    stub.read_current(CpuId(2), VirtAddr(0), 1)
+    assert described.packets == [b"Hgp1.2", b"vCont;s:p1.2", b"Hgp1.2", b"m0,1"]
+
+
+def test_a_step_that_is_refused_is_an_error(stub: QemuStub, described: Any) -> None:
+    with pytest.raises(TargetError, match="vCPU 2 did not step"):
+        stub.step(CpuId(2))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_physical_memory_is_reached_in_physical_mode_and_the_mode_is_left(stub: QemuStub, described: Any) -> None:
+    described.memory["physical"][0x10:0x14] = b"phys"
+    described.memory["virtual"][0x10:0x14] = b"virt"
+    assert stub.read_physical(PhysAddr(0x10), 4) == b"phys"
+    assert stub.read_current(CPU, VirtAddr(0x10), 4) == b"virt"
+    stub.write_physical(PhysAddr(0x10), b"PHYS")
+    assert stub.write_current(CPU, VirtAddr(0x10), b"VIRT")
+    assert (described.memory["physical"][0x10:0x14], described.memory["virtual"][0x10:0x14]) == (b"PHYS", b"VIRT")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 2048, 2049, 0x2345])
+def test_any_size_is_cut_to_packets_that_fit(stub: QemuStub, described: Any, size: int) -> None:
+    data = bytes(index * 7 & 0xFF for index in range(size))
+    stub.write_physical(PhysAddr(0x123), data)
+    assert described.memory["physical"][0x123 : 0x123 + size] == data
+    assert stub.read_physical(PhysAddr(0x123), size) == data
+    assert stub.write_current(CPU, VirtAddr(0x321), data)
+    assert stub.read_current(CPU, VirtAddr(0x321), size) == data
+
+
+def test_no_ram_is_an_error_that_says_where(stub: QemuStub, described: Any) -> None:
+    with pytest.raises(TargetError, match="no guest memory at physical 0x4000"):
+        stub.read_physical(PhysAddr(0x3F00 - 0x700), 0x1000)
+    with pytest.raises(TargetError, match="would not write 4 bytes at physical 0x3ffe: it answered E14"):
+        stub.write_physical(PhysAddr(0x3FFE), b"1234")
+    assert described.mode == "virtual"
+
+
+def test_what_is_not_mapped_is_not_an_error_for_a_vcpus_own_memory(stub: QemuStub) -> None:
+    assert stub.read_current(CPU, VirtAddr(0x3FFE), 4) is None
+    assert stub.write_current(CPU, VirtAddr(0x3FFE), b"1234") is False
+
+
+def test_physical_mode_nests_and_is_switched_twice_only(stub: QemuStub, described: Any) -> None:
+    with stub.physical_mode():
+        stub.read_physical(PhysAddr(0), 1)
+        stub.write_physical(PhysAddr(0), b"x")
+        assert described.mode == "physical"
+    assert [packet for packet in described.packets if packet[:1] == b"Q"] == [
+        b"Qqemu.PhyMemMode:1",
+        b"Qqemu.PhyMemMode:0",
+    ]
+
+
+@pytest.mark.parametrize("error", [TargetError("x"), KeyboardInterrupt()])
+def test_physical_mode_is_left_whatever_happens_in_it(stub: QemuStub, described: Any, error: BaseException) -> None:
+    with pytest.raises(type(error)), stub.physical_mode():
+        raise error
+    assert described.mode == "virtual"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_physical_mode_is_left_when_a_packet_breaks_off(stub: QemuStub, described: Any, at: int) -> None:
+    """Also when it is the one that switches it on: the stub may have heard it."""
+    described.broken_at = at
+    with pytest.raises(ConnectionLostError):
+        stub.read_physical(PhysAddr(0), 0x1000)
+    assert described.packets[-1] == b"Qqemu.PhyMemMode:0"
+    assert stub.read_physical(PhysAddr(0), 1) == b"\0"
+    assert described.mode == "virtual"
+
+
+def test_a_stub_without_physical_mode_is_an_error(stub: QemuStub, described: Any) -> None:
+    described.answers |= {b"Qqemu.PhyMemMode:1": b"", b"Qqemu.PhyMemMode:0": b""}
+    with pytest.raises(TargetError, match="would not switch to physical addresses: it answered nothing"):
+        stub.read_physical(PhysAddr(0), 1)
+
+
+def test_another_connection_starts_from_nothing(stub: QemuStub, described: Any) -> None:
+    other = type(described)()
+    other.answers = dict(described.answers) | {b"qfThreadInfo": b"mp01.03", b"qsThreadInfo": b"l"}
+    stub.select(CPU)
+    stub.use_channel(other)
+    assert stub.cpus() == (3,)
+    stub.read_current(CPU, VirtAddr(0), 1)
+    assert other.packets[-2:] == [b"Hgp1.1", b"m0,1"]
