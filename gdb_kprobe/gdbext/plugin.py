@@ -66,6 +66,8 @@ class Plugin:
         self.stop_requested = False
         """A trace has shown all it was asked for: the next stop is the user's."""
         self._settling = False
+        self._locking = ""
+        """The user's scheduler-locking, to be set again after a ``stepi``."""
         self._guard: Guard | None = None
         self._connection = 0
         """gdb's number of the last connection that was looked at for what others left behind."""
@@ -143,7 +145,7 @@ class Plugin:
             link.stub.forget_selection()
             link.stub.select(cpu)
             flush_registers()
-        return stop or self.stop_requested or link.interrupts.requested
+        return stop or self.stop_requested or link.interrupts.overdue
 
     def on_resumed(self) -> None:
         """gdb has resumed the guest."""
@@ -155,8 +157,24 @@ class Plugin:
         if self.link is not None:
             self.link.interrupts.request()
 
+    def before_stepi(self) -> None:
+        """The user typed ``stepi``: one instruction of one vCPU, and no hit of another one in between.
+
+        The stub tells of one vCPU that stopped. A hit elsewhere at the moment of the step hides that it was made, and
+        gdb would make another one.
+        """
+        if self.link is not None and gdb.parameter("scheduler-locking") != "on":
+            self._locking = str(gdb.parameter("scheduler-locking"))
+            gdb.execute("set scheduler-locking on")
+
+    def _unlock(self) -> None:
+        if self._locking:
+            gdb.execute(f"set scheduler-locking {self._locking}")
+            self._locking = ""
+
     def on_stop(self) -> None:
         """The machine stopped for the user."""
+        self._unlock()
         link = self.link
         if self._settling:
             return
@@ -310,3 +328,8 @@ def before_detach() -> None:
 def before_interrupt() -> None:
     """For ``hook-interrupt``."""
     the_plugin().before_interrupt()
+
+
+def before_stepi() -> None:
+    """For ``hook-stepi``."""
+    the_plugin().before_stepi()

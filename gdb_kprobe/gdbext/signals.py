@@ -5,8 +5,8 @@ breakpoint, it ignores that byte, the hit is handled, the guest resumed, and the
 comes while Python runs is raised as KeyboardInterrupt at a random place.
 
 So while the guest runs, SIGINT is blocked in gdb's main thread and taken by a thread of ours. That asks for the stop
-until it has happened: by the flag that the next dispatch looks at, and by the interrupt byte on gdb's own socket (a
-stopped stub ignores it, a running one stops).
+until it has happened, by the interrupt byte on gdb's own socket: a stopped stub ignores it, a running one stops, and
+gdb shows the SIGINT that it knows. Where hits leave hardly a moment to it, the next dispatch makes the stop.
 
 A SIGTERM is worse: gdb ends at the next packet that is sent, wherever that is. So it is held back, too, while we are at
 work (gdb's worker threads never take it).
@@ -18,12 +18,19 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 _SIGINT = {signal.SIGINT}
 _HELD = {signal.SIGINT, signal.SIGTERM}
-_ASK_EVERY = 0.05
-"""Seconds between two requests to stop."""
+_LOOK_EVERY = 0.05
+"""Seconds between two looks whether a stop was asked for otherwise than by a signal."""
+
+_ASK_EVERY = 0.004
+"""Seconds between two requests to stop: less than one hit takes."""
+
+_PATIENCE = 0.3
+"""Seconds after which the next dispatch makes the stop."""
 
 
 @contextlib.contextmanager
@@ -56,7 +63,7 @@ class InterruptWatch:
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self._running = False
-        self._requested = False
+        self._requested: float | None = None
         self._over = False
         self._thread: threading.Thread | None = None
         if descriptor is not None:
@@ -65,14 +72,16 @@ class InterruptWatch:
                 self._thread.start()
 
     @property
-    def requested(self) -> bool:
-        """Whether the user wants the guest stopped."""
-        return self._requested
+    def overdue(self) -> bool:
+        """Whether the user has been waiting for the stop for too long."""
+        asked = self._requested
+        return asked is not None and (self._descriptor is None or time.monotonic() - asked > _PATIENCE)
 
     def request(self) -> None:
         """Ask for a stop, as Ctrl-C does; nothing happens unless the guest runs."""
         with self._lock:
-            self._requested = self._running
+            if self._running and self._requested is None:
+                self._requested = time.monotonic()
 
     def resumed(self) -> None:
         """gdb has resumed the guest (also after each of our own stops)."""
@@ -84,7 +93,7 @@ class InterruptWatch:
     def stopped(self) -> None:
         """The guest has stopped for the user."""
         with self._lock:
-            self._running = self._requested = False
+            self._running, self._requested = False, None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
 
     def close(self) -> None:
@@ -96,9 +105,9 @@ class InterruptWatch:
 
     def _watch(self) -> None:
         while not self._over:
-            if signal.sigtimedwait(_SIGINT, _ASK_EVERY) is not None:
+            if signal.sigtimedwait(_SIGINT, _LOOK_EVERY if self._requested is None else _ASK_EVERY) is not None:
                 self.request()
             with self._lock:
-                if self._requested and self._descriptor is not None:
+                if self._requested is not None and self._descriptor is not None:
                     with contextlib.suppress(OSError):
                         os.write(self._descriptor, b"\x03")

@@ -17,6 +17,7 @@ HOOKS = {
     "disconnect": "before_detach",
     "kill": "before_detach",
     "interrupt": "before_interrupt",
+    "stepi": "before_stepi",
 }
 """User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
 

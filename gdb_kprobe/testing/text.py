@@ -44,6 +44,13 @@ class TextSnapshot:
         """Bytes compared."""
         return sum(window.size for window in self._ranges)
 
+    def original(self, addr: VirtAddr, size: int) -> bytes:
+        """The text at *addr* as it was then; less than *size* bytes at the end of a range, none outside of all."""
+        for window, text in self._texts.items():
+            if addr in window:
+                return text[addr - window.start :][:size]
+        return b""
+
     def differences(self) -> tuple[Difference, ...]:
         """Compare with the text as it is now."""
         self.guest.memory.invalidate()
