@@ -1,0 +1,242 @@
+"""A session on a real QEMU, without gdb: the bare-metal guest over the socket client, its own counters as oracle."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.config.load import load_profile
+from gdb_kprobe.errors import ConnectionLostError
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.session.attach import attach
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+PROFILE = Path(__file__).resolve().parents[2] / "configs" / "bare.yaml"
+RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
+ROUNDS = 50
+
+LOCKED = ("f_tail", "f_flags")
+"""Functions that begin with a locked instruction, which cannot be probed yet."""
+
+# Hits in one round of the guest's loop, of every place that is not the entry of a function called once.
+SITES = {
+    "f_tail+8": 1,
+    "f_flags+8": 1,
+    "leaf": 4,
+    "f_jcc_backwards_site": 6,
+    "f_jcc_backwards_jump": 6,
+    "f_jcc_near_jump": 1,
+    "f_loop_site": 6,
+    "f_flags_site": 1,
+    "f_call_return+8": 1,
+}
+
+
+class CuttableChannel(RspSocket):
+    """A connection that is lost after so many more packets."""
+
+    packets_left: int | None = None
+
+    def send(self, packet: bytes) -> bytes:
+        if self.packets_left is not None:
+            if not self.packets_left:
+                raise ConnectionLostError("cut")
+            self.packets_left -= 1
+        return super().send(packet)
+
+
+class BareSession:
+    """An attachment to the guest, and the loop that gdb would be: resume, stop, dispatch."""
+
+    def __init__(self, guest: GuestVm) -> None:
+        image = guest.bare_image()
+        environment = {"KPROBE_GUEST": str(guest.directory), "KPROBE_SYMBOLS": str(image.symbols_path)}
+        self.symbols = image.symbols
+        self.channel = CuttableChannel(guest.gdb_address)
+        self.stub = QemuStub(self.channel)
+        self.attached = attach(self.stub, load_profile(PROFILE, environment), self)
+        self.session = self.attached.session
+
+    def insert(self, addr: VirtAddr) -> None:
+        assert self.channel.send(b"Z1,%x,1" % addr) == b"OK"
+
+    def remove(self, addr: VirtAddr) -> None:
+        assert self.channel.send(b"z1,%x,1" % addr) == b"OK"
+
+    def add(self, place: str, rung: Rung, **handlers: Any) -> Probe:
+        probe = Probe(parse_definition(f"p:{place.replace('+', '_')} {place}"), **handlers)
+        return self.session.add(probe, rung)
+
+    def stop(self) -> CpuId:
+        """Resume, and wait for a stop."""
+        self.channel.resume()
+        reply = self.channel.wait_stop(10)
+        assert reply is not None, "no stop"
+        self.stub.forget_selection()
+        thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
+        return CpuId(int(thread[1], 16) if thread else 1)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Run until a dispatch has made *until* true. A breakpoint of the guest's own is let through."""
+        entry = self.session.guest.bp_entry
+        while not until():
+            cpu = self.stop()
+            self.session.on_breakpoint(cpu)
+            if self.stub.read_register(cpu, "rip") == entry:
+                self.remove(entry)
+                while self.stub.read_register(cpu, "rip") == entry:
+                    self.stub.step(cpu)
+                self.insert(entry)
+
+    def run_to(self, name: str) -> None:
+        """Run to a place where there is no probe, with no probe armed."""
+        addr = VirtAddr(self.symbols[name])
+        self.insert(addr)
+        cpu = self.stop()
+        self.remove(addr)
+        assert self.stub.read_register(cpu, "rip") == addr
+
+
+@pytest.fixture
+def guest(booted_guest: Callable[[GuestSpec], GuestVm]) -> GuestVm:
+    return booted_guest(GuestSpec(kernel="bare"))
+
+
+@pytest.fixture
+def bare(guest: GuestVm) -> Iterator[BareSession]:
+    """A session at the start of a round; afterwards the guest's text is as it was, and the guest goes on."""
+    bare = BareSession(guest)
+    text = guest_text(guest)
+    bare.run_to("main_loop")
+    yield bare
+    assert bare.session.detach().problems == ()
+    bare.channel.detach()
+    assert guest_text(guest) == text
+    assert_goes_on(guest)
+
+
+def guest_text(guest: GuestVm) -> bytes:
+    """The guest's text, by the file of its RAM."""
+    image = guest.bare_image()
+    start = image.physical("image")
+    return guest.read_ram(start, image.physical("end_of_text") - start)
+
+
+def assert_goes_on(guest: GuestVm) -> None:
+    rounds = guest.bare_image().physical("rounds")
+    enough = guest.read_u64(rounds) + 10
+    deadline = time.monotonic() + 10
+    while guest.read_u64(rounds) < enough:
+        guest.check()
+        assert time.monotonic() < deadline, "the guest stands still"
+        time.sleep(0.001)
+
+
+def places(guest: GuestVm) -> dict[str, int]:
+    entries = (name for name in guest.bare_image().functions if name not in LOCKED)
+    return dict.fromkeys(entries, 1) | SITES
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_function_counts_as_often_as_the_guest_itself(bare: BareSession, guest: GuestVm, rung: Rung) -> None:
+    names = places(guest)
+    assert len(names) >= 25
+    for name, hits in names.items():
+        before = guest.bare_counters()
+        probe = bare.add(name, rung)
+        bare.run(lambda probe=probe, wanted=ROUNDS * hits: probe.hits == wanted)  # type: ignore[misc]
+        bare.session.delete(probe)
+        bare.run_to("main_loop")
+        counted = {function: count - before[function] for function, count in guest.bare_counters().items()}
+        assert counted == dict.fromkeys(counted, ROUNDS), name
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_all_probes_at_once(bare: BareSession, guest: GuestVm, rung: Rung) -> None:
+    names = places(guest)
+    probes = {name: bare.add(name, rung) for name in names}
+    last = probes["f_ret"]
+    bare.run(lambda: last.hits == ROUNDS)
+    for probe in probes.values():
+        bare.session.delete(probe)
+    assert {name: probe.hits for name, probe in probes.items()} == {name: ROUNDS * hits for name, hits in names.items()}
+
+
+def test_a_post_handler_sees_every_return_address(bare: BareSession) -> None:
+    """The single step of a call, put right before anybody looks."""
+    seen: set[tuple[int, int]] = set()
+    probe = bare.add("f_call", Rung.SINGLE_STEP, post=lambda hit: seen.add((hit.regs.ip, hit.read_int(hit.regs.sp))))
+    bare.run(lambda: probe.hits == 50)
+    assert seen == {(bare.symbols["leaf"], bare.symbols["f_call_return"])}
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_the_guests_own_breakpoints_stay_its_own(bare: BareSession, guest: GuestVm, rung: Rung) -> None:
+    before = guest.read_u64(guest.bare_image().physical("bp_count"))
+    probe = bare.add("f_ret", rung)
+    want = guest.bare_image().physical("want_int3")
+    guest.ram()[want : want + 8] = (7).to_bytes(8, "little")
+    bare.run(lambda: probe.hits == 20)
+    assert guest.read_u64(guest.bare_image().physical("bp_count")) == before + 7
+    assert guest.read_u64(want) == 0
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_an_interrupt_at_any_moment_shows_no_slot(bare: BareSession, rung: Rung) -> None:
+    """Also in the middle of hits: the vCPU is stepped there on purpose, for a random stop never finds it."""
+    rng = random.Random(rung)
+    probe = bare.add("f_push", rung)
+    region = bare.session.region.header.range
+    for _ in range(100):
+        cpu = bare.stop()
+        if rng.random() < 0.5:
+            bare.session.on_breakpoint(cpu)
+            for _ in range(rng.randrange(3)):
+                bare.stub.step(cpu)
+        bare.session.settle()
+        rip = bare.stub.read_register(cpu, "rip")
+        assert rip not in region
+        assert rip != bare.session.guest.bp_entry
+    assert probe.hits == 100
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("place", ["f_push", "f_call", "f_jcc_backwards_jump"])
+def test_a_debugger_killed_between_any_two_packets_of_a_hit(guest: GuestVm, place: str, rung: Rung) -> None:
+    """The next one finds the guest, restores it, and the guest computes on."""
+    text = guest_text(guest)
+    for count in range(200):
+        bare = BareSession(guest)
+        bare.add(place, rung)
+        cpu = bare.stop()
+        bare.channel.packets_left = count
+        try:
+            bare.session.on_breakpoint(cpu)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = False
+        bare.channel.close()
+
+        after = BareSession(guest)
+        assert "1 site(s) armed" in after.attached.messages[0]
+        assert guest_text(guest) == text, f"cut after {count} packets"
+        after.session.detach()
+        after.channel.detach()
+        assert_goes_on(guest)
+        if not killed:
+            assert count > 5
+            return
+    raise AssertionError("a dispatch has no end")
