@@ -67,6 +67,10 @@ class GuestStateError(KprobeError):
     """The guest is not in a state in which this can be done (reset, firmware, booting, panicked)."""
 
 
+class GuestResetError(GuestStateError):
+    """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
+
+
 class RegionError(KprobeError):
     """The reserved region cannot be used as described."""
 

@@ -26,7 +26,7 @@ def probe_view(probe: Probe) -> ProbeView:
         probe.hits,
         probe.missed,
         probe.enabled,
-        False,
+        probe.gone,
         str(probe.spec),
     )
 

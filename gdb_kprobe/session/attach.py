@@ -77,8 +77,9 @@ def _put_region(
 ) -> Region:
     if config.source is RegionSource.PREMAPPED:
         assert config.virtual is not None, "the profile's reader asks for it"
-        _restore(machine, memory, guest, guest.memory.translate(config.virtual), messages)
-        return create_premapped(memory, guest, config.virtual, config.size)
+        kept = _restore(machine, memory, guest, guest.memory.translate(config.virtual), messages)
+        high_water = None if kept is None else kept.code_high_water
+        return create_premapped(memory, guest, config.virtual, config.size, high_water)
     phys = _physical(machine, guest, config)
     kept = _restore(machine, memory, guest, phys, messages)
     if kept is not None:

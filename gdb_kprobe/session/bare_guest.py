@@ -8,13 +8,10 @@ from collections.abc import Iterable, Mapping
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.paging import PageTable
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Reason, Refusal, Symbol, VirtAddr, offset
-from gdb_kprobe.session.guest import Place
+from gdb_kprobe.linux.paging import PageTable, loaded_table
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.session.guest import Place, runs_from
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
-
-_ADDRESS = 0x000F_FFFF_FFFF_F000
-_LA57 = 1 << 12
 
 
 class BareGuest:
@@ -44,10 +41,6 @@ class BareGuest:
     @property
     def build_id(self) -> bytes:
         return bytes(20)
-
-    @property
-    def reach(self) -> AddressRange:
-        return self._text
 
     def resolve(self, location: Location) -> Place:
         if location.address is not None:
@@ -96,6 +89,12 @@ class BareGuest:
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         return None
 
+    def owner_of(self, addr: VirtAddr) -> str:
+        return ""
+
+    def is_same_boot(self, monitor: Monitor) -> bool:
+        return runs_from(monitor, self.memory.memory, self.bp_entry)
+
     def refresh(self) -> None:
         self.memory.invalidate()
 
@@ -109,7 +108,7 @@ def open_bare(
     """
     cpus = idt.read_registers(monitor)
     cpu = next((cpu for cpu in cpus if cpu.is_long_mode), cpus[0])
-    table = PageTable(memory, PhysAddr(cpu.cr3 & _ADDRESS), 5 if cpu.cr4 & _LA57 else 4)
+    table = loaded_table(memory, cpu.cr3, cpu.cr4)
     idt.find_breakpoint_handler(table, cpu)
     gates = idt.read_idt(table, cpu.idt_base, cpu.idt_limit)
     if text is None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gdb_kprobe.errors import TargetError
+from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.context import Handler, HitContext, Registers
 from gdb_kprobe.session.guest import Guest
@@ -38,6 +38,7 @@ MAX_STEPS = 64
 
 _Key = tuple[VirtAddr, int]
 _Called = tuple[Probe, ...]
+_Memory = tuple[tuple[int, bytes], ...]
 
 
 class Outcome(Enum):
@@ -68,8 +69,8 @@ class Trap:
 class StubDispatcher:
     """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
 
-    *sites* is the session's own table, by address. *on_hit* is told of every hit. *uninterrupted* and *interruptible*
-    are the adapter's: the first is around a whole dispatch, the second around a user's handler within it.
+    *sites* is the session's own table, by address. *on_hit* is told of every hit. *interruptible* is the adapter's: it
+    is around a user's handler, within a dispatch that is not interrupted.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class StubDispatcher:
         self._sites = sites
         self._on_hit = on_hit
         self._interruptible = interruptible
-        # Hits that are not through: (address, RSP) -> the probes that were called for it.
+        # Hits that are not through: the instruction faulted, or the user got the prompt before it. The same task comes
+        # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
         self._faulted: dict[_Key, _Called] = {}
-        self._skip: dict[CpuId, tuple[_Key, _Called]] = {}
-        self._writing: tuple[CpuId, dict[str, int]] | None = None
+        self._stopped: dict[_Key, _Called] = {}
+        # What is being written to a vCPU and its stack, and the step that is being made: for who must finish it.
+        self._writing: tuple[CpuId, _Memory, dict[str, int]] | None = None
         self._stepping: tuple[CpuId, Site, dict[str, int], _Called] | None = None
         self.failed: list[Probe] = []
         """Probes whose handler raised; the session takes them away."""
@@ -115,7 +118,16 @@ class StubDispatcher:
         if trap is None:
             return None
         site = self.site_of(trap)
-        return Outcome.FOREIGN if site is None else self._hit(cpu, trap, site)
+        if site is None:
+            return Outcome.FOREIGN
+        try:
+            return self._hit(cpu, trap, site)
+        except ConnectionLostError:
+            raise
+        except BaseException:
+            # At the entry the guest's own handler would run, which knows nothing of our int3.
+            self.undo_trap(cpu)
+            raise
 
     def undo_trap(self, cpu: CpuId) -> bool:
         """Send a vCPU that stands at the #BP entry because of a site of ours back to the probed instruction.
@@ -125,25 +137,29 @@ class StubDispatcher:
         trap = self.trap_of(cpu)
         if trap is None or self.site_of(trap) is None:
             return False
-        self._machine.write_registers(cpu, {"eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
+        self._write(cpu, {"eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
         return True
 
     def complete(self) -> None:
         """Bring a dispatch to its end that the loss of the connection cut off; no handler runs."""
         if self._writing is not None:
-            self._write_frame(*self._writing)
+            cpu, memory, registers = self._writing
+            self._write(cpu, registers, memory)
         if self._stepping is not None:
             cpu, site, before, called = self._stepping
             after = self._machine.read_registers(cpu)
             stepped = step.stepped(site.plan.insn, site.plan.slot.code, before, after)
             self._fix_up(cpu, site, before, after if stepped else None, called)
 
-    def forget_stale_skips(self) -> None:
-        """A stopped probe is resumed without a second hit only while its vCPU still stands there."""
-        for cpu, (key, _) in tuple(self._skip.items()):
-            values = self._machine.read_registers(cpu)
-            if (values["rip"], values["rsp"]) != key:
-                del self._skip[cpu]
+    def forget_stopped(self) -> None:
+        """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
+        self._stopped.clear()
+
+    def forget(self, site: Site) -> None:
+        """The int3 of *site* is gone: nobody comes back to it."""
+        for table in (self._faulted, self._stopped):
+            for key in [key for key in table if key[0] == site.addr]:
+                del table[key]
 
     # -- private ------------------------------------------------------------------------------------------------
 
@@ -153,9 +169,7 @@ class StubDispatcher:
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
         called = self._faulted.pop(key, None)
-        stopped_at, stopped_for = self._skip.pop(cpu, (None, ()))
-        if stopped_at == key:
-            called = stopped_for
+        called = self._stopped.pop(key, called)
         for watcher in site.watchers:
             # The fault was fixed up: the instruction is not executed again.
             self._faulted.pop((watcher, trap.rsp), None)
@@ -167,11 +181,11 @@ class StubDispatcher:
         frame = {name: values[name] for name in (*sorted(regs.changed - {*_LAST}), *_LAST)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
-            self._write_frame(cpu, frame)
+            self._write(cpu, frame)
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
-            self._write_frame(cpu, frame)
-            self._skip[cpu] = (trap.rip, frame["rsp"]), called
+            self._stopped[trap.rip, frame["rsp"]] = called
+            self._write(cpu, frame)
             return Outcome.STOP
 
         frame["rip"] = site.plan.slot.code
@@ -179,14 +193,21 @@ class StubDispatcher:
             values.update(frame)
             # Known before the vCPU is in the slot: a copy that is not stepped does not lead back by itself.
             self._stepping = cpu, site, values, called
-            self._write_frame(cpu, frame)
+            self._write(cpu, frame)
             return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
-        self._write_frame(cpu, frame)
+        self._write(cpu, frame)
         return Outcome.HANDLED
 
-    def _write_frame(self, cpu: CpuId, frame: dict[str, int]) -> None:
-        self._writing = cpu, frame
-        self._machine.write_registers(cpu, frame)
+    def _write(self, cpu: CpuId, registers: dict[str, int], memory: _Memory = ()) -> None:
+        """Write to the stack and to the registers of *cpu*; cut off, it can be done again by :meth:`complete`."""
+        self._writing = cpu, memory, registers
+        for addr, data in memory:
+            if not self._machine.write_current(cpu, VirtAddr(addr), data):
+                raise TargetError(
+                    f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step",
+                    "'kprobe detach', and look at the guest's stack pointer",
+                )
+        self._machine.write_registers(cpu, registers)
         self._writing = None
 
     def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> tuple[bool, _Called]:
@@ -244,25 +265,23 @@ class StubDispatcher:
                 raise TargetError(f"the stack at {addr:#x} is not mapped after the single step at {site.addr:#x}")
             return data
 
+        key = (site.addr, before["rsp"])
         if after is None:
             # The guest executes the probed instruction as if it had not been hit.
-            self._machine.write_registers(cpu, {"rip": site.addr})
-            self._faulted[(site.addr, before["rsp"])] = called
-            self._stepping = None
-            return None
-        if step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
+            fix, faulted = step.StepFixup({"rip": site.addr}), True
+        elif step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
             # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,
             # or goes on at the fixup, where a site of its own tells us.
-            self._write_memory(cpu, step.fix_up_fault(insn, slot, after, read_stack).memory)
-            self._faulted[(site.addr, before["rsp"])] = called
-            self._stepping = None
-            return None
-        fix = step.fix_up(insn, slot, before, after, read_stack)
-        self._write_memory(cpu, fix.memory)
-        self._machine.write_registers(cpu, fix.registers)
-        self._stepping = None
-        return {**after, **fix.registers}
+            fix, faulted = step.fix_up_fault(insn, slot, after, read_stack), True
+        else:
+            fix, faulted = step.fix_up(insn, slot, before, after, read_stack), False
+        # From here on it is not the step that is to be finished, but these writes.
+        self._writing, self._stepping = (cpu, fix.memory, fix.registers), None
+        if faulted:
+            self._faulted[key] = called
+        self._write(cpu, fix.registers, fix.memory)
+        return None if after is None or faulted else {**after, **fix.registers}
 
     def _run_post(self, cpu: CpuId, values: dict[str, int], called: _Called) -> bool:
         stop = False
@@ -273,7 +292,7 @@ class StubDispatcher:
                     probe, probe.post, HitContext(probe.name, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)
                 )
         if regs.changed:
-            self._machine.write_registers(cpu, {name: values[name] for name in regs.changed})
+            self._write(cpu, {name: values[name] for name in regs.changed})
         return stop
 
     def _step(self, cpu: CpuId, site: Site, before: Mapping[str, int]) -> dict[str, int] | None:
@@ -287,8 +306,3 @@ class StubDispatcher:
 
     def _is_exception_entry(self, addr: int) -> bool:
         return addr in self._guest.gates
-
-    def _write_memory(self, cpu: CpuId, writes: tuple[tuple[int, bytes], ...]) -> None:
-        for addr, data in writes:
-            if not self._machine.write_current(cpu, VirtAddr(addr), data):
-                raise TargetError(f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step")

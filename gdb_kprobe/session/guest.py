@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux.idt import Gate
-from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
+from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.model import AddressRange, CpuId, Refusal, Symbol, VirtAddr
+from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,6 @@ class Guest(Protocol):
     def build_id(self) -> bytes:
         """20 bytes that tell this kernel from another."""
 
-    @property
-    def reach(self) -> AddressRange:
-        """All text that slots must be able to reach."""
-
     def resolve(self, location: Location) -> Place:
         """Return the place that the user named.
 
@@ -86,5 +84,22 @@ class Guest(Protocol):
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found."""
 
+    def owner_of(self, addr: VirtAddr) -> str:
+        """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
+
+    def is_same_boot(self, monitor: Monitor) -> bool:
+        """Whether the machine still runs the boot that this was made from. Asks the vCPUs, trusts nothing known."""
+
     def refresh(self) -> None:
         """Forget what may change while the guest runs (page tables, modules)."""
+
+
+def runs_from(monitor: Monitor, memory: PhysicalMemory, bp_entry: VirtAddr) -> bool:
+    """Whether the first vCPU that is in 64-bit mode has *bp_entry* as its #BP handler, by its own CR3 and IDT."""
+    cpu = next((cpu for cpu in read_registers(monitor) if cpu.is_long_mode), None)
+    if cpu is None:
+        return False
+    try:
+        return find_breakpoint_handler(loaded_table(memory, cpu.cr3, cpu.cr4), cpu) == bp_entry
+    except (UnmappedError, GuestStateError):
+        return False

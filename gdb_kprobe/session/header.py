@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import Slot
+from gdb_kprobe.linux.paging import PMD_SIZE
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, offset
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
 VERSION = 1
-PMD_SIZE = 1 << 21
 
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16s")
@@ -183,12 +183,13 @@ class HeaderStore:
 
         :raises RegionError: all records are in use.
         """
-        index = self._free.pop() if self._free else self.header.records
+        index = self._free[-1] if self._free else self.header.records
         if index == self.header.layout.record_count:
             raise RegionError(
                 f"all {self.header.layout.record_count} records of the region are in use",
                 "reserve a larger region (region.size in the profile), or delete probes",
             )
+        del self._free[-1:]
         self._index[record.patch.addr] = index
         self.memory.write_physical(self._address(index), record.pack())
         changed = replace(self.header, records=max(self.header.records, index + 1), code_high_water=code_high_water)

@@ -14,13 +14,13 @@ from gdb_kprobe.linux.e820 import E820Table, read_e820
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
-from gdb_kprobe.linux.modules import Module, read_module_symbols, read_modules
-from gdb_kprobe.linux.paging import PageTable, kernel_root
+from gdb_kprobe.linux.modules import Module, module_at, read_module_symbols, read_modules
+from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_stacks, task_on_stack, task_stacks
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Reason, Refusal, Symbol, VirtAddr, offset
-from gdb_kprobe.session.guest import Place
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.session.guest import Place, runs_from
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
@@ -66,10 +66,6 @@ class LinuxGuest:
         notes = self.kallsyms.section("__start_notes", "__stop_notes")
         text = find_build_id(self.memory, notes) if notes else ""
         return bytes.fromhex(text)[:BUILD_ID_SIZE].ljust(BUILD_ID_SIZE, b"\0")
-
-    @property
-    def reach(self) -> AddressRange:
-        return AddressRange(min(self.image.base, MODULES.start), MODULES.end)
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -144,6 +140,13 @@ class LinuxGuest:
             words += [word.value for word in scan_stacks(self.memory, (stack,), target) if word.addr >= floor]
         return words
 
+    def owner_of(self, addr: VirtAddr) -> str:
+        module = module_at(self._modules, addr)
+        return "" if module is None else f"{module.name}@{module.raw.addr:#x}"
+
+    def is_same_boot(self, monitor: Monitor) -> bool:
+        return runs_from(monitor, self.memory.memory, self.bp_entry)
+
     def refresh(self) -> None:
         self.memory.invalidate()
         self._read_modules()
@@ -210,7 +213,7 @@ def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:
     """
     cpus = idt.read_registers(monitor)
     cpu = next((cpu for cpu in cpus if cpu.is_long_mode), cpus[0])
-    loaded = PageTable(memory, PhysAddr(cpu.cr3 & 0x000F_FFFF_FFFF_F000), 5 if cpu.cr4 & 1 << 12 else 4)
+    loaded = loaded_table(memory, cpu.cr3, cpu.cr4)
     handler = idt.find_breakpoint_handler(loaded, cpu)
     table = kernel_root(memory, cpu.cr3, cpu.cr4, handler)
     image = find_image(table, handler)

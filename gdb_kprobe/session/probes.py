@@ -21,6 +21,8 @@ class State(StrEnum):
     """Defined before there was a guest to arm it in."""
     ARMED = "armed"
     DISABLED = "disabled"
+    GONE = "gone"
+    """Its module was unloaded, and its text with it."""
 
 
 @dataclass(slots=True)
@@ -35,17 +37,14 @@ class Probe:
     missed: int = 0
     """Times the instruction ran without the handlers: re-entered, or the handler failed."""
     place: Place | None = None
+    """Where it is; ``None`` while it is only noted."""
+    gone: bool = False
+    """The module it was in was unloaded."""
     last_error: str = ""
 
     @property
     def name(self) -> str:
         return self.spec.name
-
-    @property
-    def state(self) -> State:
-        if self.place is None:
-            return State.PENDING
-        return State.ARMED if self.enabled else State.DISABLED
 
 
 @dataclass(slots=True)
@@ -57,6 +56,8 @@ class Site:
     armed: bool = False
     fixup: VirtAddr | None = None
     """Where the guest goes on when a fault of the instruction is fixed up: a site of its own while this is armed."""
+    owner: str = ""
+    """The module that the text belongs to (:meth:`Guest.owner_of`)."""
     watchers: set[VirtAddr] = field(default_factory=set)
     """Sites whose :attr:`fixup` this one is."""
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.linux.mapping import find_hole, plan_mapping
-from gdb_kprobe.linux.paging import ADDRESS_MASK, PRESENT, Entry, PageTable
+from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr, offset
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.header import PMD_SIZE, Header, HeaderStore, Identity, Layout
+from gdb_kprobe.session.header import Header, HeaderStore, Identity, Layout
+from gdb_kprobe.session.transaction import apply_physical
 from gdb_kprobe.target.protocols import Cpus, PhysicalMemory
 
 COOKIE_SIZE = 16
@@ -36,36 +37,35 @@ class Region:
     def header(self) -> Header:
         return self.store.header
 
-    def check(self) -> None:
-        """Verify that the entries that map us are still there.
-
-        :raises RegionError: somebody changed them; nothing may be armed then.
-        """
-        for link in self.links:
-            value = int.from_bytes(self.memory.read_physical(link.addr, 8), "little")
-            if value != link.value:
-                raise RegionError(
-                    f"the page-table entry at physical {link.addr:#x} that maps the region holds {value:#x}, "
-                    f"not {link.value:#x}",
-                    "the guest was reset, or has unmapped the region; 'kprobe detach' and attach again",
-                )
+    def is_mapped(self) -> bool:
+        """Whether the page-table entries that map us are still there. Without them nothing may be armed."""
+        return all(_holds(self.memory, link) for link in self.links)
 
     def unmap(self, machine: Cpus) -> None:
-        """Take the mapping and the header away. Only when nothing can be executing in the region any more."""
-        self.store.erase()
+        """Take the mapping and the header away. Only when nothing can be executing in the region any more.
+
+        The header goes last: what is cut off in between can still be recognized.
+        """
         unlink(self.memory, machine, self.links)
+        self.store.erase()
         self.table.invalidate()
 
 
 def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
     """Clear the page-table entries *links* and have every vCPU forget what it cached of them.
 
-    Reloading CR3 drops all translations but global ones, and ours are not global.
+    Reloading CR3 drops all translations but global ones, and ours are not global. The first one, which the header
+    names, goes last.
     """
-    for link in links:
-        memory.write_physical(link.addr, bytes(8))
+    for link in reversed(tuple(links)):
+        if _holds(memory, link):  # anything else is not ours to clear
+            memory.write_physical(link.addr, bytes(8))
     for cpu in machine.cpus():
         machine.write_registers(cpu, {"cr3": machine.read_register(cpu, "cr3")})
+
+
+def _holds(memory: PhysicalMemory, link: Entry) -> bool:
+    return int.from_bytes(memory.read_physical(link.addr, 8), "little") == link.value
 
 
 def links_of(table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int) -> tuple[Entry, ...]:
@@ -101,10 +101,14 @@ def create_mapped(
     plan = plan_mapping(table, virt, phys, layout.code_end, tables=tables, code=code)
     for addr, image in plan.tables:
         memory.write_physical(addr, image)
+    links = tuple(Entry(0, link.addr, int.from_bytes(link.new, "little")) for link in plan.links)
+    # The header before the links: what is cut off in between can still be recognized, and taken away.
+    region = _start(memory, guest, virt, phys, size, links)
     for link in plan.links:
-        memory.write_physical(link.addr, link.new)
+        apply_physical(memory, link.addr, link.old, link.new)
     table.invalidate()
-    return _start(memory, guest, virt, phys, size, links_of(table, virt, phys, size))
+    region.links = links_of(table, virt, phys, size)
+    return region
 
 
 def adopt_mapped(memory: PhysicalMemory, guest: Guest, header: Header) -> Region:
@@ -113,8 +117,10 @@ def adopt_mapped(memory: PhysicalMemory, guest: Guest, header: Header) -> Region
     return _start(memory, guest, header.virt, header.phys, header.size, links, header.code_high_water)
 
 
-def create_premapped(memory: PhysicalMemory, guest: Guest, virt: VirtAddr, size: int) -> Region:
-    """Start an empty region in memory that the guest has mapped itself.
+def create_premapped(
+    memory: PhysicalMemory, guest: Guest, virt: VirtAddr, size: int, high_water: VirtAddr | None = None
+) -> Region:
+    """Start an empty region in memory that the guest has mapped itself; slots below *high_water* are not given out.
 
     :raises RegionError: it is not mapped, not contiguous, or not writable and executable.
     """
@@ -131,7 +137,7 @@ def create_premapped(memory: PhysicalMemory, guest: Guest, virt: VirtAddr, size:
                 f"the premapped region {virt:#x} (+{size:#x}) is {what} at {page:#x}",
                 "a premapped region must be one piece, mapped for writing and executing",
             )
-    return _start(memory, guest, virt, first.phys, size, ())
+    return _start(memory, guest, virt, first.phys, size, (), high_water)
 
 
 def _start(

@@ -17,7 +17,7 @@ from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was found and done. *kept* is the header whose mapping must stay, for somebody may still be in a slot."""
+    """What was found and done. *kept* is the header whose slots must stay, for somebody may still be in one."""
 
     messages: tuple[str, ...] = ()
     kept: Header | None = None
@@ -41,11 +41,15 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     messages = [note for record in records if (note := restore_site(guest.memory, record))]
     if records:
         messages.insert(0, f"an earlier session left {len(records)} site(s) armed; their text is restored")
+    if not header.identity.entry_addr:
+        # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
+        memory.write_physical(phys, bytes(8))
+        return Restored(tuple(messages), header, len(records))
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
         return Restored((*messages, "a task is still inside the old region: its mapping is kept"), header, len(records))
-    memory.write_physical(phys, bytes(8))
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
+    memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()
     return Restored(tuple(messages), None, len(records))
 

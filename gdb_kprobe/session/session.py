@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import KprobeError, RefusedError
+from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap
-from gdb_kprobe.kprobes.plan import Facts, Plan, make_plan
+from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import ProbeSpec
 from gdb_kprobe.model import CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.header import Record
 from gdb_kprobe.session.leave import step_out
-from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site
+from gdb_kprobe.session.planner import Planner
+from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, write_verified
 from gdb_kprobe.target.protocols import Breakpoints, Machine
-from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
-
-MAX_INSN = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """What :meth:`Session.detach` did. *problems* names every site that could not be restored."""
+    """What :meth:`Session.detach` did. *problems* names what could not be undone.
+
+    *still_armed* are the sites that still hold our int3: then the breakpoint is still there, and the guest must not run
+    without it.
+    """
 
     restored: int
     unmapped: bool
     problems: tuple[str, ...] = ()
+    still_armed: tuple[str, ...] = ()
 
 
 class Session:
@@ -52,10 +56,12 @@ class Session:
         self.listeners: list[Callable[[Hit], None]] = []
         self.failed: list[Probe] = []
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
+        self.failed_listeners: list[str] = []
+        """What listeners raised that were dropped for it."""
         self._breakpoints = breakpoints
-        self._rungs = rungs
         self._sites: dict[VirtAddr, Site] = {}
         self._text = TextMap()
+        self._planner = Planner(guest, self._text, region.slots, rungs)
         self._gate_open = False
         self._dispatcher = StubDispatcher(machine, guest, self._sites, self._tell, interruptible)
 
@@ -66,7 +72,7 @@ class Session:
 
         :raises RefusedError: a rule says no; the refusal says which.
         """
-        self.guest.refresh()
+        self._look()
         place = self.guest.resolve(spec.location)
         site = self._sites.get(place.addr)
         if site is not None:
@@ -81,7 +87,7 @@ class Session:
         :raises RefusedError: a rule says no.
         :raises KprobeError: its name is taken, or the guest does not hold what it should; nothing was changed.
         """
-        self.guest.refresh()
+        self._look()
         place = self.guest.resolve(probe.spec.location)
         self.probes.add(probe)
         try:
@@ -93,15 +99,21 @@ class Session:
 
     def set_enabled(self, probe: Probe, enabled: bool) -> None:
         """Enable or disable *probe*. A site whose last probe is disabled gets its original text back."""
+        self._look()
+        site = self._site_of(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
-            self._match_text(self._site_of(probe))
+            self._match_text(site)
         except BaseException:
             probe.enabled = before
             raise
 
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
+        self._look()
+        if probe.gone:
+            self.probes.remove(probe)
+            return
         site = self._site_of(probe)
         at = site.probes.index(probe)
         site.probes.remove(probe)
@@ -114,8 +126,15 @@ class Session:
         self._drop_unused(site)
 
     def site_of(self, probe: Probe) -> Site | None:
-        """The site of *probe*; ``None`` while it is pending."""
-        return None if probe.place is None else self._sites[probe.place.addr]
+        """The site of *probe*; ``None`` when it has none (yet, or any more)."""
+        return None if probe.place is None or probe.gone else self._sites[probe.place.addr]
+
+    def state_of(self, probe: Probe) -> State:
+        """Where *probe* is in its life."""
+        site = self.site_of(probe)
+        if site is None:
+            return State.GONE if probe.gone else State.PENDING
+        return State.ARMED if site.armed and probe.enabled else State.DISABLED
 
     # -- stops --------------------------------------------------------------------------------------------------
 
@@ -129,23 +148,26 @@ class Session:
         self._drop_failed()
         return outcome is Outcome.STOP
 
-    def settle(self) -> bool:
+    def settle(self) -> None:
         """The machine stopped for the user: bring every vCPU to where it would be without probes.
 
-        A vCPU at the #BP entry because of us has its hit handled; one in a slot is stepped out of it. Returns
-        whether anything was moved.
+        A vCPU at the #BP entry because of us has its hit handled; one in a slot is stepped out of it.
+
+        :raises GuestResetError: the guest is not the one that was attached to any more.
         """
-        moved = False
+        self._look()
         for cpu in self.machine.cpus():
-            moved |= self._dispatcher.dispatch(cpu) in (Outcome.HANDLED, Outcome.STOP)
-            moved |= step_out(self.machine, cpu, self.region.header.code)
-        self._dispatcher.forget_stale_skips()
+            self._dispatcher.dispatch(cpu)
+            step_out(self.machine, cpu, self.region.header.code)
         self._drop_failed()
-        return moved
+
+    def moved(self) -> None:
+        """The user has made a vCPU go on somewhere else: a probe that it was stopped at counts its next hit."""
+        self._dispatcher.forget_stopped()
 
     def detach(self) -> Detached:
         """Undo everything: text, records, mapping. What cannot be undone is left alone and named."""
-        self.guest.refresh()
+        self._look()
         problems: list[str] = []
         self._dispatcher.complete()
         for cpu in self.machine.cpus():
@@ -157,18 +179,67 @@ class Session:
                 try:
                     self._disarm(site)
                     restored += 1
+                except ConnectionLostError:
+                    raise
                 except KprobeError as error:
                     problems.append(f"{self.guest.place_of(site.addr)}: {error.message}")
+        still_armed = tuple(
+            str(self.guest.place_of(site.addr)) for site in self.armed_sites() if self._holds_ours(site)
+        )
+        if still_armed:
+            return Detached(restored, False, tuple(problems), still_armed)
         self._close_gate()
-        unmapped = not problems and self._unmap_if_unused()
+        unmapped = False
+        try:
+            unmapped = not problems and self._unmap_if_unused()
+        except ConnectionLostError:
+            raise
+        except KprobeError as error:
+            problems.append(f"the region stays mapped: {error.message}")
         return Detached(restored, unmapped, tuple(problems))
 
     def armed_sites(self) -> tuple[Site, ...]:
         return tuple(site for site in self._sites.values() if site.armed)
 
-    def original_text(self, addr: VirtAddr, size: int) -> bytes:
-        """Guest text as it is without our patches."""
-        return self._text.original(addr, self.guest.memory.read(addr, size))
+    # -- private: the guest as it is now ------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """The guest may have run since the last act: is it still the same, and what of its text is gone?
+
+        :raises GuestResetError: it is another boot. Nothing may be written any more.
+        """
+        if not self.guest.is_same_boot(self.machine) or not self.region.is_mapped():
+            raise GuestResetError(
+                "the guest was reset (or another one loaded) since the attach; its probes are gone with its text",
+                "'kprobe attach' again; the definitions are kept, and armed anew",
+            )
+        self.guest.refresh()
+        for site in tuple(self._sites.values()):
+            if self._is_gone(site):
+                self._forget(site)
+
+    def _is_gone(self, site: Site) -> bool:
+        """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
+        if self.guest.owner_of(site.addr) != site.owner:
+            return True
+        return bool(site.owner) and site.armed and not self._holds_ours(site)
+
+    def _holds_ours(self, site: Site) -> bool:
+        patch = site.plan.patch
+        try:
+            return self.guest.memory.read(patch.addr, len(patch.new)) == patch.new
+        except UnmappedError:
+            return False
+
+    def _forget(self, site: Site) -> None:
+        """Drop *site* and write nothing to its text: it belongs to somebody else now."""
+        del self._sites[site.addr]
+        if site.armed:
+            self._mark_disarmed(site)
+        for probe in site.probes:
+            probe.gone = True
+        self.region.slots.free(site.plan.slot)
+        self._close_unused_gate()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 
@@ -178,7 +249,12 @@ class Session:
             self._replan(site, place)
         if site is None:
             plan = self._make_plan(place, probe.post is not None, strategy)
-            site = self._sites[place.addr] = Site(plan, fixup=self.guest.fixup_of(place.addr))
+            site = self._sites[place.addr] = self._new_site(plan)
+        elif strategy not in (None, site.plan.rung):
+            raise KprobeError(
+                f"{place} is probed already, as {site.plan.rung}",
+                f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
+            )
         site.probes.append(probe)
         probe.place = place
         try:
@@ -188,6 +264,10 @@ class Session:
             probe.place = None
             self._drop_unused(site)
             raise
+
+    def _new_site(self, plan: Plan) -> Site:
+        addr = plan.insn.addr
+        return Site(plan, fixup=self.guest.fixup_of(addr), owner=self.guest.owner_of(addr))
 
     def _drop_unused(self, site: Site) -> None:
         if not site.in_use:
@@ -210,7 +290,7 @@ class Session:
                 detail = f"its fixup at {place} cannot be watched: {error.refusal}"
                 refusal = Refusal(Reason.EX_TABLE, site.addr, detail, error.refusal.hint)
                 raise RefusedError(f"cannot probe {self.guest.place_of(site.addr)}", refusal) from error
-            watch = self._sites[site.fixup] = Site(plan, fixup=self.guest.fixup_of(site.fixup))
+            watch = self._sites[site.fixup] = self._new_site(plan)
         watch.watchers.add(site.addr)
         try:
             self._match_text(watch)
@@ -244,8 +324,13 @@ class Session:
         self.region.slots.free(old.slot)
 
     def _site_of(self, probe: Probe) -> Site:
+        """:raises KprobeError: the module that it was in is gone."""
         site = self.site_of(probe)
-        assert site is not None, f"{probe.name} has no site"
+        if site is None:
+            raise KprobeError(
+                f"{probe.name} is gone: the module of {probe.place} was unloaded",
+                f"'kprobe delete {probe.name}', and add it again when the module is back",
+            )
         return site
 
     def _match_text(self, site: Site) -> None:
@@ -258,7 +343,6 @@ class Session:
 
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
-        self.region.check()
         plan = site.plan
         with contextlib.ExitStack() as undo:
             self._watch_fixup(site)
@@ -269,10 +353,13 @@ class Session:
             write_verified(self.guest.memory, CodePatch(plan.slot.start, found, plan.slot_image))
             self._open_gate()
             undo.callback(self._close_unused_gate)
+            # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
+            # the session must know of it.
+            self._text.add(plan.patch)
+            site.armed = True
+            undo.callback(self._mark_disarmed, site, keep_record=True)
             apply(self.guest.memory, [plan.patch])
             undo.pop_all()
-        self._text.add(plan.patch)
-        site.armed = True
 
     def _disarm(self, site: Site) -> None:
         """Text first; a vCPU that has taken the int3 already is sent back to the instruction."""
@@ -281,67 +368,28 @@ class Session:
             trap = self._dispatcher.trap_of(cpu)
             if trap is not None and self._dispatcher.site_of(trap) is site:
                 self._dispatcher.undo_trap(cpu)
-        apply(self.guest.memory, [patch.inverse])
-        self._text.remove(patch)
-        site.armed = False
-        self.region.store.remove(site.addr)
+        # A write that was cut off may have happened all the same.
+        if self.guest.memory.read(patch.addr, len(patch.old)) != patch.old:
+            apply(self.guest.memory, [patch.inverse])
+        self._mark_disarmed(site)
         self._unwatch_fixup(site)
 
+    def _mark_disarmed(self, site: Site, *, keep_record: bool = False) -> None:
+        if not site.armed:
+            return
+        self._text.remove(site.plan.patch)
+        site.armed = False
+        self._dispatcher.forget(site)
+        if not keep_record:
+            self.region.store.remove(site.addr)
+
     def _make_plan(self, place: Place, needs_post: bool, strategy: Rung | None) -> Plan:
-        insn = self._probeable_insn(place)
-        rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
-        facts = Facts(self.guest.fixup_of(insn.addr) is not None, needs_post, rungs)
         try:
-            return make_plan(insn, facts, self.region.slots)
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
         except RefusedError as error:
             if error.refusal.reason is not Reason.REGION_FULL or not self._end_quarantine():
                 raise
-            return make_plan(insn, facts, self.region.slots)
-
-    def _probeable_insn(self, place: Place) -> Insn:
-        """The kernel's ``can_probe``: decode from the function's start; the address must be a boundary.
-
-        :raises RefusedError: it is not one, or the guest's own rules forbid the place.
-        """
-        what = f"cannot probe {place}"
-        found = self.guest.memory.walk(place.addr)
-        if found is None or not found.executable:
-            state = "is not mapped" if found is None else "is mapped, but not executable"
-            raise RefusedError(what, Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}"))
-        early = self.guest.refusal_at(place, 1)
-        if early is not None:
-            raise RefusedError(what, early)
-        insn = self._decode_up_to(place, what)
-        refusal = self.guest.refusal_at(place, insn.length)
-        if refusal is not None:
-            raise RefusedError(what, refusal)
-        return insn
-
-    def _decode_up_to(self, place: Place, what: str) -> Insn:
-        size = place.offset + MAX_INSN
-        if place.symbol is not None:
-            size = min(size, max(place.end - place.start, place.offset + 1))
-        text = self.original_text(place.start, size)
-        before = place.start
-        try:
-            for insn in iter_insns(text, place.start):
-                if insn.addr == place.addr:
-                    return insn
-                if insn.addr > place.addr:
-                    raise RefusedError(
-                        what,
-                        Refusal(
-                            Reason.NOT_A_BOUNDARY,
-                            place.addr,
-                            f"it is inside the instruction at {self.guest.place_of(before)}",
-                            f"the nearest boundaries are {self.guest.place_of(before)} and "
-                            f"{self.guest.place_of(insn.addr)}",
-                        ),
-                    )
-                before = insn.addr
-        except DecodeError as error:
-            raise RefusedError(what, Refusal(Reason.UNDECODABLE, error.addr, error.detail)) from error
-        raise RefusedError(what, Refusal(Reason.NOT_A_BOUNDARY, place.addr, "it is behind the function's last one"))
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
 
     # -- private: the gate, the region, failures ----------------------------------------------------------------
 
@@ -387,5 +435,10 @@ class Session:
                     self._match_text(self._site_of(probe))
 
     def _tell(self, hit: Hit) -> None:
-        for listener in self.listeners:
-            listener(hit)
+        """Tell every listener. One that raises is not told again; a hit must not fail for it."""
+        for listener in tuple(self.listeners):
+            try:
+                listener(hit)
+            except Exception:
+                self.listeners.remove(listener)
+                self.failed_listeners.append(traceback.format_exc())

@@ -10,7 +10,7 @@ import gdb
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.errors import user_errors
 from gdb_kprobe.gdbext.views import plan_view
-from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.probes import Probe, State
 
 
 def _probe(probe: Probe) -> dict[str, str]:
@@ -21,7 +21,7 @@ def _probe(probe: Probe) -> dict[str, str]:
         "definition": str(probe.spec),
         "addr": "" if probe.place is None else hex(probe.place.addr),
         "place": "" if probe.place is None else str(probe.place),
-        "state": probe.state,
+        "state": State.PENDING if link is None else link.session.state_of(probe),
         "rung": "" if site is None else site.plan.rung,
         "family": "" if site is None else site.plan.family,
         "insn": "" if site is None else str(site.plan.insn),

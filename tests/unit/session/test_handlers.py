@@ -86,7 +86,8 @@ def test_a_stop_shows_the_probe_point_and_is_resumed_without_a_second_hit(toy: A
 def test_a_stopped_probe_that_is_left_by_another_way_counts_its_next_hit(toy: Any, rung: Rung) -> None:
     probe = toy.add("f_push", lambda hit: True, rung=rung)
     assert toy.call("f_push") is None
-    toy.call("f_nop")  # the user's `jump`
+    toy.session.moved()  # the user's `jump`
+    toy.call("f_nop")
     toy.session.settle()
     assert toy.call("f_push") is None
     assert probe.hits == 2

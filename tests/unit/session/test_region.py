@@ -106,12 +106,18 @@ def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Any) -> None:
     assert toy.machine.load(code, 1) == b"\x55"
 
 
-def test_check_names_the_entry_that_was_changed(toy: Any) -> None:
-    toy.region.check()
+def test_a_changed_entry_means_that_it_is_not_mapped(toy: Any) -> None:
+    assert toy.region.is_mapped()
     link = toy.region.links[0]
     toy.machine.set_quad(link.addr, link.value | 1 << 9)
-    with pytest.raises(RegionError, match=f"entry at physical {link.addr:#x} that maps the region holds"):
-        toy.region.check()
+    assert not toy.region.is_mapped()
+
+
+def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
+    link = toy.region.links[0]
+    toy.machine.set_quad(link.addr, 0x1234_5003)
+    toy.region.unmap(toy.machine)
+    assert int.from_bytes(toy.machine.read_physical(link.addr, 8), "little") == 0x1234_5003
 
 
 # -- memory that the guest has mapped itself ----------------------------------------------------------------------

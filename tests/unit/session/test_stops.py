@@ -38,7 +38,7 @@ def test_a_breakpoint_of_user_mode_goes_to_the_guest(toy: Any) -> None:
     toy.machine.execute(1)
     assert values["rip"] == toy.addr("bp_entry")
     assert toy.session.on_breakpoint(1) is False
-    assert not toy.session.settle()
+    toy.session.settle()
     toy.machine.execute(1)
     assert toy.machine.own_int3 == [(0x40_0000, 0x33)]
     assert (values["rip"], values["cs"], values["rsp"]) == (0x40_0001, 0x33, 0x7FFF_0000)
@@ -74,7 +74,7 @@ def test_a_stack_that_is_not_mapped_is_an_error_not_a_guess(toy: Any) -> None:
 def test_settle_handles_the_hit_of_a_vcpu_that_is_parked_at_the_entry(toy: Any, rung: Rung) -> None:
     probe = toy.add("f_push", rung=rung)
     toy.put_at_trap("f_push", cpu=2)
-    assert toy.session.settle()
+    toy.session.settle()
     assert toy.machine.registers[2]["rip"] == toy.addr("f_push", 1)
     assert toy.resume(cpu=2) == 13
     assert probe.hits == 1
@@ -93,8 +93,7 @@ def test_settle_steps_a_vcpu_out_of_a_slot_wherever_it_is_in_it(toy: Any, place:
         for _ in range(steps):
             if toy.machine.registers[2]["rip"] in slot:
                 toy.machine.execute(2)
-        moved = toy.session.settle()
-        assert moved or steps
+        toy.session.settle()
         assert toy.machine.registers[2]["rip"] not in toy.region.header.range
         assert toy.resume(cpu=2) == expected
 
@@ -103,7 +102,7 @@ def test_settle_leaves_a_vcpu_alone_that_has_nothing_to_do_with_us(toy: Any) -> 
     toy.add("f_push")
     toy.put("f_nop", cpu=2)
     before = dict(toy.machine.registers[2])
-    assert not toy.session.settle()
+    toy.session.settle()
     assert toy.machine.registers[2] == before
 
 
