@@ -71,14 +71,14 @@ def add(definition: str, pre: Handler | None = None, post: Handler | None = None
     *pre* is called before the probed instruction, *post* after it (which needs the single-step rung).
     """
     the_plugin = plugin.the_plugin()
-    new = Probe(_parse(definition), pre, post, enabled)
+    new = Probe(_parse(definition), pre, post, enabled, settings.settings().strategy)
     if the_plugin.link is None:
         if any(other.name == new.name for other in the_plugin.pending):
             raise KprobeError(f"there is a probe named {new.name} already", f"'kprobe delete {new.name}' first")
         the_plugin.pending.append(new)
         return new
     with the_plugin.link.stopped():
-        return the_plugin.link.session.add(new, settings.settings().strategy)
+        return the_plugin.link.session.add(new, new.strategy)
 
 
 def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:

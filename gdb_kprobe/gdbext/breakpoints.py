@@ -53,3 +53,17 @@ class GdbBreakpoints:
             if self._breakpoint.is_valid():
                 self._breakpoint.delete()
             self._breakpoint = None
+
+    def is_taken(self, addr: VirtAddr) -> bool:
+        return addr in user_breakpoints()
+
+
+def user_breakpoints() -> set[int]:
+    """The addresses of the user's enabled code breakpoints."""
+    return {
+        location.address
+        for mine in gdb.breakpoints()
+        if mine.enabled and mine.number > 0 and mine.type in (gdb.BP_BREAKPOINT, gdb.BP_HARDWARE_BREAKPOINT)
+        for location in mine.locations
+        if location.enabled and location.address is not None
+    }

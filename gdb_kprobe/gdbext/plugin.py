@@ -11,7 +11,7 @@ import gdb
 
 from gdb_kprobe.config.load import find_profile, load_profile
 from gdb_kprobe.config.profile import Profile
-from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
+from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
@@ -22,6 +22,9 @@ from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
 from gdb_kprobe.target.stub import QemuStub
+
+_MOVING_REGISTERS = (7, 16)
+"""gdb's numbers of rsp and rip (amd64-tdep.h)."""
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -50,10 +53,40 @@ class Link:
         """Around every act on the machine from a command.
 
         :raises GuestStateError: it runs.
+        :raises GuestResetError: it is another boot; this link is over then.
         """
-        with uninterrupted(), self.channel.borrowed(self.stub):
-            yield
-        self.breakpoints.tidy()
+        try:
+            with uninterrupted(), self.channel.borrowed(self.stub):
+                yield
+        except GuestResetError:
+            the_plugin().drop(self)
+            raise
+        finally:
+            self.breakpoints.tidy()
+
+    def settle(self) -> None:
+        """The machine stopped for the user: show it as it would be without probes."""
+        with self.stopped():
+            try:
+                self.session.settle()
+            except GuestResetError:
+                raise  # what is there now is not ours to write to
+            except KprobeError:
+                self.session.lift()
+                raise
+            self.session.lift()
+            # gdb may have read our bytes for its own purposes while it stopped.
+            gdb.execute("maintenance flush dcache", to_string=True)
+
+    def lower(self) -> tuple[str, ...]:
+        """The machine is about to run for the user. gdb calls its threads running already."""
+        self.stub.forget_selection()
+        try:
+            return self.session.lower()
+        finally:
+            with contextlib.suppress(TargetError):
+                self.stub.forget_selection()
+                self.stub.select(selected_cpu())
 
 
 class Plugin:
@@ -95,11 +128,14 @@ class Plugin:
         """
         if self.link is not None:
             raise KprobeError("attached already", "'kprobe detach' first")
+        if gdb.parameter("non-stop"):
+            raise KprobeError("gdb is in non-stop mode, which QEMU's stub does not have", "'set non-stop off'")
         connect(profile)
         link = Link(profile)
         try:
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+                link.session.lift()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
         except BaseException:
@@ -114,20 +150,37 @@ class Plugin:
         for probe in waiting:
             try:
                 with link.stopped():
-                    link.session.add(probe)
+                    link.session.add(probe, probe.strategy)
             except KprobeError as error:
                 self.pending.append(probe)
                 refused.append((probe, str(error)))
         return link.attached, refused
 
     def detach(self) -> Detached:
-        """Undo everything in the guest. gdb stays connected, the machine stopped."""
+        """Undo everything in the guest. gdb stays connected, the machine stopped.
+
+        :raises KprobeError: a site still holds our int3. Then we stay attached, for the guest must not run without us.
+        """
         link = self.need_link()
         with link.stopped():
             done = link.session.detach()
+        if done.still_armed:
+            raise KprobeError(
+                f"not restored: {', '.join(done.still_armed)} ({'; '.join(done.problems)})",
+                "the guest stays stopped and attached: it would die at the next hit. Try 'kprobe detach' again",
+            )
         self.link = None
         link.interrupts.close()
         return done
+
+    def drop(self, link: Link) -> None:
+        """The guest behind *link* is another boot: let go of it without a write. Its probes are noted for the next."""
+        self.link = None
+        link.breakpoints.remove(link.session.guest.bp_entry)
+        link.interrupts.close()
+        for probe in link.session.probes:
+            probe.place, probe.gone = None, False
+            self.pending.append(probe)
 
     # -- what gdb calls -----------------------------------------------------------------------------------------
 
@@ -147,10 +200,33 @@ class Plugin:
             flush_registers()
         return stop or self.stop_requested or link.interrupts.overdue
 
-    def on_resumed(self) -> None:
-        """gdb has resumed the guest."""
+    def on_resumed(self, interrupted: bool) -> None:
+        """gdb is about to resume the guest for the user (not after a stop that is only ours).
+
+        *interrupted*: a Ctrl-C came at the same time.
+        """
+        link = self.link
+        if link is None:
+            return
+        link.interrupts.resumed()
+        if interrupted:
+            link.interrupts.request()
+        with uninterrupted():
+            try:
+                for problem in link.lower():
+                    gdb.write(f"kprobe: {problem}\n", gdb.STDERR)
+            except KprobeError as error:
+                gdb.write(f"kprobe: no probe is armed: {error}\n", gdb.STDERR)
+
+    def on_register(self, event: gdb.RegisterChangedEvent) -> None:
+        """The user has written a register."""
+        if self.link is not None and int(event.regnum) in _MOVING_REGISTERS:
+            self.link.session.moved()
+
+    def before_move(self) -> None:
+        """The user is about to make the program go on somewhere else."""
         if self.link is not None:
-            self.link.interrupts.resumed()
+            self.link.session.moved()
 
     def before_interrupt(self) -> None:
         """The user typed ``interrupt``."""
@@ -184,15 +260,16 @@ class Plugin:
         self._settling = True
         try:
             link.interrupts.stopped()
-            with contextlib.suppress(GuestStateError), link.stopped():
-                link.session.settle()
-                _tell_failures(link.session)
+            link.settle()
         except ConnectionLostError:
             pass  # the event of the lost connection follows
         except KprobeError as error:
-            gdb.write(f"kprobe: {error}\n", gdb.STDERR)
+            if isinstance(error, GuestResetError) or not isinstance(error, GuestStateError):
+                gdb.write(f"kprobe: {error}\n", gdb.STDERR)
         finally:
+            _tell_failures(link.session)
             self._settling = False
+            link.interrupts.release()
 
     def _look_for_leftovers(self) -> None:
         """At the first stop of each connection, which is made while gdb connects."""
@@ -213,9 +290,14 @@ class Plugin:
             return
         try:
             done = self.detach()
+        except GuestResetError as error:
+            gdb.write(f"kprobe: {error.message}.\n", gdb.STDERR)
+            return
         except GuestStateError:
             self.rescue()
             return
+        except KprobeError as error:
+            raise gdb.GdbError(str(error)) from error
         if done.restored:
             gdb.write(f"kprobe: {done.restored} site(s) restored.\n")
 
@@ -239,6 +321,7 @@ class Plugin:
             if not killed:
                 with contextlib.suppress(KprobeError, gdb.error, KeyboardInterrupt):
                     self.detach()
+            # Reset: nothing is to be restored, and gdb's own way out lets the guest run.
             if self.link is not None:
                 self.rescue()
 
@@ -273,6 +356,8 @@ def _tell_failures(session: Session) -> None:
             f"kprobe: the handler of {probe.name} failed; it is disabled, its text restored.\n{probe.last_error}",
             gdb.STDERR,
         )
+    while session.failed_listeners:
+        gdb.write(f"kprobe: a listener failed; it is not called again.\n{session.failed_listeners.pop()}", gdb.STDERR)
 
 
 def connect(profile: Profile) -> None:
@@ -333,3 +418,8 @@ def before_interrupt() -> None:
 def before_stepi() -> None:
     """For ``hook-stepi``."""
     the_plugin().before_stepi()
+
+
+def before_move() -> None:
+    """For ``hook-jump`` and its like."""
+    the_plugin().before_move()

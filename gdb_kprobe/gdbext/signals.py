@@ -60,7 +60,8 @@ class InterruptWatch:
     """
 
     def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
+        # A duplicate: after a lost connection gdb's own number may soon be that of something else.
+        self._descriptor = None if descriptor is None else os.dup(descriptor)
         self._lock = threading.Lock()
         self._running = False
         self._requested: float | None = None
@@ -91,9 +92,12 @@ class InterruptWatch:
                 self._running = True
 
     def stopped(self) -> None:
-        """The guest has stopped for the user."""
+        """The guest has stopped for the user. SIGINT stays with us until :meth:`release`."""
         with self._lock:
             self._running, self._requested = False, None
+
+    def release(self) -> None:
+        """Give SIGINT back to gdb."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
 
     def close(self) -> None:
@@ -101,7 +105,11 @@ class InterruptWatch:
         self._over = True
         if self._thread is not None:
             self._thread.join()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         self.stopped()
+        self.release()
 
     def _watch(self) -> None:
         while not self._over:

@@ -11,4 +11,4 @@ def load() -> None:
     if new is not None:
         settings.register()
         commands.register()
-        stops.install(new.on_stop, new.on_resumed, new.on_lost, new.on_exit)
+        stops.install(new.on_stop, new.on_resumed, new.on_register, new.on_lost, new.on_exit)

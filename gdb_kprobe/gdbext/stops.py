@@ -7,6 +7,7 @@ Python's stop event. So it is in ``hook-stop`` that the machine is settled: what
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Generator
 
 import gdb
@@ -18,13 +19,16 @@ HOOKS = {
     "kill": "before_detach",
     "interrupt": "before_interrupt",
     "stepi": "before_stepi",
+    "jump": "before_move",
+    "return": "before_move",
 }
 """User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
 
 
 def install(
     on_stop: Callable[[], None],
-    on_resumed: Callable[[], None],
+    on_resumed: Callable[[bool], None],
+    on_register: Callable[[gdb.RegisterChangedEvent], None],
     on_lost: Callable[[str], None],
     on_exit: Callable[[bool], None],
 ) -> None:
@@ -33,7 +37,9 @@ def install(
         _define_hook(command, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
     # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
     gdb.events.stop.connect(lambda event: on_stop())
-    gdb.events.cont.connect(lambda event: on_resumed())
+    # gdb 13 makes this event when it calls its threads running, which is before it sends the packet that resumes.
+    gdb.events.cont.connect(_uninterruptible(on_resumed))
+    gdb.events.register_changed.connect(on_register)
     gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
     # Twice: should gdb end while it ends (a SIGTERM during quit), the second one is not in use yet.
     gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
@@ -53,7 +59,12 @@ def _uninterruptible(function: Callable[[bool], None]) -> Callable[[object], obj
             with contextlib.suppress(KeyboardInterrupt):
                 yield
                 interrupted = False
-            function(interrupted)
+            try:
+                function(interrupted)
+            except KeyboardInterrupt:
+                function(True)
+            except Exception:
+                traceback.print_exc()  # one that left the generator would end it
 
     generator = run()
     next(generator)

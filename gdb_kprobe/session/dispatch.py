@@ -69,8 +69,9 @@ class Trap:
 class StubDispatcher:
     """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
 
-    *sites* is the session's own table, by address. *on_hit* is told of every hit. *interruptible* is the adapter's: it
-    is around a user's handler, within a dispatch that is not interrupted.
+    *sites* is the session's own table, by address. *on_hit* is told of every hit. *way_to* says where a vCPU is to be
+    resumed so that it gets to an address. *interruptible* is the adapter's: it is around a user's handler, within a
+    dispatch that is not interrupted.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class StubDispatcher:
         guest: Guest,
         sites: Mapping[VirtAddr, Site],
         on_hit: Callable[[Hit], None],
+        way_to: Callable[[CpuId, VirtAddr], VirtAddr],
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._machine = machine
         self._guest = guest
         self._sites = sites
         self._on_hit = on_hit
+        self._way_to = way_to
         self._interruptible = interruptible
         # Hits that are not through: the instruction faulted, or the user got the prompt before it. The same task comes
         # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
@@ -181,6 +184,8 @@ class StubDispatcher:
         frame = {name: values[name] for name in (*sorted(regs.changed - {*_LAST}), *_LAST)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
+            if not stop:
+                frame["rip"] = self._way_to(cpu, VirtAddr(frame["rip"]))
             self._write(cpu, frame)
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
@@ -248,7 +253,13 @@ class StubDispatcher:
     def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: _Called) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
         after = self._fix_up(cpu, site, before, self._step(cpu, site, before), called)
-        return after is not None and site.needs_post and self._run_post(cpu, after, called)
+        if after is None:
+            return False
+        stop = site.needs_post and self._run_post(cpu, after, called)
+        rip = VirtAddr(after["rip"])
+        if not stop and self._way_to(cpu, rip) != rip:
+            self._write(cpu, {"rip": self._way_to(cpu, rip)})
+        return stop
 
     def _fix_up(
         self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None, called: _Called

@@ -9,7 +9,7 @@ from enum import StrEnum
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
-from gdb_kprobe.model import CpuId, VirtAddr
+from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.context import Handler
 from gdb_kprobe.session.guest import Place
 
@@ -33,6 +33,8 @@ class Probe:
     pre: Handler | None = None
     post: Handler | None = None
     enabled: bool = True
+    strategy: Rung | None = None
+    """The one rung that was asked for; ``None``: the best there is."""
     hits: int = 0
     missed: int = 0
     """Times the instruction ran without the handlers: re-entered, or the handler failed."""

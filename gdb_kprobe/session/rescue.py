@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import GuestResetError, KprobeError, TargetError
 from gdb_kprobe.session.leftover import Leftover
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.rsp import RspSocket
@@ -30,7 +30,13 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
         # Left by an error, the socket is just closed: the machine stays stopped, at no hit that nobody handles.
         with RspSocket(address) as channel:
             stub.use_channel(channel)
-            done = session.detach()
+            try:
+                done = session.detach()
+            except GuestResetError as error:
+                channel.detach()
+                return f"kprobe: {error.message}; the guest runs."
+            if done.still_armed:
+                raise TargetError("; ".join(done.problems))
             channel.detach()
     except (KprobeError, TimeoutError) as error:
         if not sites:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap
 from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import ProbeSpec
-from gdb_kprobe.model import CpuId, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.header import Record
@@ -19,8 +20,10 @@ from gdb_kprobe.session.leave import step_out
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.region import Region
-from gdb_kprobe.session.transaction import apply, write_verified
+from gdb_kprobe.session.transaction import apply, verify, write_verified
 from gdb_kprobe.target.protocols import Breakpoints, Machine
+
+_JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class Session:
         self._text = TextMap()
         self._planner = Planner(guest, self._text, region.slots, rungs)
         self._gate_open = False
-        self._dispatcher = StubDispatcher(machine, guest, self._sites, self._tell, interruptible)
+        self._lifted = False
+        self._ways: dict[CpuId, Slot] = {}
+        self._dispatcher = StubDispatcher(machine, guest, self._sites, self._tell, self._way_to, interruptible)
 
     # -- probes -------------------------------------------------------------------------------------------------
 
@@ -161,6 +166,38 @@ class Session:
             step_out(self.machine, cpu, self.region.header.code)
         self._drop_failed()
 
+    def lift(self) -> None:
+        """Put the original text back while the machine stays stopped; the sites count as armed, :meth:`lower` arms them.
+
+        So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
+        step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
+        """
+        if not self._lifted:
+            for site in self.armed_sites():
+                if self._holds_ours(site):
+                    apply(self.guest.memory, [site.plan.patch.inverse])
+            self._lifted = True
+
+    def lower(self) -> tuple[str, ...]:
+        """Patch the text of all armed sites, before the machine runs; returns what could not be, and why.
+
+        :raises GuestResetError: the guest is not the one that was attached to any more.
+        """
+        if not self._lifted:
+            return ()
+        self._check_boot()
+        problems: list[str] = []
+        self._lifted = False
+        for site in self.armed_sites():
+            try:
+                apply(self.guest.memory, [site.plan.patch])
+            except ConnectionLostError:
+                raise
+            except KprobeError as error:
+                self._mark_disarmed(site)
+                problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
+        return tuple(problems)
+
     def moved(self) -> None:
         """The user has made a vCPU go on somewhere else: a probe that it was stopped at counts its next hit."""
         self._dispatcher.forget_stopped()
@@ -208,26 +245,32 @@ class Session:
 
         :raises GuestResetError: it is another boot. Nothing may be written any more.
         """
-        if not self.guest.is_same_boot(self.machine) or not self.region.is_mapped():
-            raise GuestResetError(
-                "the guest was reset (or another one loaded) since the attach; its probes are gone with its text",
-                "'kprobe attach' again; the definitions are kept, and armed anew",
-            )
+        self._check_boot()
         self.guest.refresh()
         for site in tuple(self._sites.values()):
             if self._is_gone(site):
                 self._forget(site)
 
+    def _check_boot(self) -> None:
+        if not self.guest.is_same_boot(self.machine) or not self.region.is_mapped():
+            raise GuestResetError(
+                "the guest was reset (or another one loaded) since the attach; its probes are gone with its text",
+                "'kprobe attach' again; the definitions are kept, and armed anew",
+            )
+
     def _is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
         if self.guest.owner_of(site.addr) != site.owner:
             return True
-        return bool(site.owner) and site.armed and not self._holds_ours(site)
+        patch = site.plan.patch
+        return bool(site.owner) and site.armed and not self._holds(site, patch.old if self._lifted else patch.new)
 
     def _holds_ours(self, site: Site) -> bool:
-        patch = site.plan.patch
+        return self._holds(site, site.plan.patch.new)
+
+    def _holds(self, site: Site, text: bytes) -> bool:
         try:
-            return self.guest.memory.read(patch.addr, len(patch.new)) == patch.new
+            return self.guest.memory.read(site.addr, len(text)) == text
         except UnmappedError:
             return False
 
@@ -358,7 +401,10 @@ class Session:
             self._text.add(plan.patch)
             site.armed = True
             undo.callback(self._mark_disarmed, site, keep_record=True)
-            apply(self.guest.memory, [plan.patch])
+            if self._lifted:
+                verify(self.guest.memory, [plan.patch])
+            else:
+                apply(self.guest.memory, [plan.patch])
             undo.pop_all()
 
     def _disarm(self, site: Site) -> None:
@@ -417,6 +463,26 @@ class Session:
             return False
         inside = [self.machine.read_register(cpu, "rip") for cpu in self.machine.cpus()]
         return self.region.slots.release(words + inside) > 0
+
+    def _way_to(self, cpu: CpuId, addr: VirtAddr) -> VirtAddr:
+        """Where *cpu* is to be resumed to get to *addr*: there, unless the user has a breakpoint at it.
+
+        A debugger that resumes a program at a breakpoint steps over it, and the user would not stop. So it starts at a
+        jump of ours that leads there.
+        """
+        if not self._breakpoints.is_taken(addr):
+            return addr
+        slot = self._ways.get(cpu)
+        if slot is None:
+            area = self.region.slots.area
+            slot = self.region.slots.allocate(len(_JMP_QWORD) + 8, AddressRange(area.start, area.start))
+            if slot is None:
+                return addr
+            self._ways[cpu] = slot
+        found = self.guest.memory.read(slot.start, slot.size)
+        image = slot.image(addr, _JMP_QWORD + addr.to_bytes(8, "little"))
+        write_verified(self.guest.memory, CodePatch(slot.start, found, image))
+        return slot.code
 
     def _unmap_if_unused(self) -> bool:
         if self._stack_words() != []:

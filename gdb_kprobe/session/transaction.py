@@ -16,10 +16,7 @@ def apply(memory: Memory, patches: Sequence[CodePatch]) -> None:
     :raises StaleTextError: a place holds something else than ``old``; nothing was written.
     :raises TargetError: a write did not take; what was written is undone.
     """
-    for patch in patches:
-        found = memory.read(patch.addr, len(patch.old))
-        if found != patch.old:
-            raise StaleTextError(patch.addr, patch.old, found)
+    verify(memory, patches)
     written: list[CodePatch] = []
     try:
         for patch in patches:
@@ -29,6 +26,17 @@ def apply(memory: Memory, patches: Sequence[CodePatch]) -> None:
         for patch in reversed(written):
             memory.write(patch.addr, patch.old)
         raise
+
+
+def verify(memory: Memory, patches: Sequence[CodePatch]) -> None:
+    """Compare all old bytes, and write nothing.
+
+    :raises StaleTextError: a place holds something else.
+    """
+    for patch in patches:
+        found = memory.read(patch.addr, len(patch.old))
+        if found != patch.old:
+            raise StaleTextError(patch.addr, patch.old, found)
 
 
 def write_verified(memory: Memory, patch: CodePatch) -> None:

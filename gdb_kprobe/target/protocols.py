@@ -103,6 +103,9 @@ class Breakpoints(Protocol):
     def remove(self, addr: VirtAddr) -> None:
         """Take it away again; nothing happens when there is none."""
 
+    def is_taken(self, addr: VirtAddr) -> bool:
+        """Whether somebody else, the user, has a breakpoint at *addr*."""
+
 
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):
     """A stopped machine, whole."""

@@ -130,11 +130,16 @@ def boot_command(spec: GuestSpec) -> str:
 
 def _how_to_attach(guest: GuestVm) -> str:
     plugin = Path(__file__).resolve().parents[2] / "gdb_kprobe" / "gdbext" / "load.py"
+    variables = {"KPROBE_GUEST": str(guest.directory)}
+    if guest.spec.kernel == "bare":
+        variables["KPROBE_SYMBOLS"] = str(guest.bare_image().symbols_path)
+    profile = "bare" if guest.spec.kernel == "bare" else {"ivshmem": "ivshmem"}.get(guest.spec.region, "debian")
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     return (
         f"guest:    {guest.spec.label()}, logs and sockets in {guest.directory}\n"
         f"gdbstub:  {guest.gdb_address}\n"
         f"QMP:      {guest.qmp_path}\n"
-        f"attach:   gdb -ex 'source {plugin}' -ex 'target remote {guest.gdb_address}' -ex 'kprobe attach'\n"
+        f"attach:   {words} gdb -ex 'source {plugin}' -ex 'kprobe attach {profile}'\n"
         "The guest's console follows; Ctrl-C ends the guest."
     )
 

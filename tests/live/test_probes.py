@@ -55,7 +55,11 @@ def test_disabled_probe_leaves_the_original_text(probed: Callable[[GuestSpec], A
     with guest.gdb() as gdb:
         guest.add(gdb, "p:one __x64_sys_getpriority")
         guest.add(gdb, "p:two __x64_sys_getpriority")
+        assert guest.snapshot.differences() == (), "a guest that is stopped for the user shows its own text"
+        gdb.cont()
+        guest.guest.run("true")  # it runs now: the int3 is there
         assert len(guest.snapshot.differences()) == 1
+        gdb.interrupt()
         gdb.console("kprobe disable one")
         gdb.cont()
         guest.guest.run(f"workload syscall {GETPRIORITY} 23")

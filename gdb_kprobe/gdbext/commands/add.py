@@ -20,7 +20,7 @@ class Add(Command):
     Before 'kprobe attach' the probe is only noted; it is armed when the guest is there.
 
     Example:
-      kprobe add p:open do_sys_openat2 dfd=%di:s32 flags=%dx if dfd != -100"""
+      kprobe add p:open do_sys_openat2 dfd=%di:s32 how=%dx if dfd != -100"""
 
     def run(self, argument: str) -> None:
         enabled = True

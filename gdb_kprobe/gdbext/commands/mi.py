@@ -77,6 +77,21 @@ def _delete(argv: list[str]) -> dict[str, Any]:
     return {"deleted": [_probe(probe)["name"] for probe in found]}
 
 
+def _enable(argv: list[str]) -> dict[str, Any]:
+    return _switch(argv, True)
+
+
+def _disable(argv: list[str]) -> dict[str, Any]:
+    return _switch(argv, False)
+
+
+def _switch(argv: list[str], enabled: bool) -> dict[str, Any]:
+    found = api.named(" ".join(argv), f"-kprobe-{'enable' if enabled else 'disable'}")
+    for probe in found:
+        api.set_enabled(probe, enabled)
+    return {"probes": [_probe(probe) for probe in found]}
+
+
 class _MiCommand(gdb.MICommand):
     def __init__(self, name: str, function: Callable[[list[str]], dict[str, Any]]) -> None:
         super().__init__(f"-kprobe-{name}")
@@ -95,5 +110,7 @@ def register() -> None:
         ("list", _list),
         ("plan", _plan),
         ("delete", _delete),
+        ("enable", _enable),
+        ("disable", _disable),
     ):
         _MiCommand(name, function)

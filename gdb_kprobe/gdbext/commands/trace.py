@@ -12,7 +12,7 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.views import hit_view
 from gdb_kprobe.render.hit import hit_line
-from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.session.probes import Hit, Probe, State
 
 
 class Trace(Command):
@@ -35,7 +35,7 @@ class Trace(Command):
             raise KprobeError(f"kprobe trace: -n {args.count} is not a count", "give a number from 1")
         link = plugin.the_plugin().need_link()
         wanted = api.named(" ".join(args.names), "kprobe trace") if args.names else api.probes()
-        if not any(probe.enabled for probe in wanted):
+        if not any(link.session.state_of(probe) is State.ARMED for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
         trace = _Trace(wanted, args.count)
         write("Tracing; Ctrl-C ends it.")

@@ -109,6 +109,7 @@ class ToyMachine:
         self.registers = {cpu: self._reset(cpu) for cpu in (1, 2)}
 
         self.breakpoints: set[int] = set()
+        self.users_breakpoints: set[int] = set()
         self.log: list[tuple[int, bytes]] = []
         """Physical writes in their order: all that a debugger has done to the guest's memory."""
         self.ignored: set[int] = set()
@@ -345,6 +346,9 @@ class ToyMachine:
 
     def remove(self, addr: VirtAddr) -> None:
         self.breakpoints.discard(addr)
+
+    def is_taken(self, addr: VirtAddr) -> bool:
+        return addr in self.users_breakpoints
 
 
 class ToyGuest(BareGuest):
