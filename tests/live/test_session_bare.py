@@ -75,6 +75,9 @@ class BareSession:
     def remove(self, addr: VirtAddr) -> None:
         assert self.channel.send(b"z1,%x,1" % addr) == b"OK"
 
+    def is_taken(self, addr: VirtAddr) -> bool:
+        return False
+
     def add(self, place: str, rung: Rung, **handlers: Any) -> Probe:
         probe = Probe(parse_definition(f"p:{place.replace('+', '_')} {place}"), **handlers)
         return self.session.add(probe, rung)
