@@ -25,3 +25,6 @@ def user_errors() -> Iterator[None]:
         if settings().verbose_errors:
             gdb.write(traceback.format_exc(), gdb.STDERR)
         raise gdb.GdbError(str(error)) from error
+    except gdb.error as error:
+        # Said by gdb itself, of the connection or of something that it was asked to do.
+        raise gdb.GdbError(str(error)) from error

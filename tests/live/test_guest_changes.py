@@ -1,0 +1,103 @@
+"""What the guest does under armed probes: it is reset, it unloads modules, its user has breakpoints of his own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY = 140
+IOCTL = 16
+CALLS = 23
+
+
+@pytest.fixture
+def unchecked(
+    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
+) -> Callable[[GuestSpec], Any]:
+    """A guest under test whose text is another one afterwards, so that it cannot be compared."""
+    return lambda spec: make_probed(booted_guest(spec))
+
+
+def test_a_reset_is_noticed_and_the_probes_are_armed_again(unchecked: Callable[[GuestSpec], Any]) -> None:
+    guest = unchecked(GuestSpec())
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:mine __x64_sys_getpriority")
+        gdb.cont()
+        guest.guest.reset()
+        gdb.interrupt()
+        assert gdb.command("-kprobe-list")["probes"][0]["state"] == "pending"
+        output = gdb.console(f"kprobe attach {guest.profile}")
+        assert "earlier boot; it was cleared" in output
+        assert "mine: __x64_sys_getpriority+0x0 armed" in output
+        gdb.cont()
+        guest.guest.run(f"workload syscall {GETPRIORITY} {CALLS}")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"mine": CALLS}
+        gdb.console("kprobe detach")
+    assert guest.guest.dmesg_problems() == []
+
+
+def test_a_reset_in_the_firmware_writes_nothing(unchecked: Callable[[GuestSpec], Any]) -> None:
+    guest = unchecked(GuestSpec(extra_cmdline=("nokaslr",)))
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:mine __x64_sys_getpriority")
+        guest.guest.reset(wait=False)
+        with pytest.raises(GdbCommandError, match="the guest was reset"):
+            gdb.console("kprobe p:other __x64_sys_getpriority+5")
+        assert gdb.command("-kprobe-list")["probes"][0]["state"] == "pending"
+    guest.guest.wait_ready()
+
+
+def test_a_module_goes_and_comes_back(unchecked: Callable[[GuestSpec], Any]) -> None:
+    guest = unchecked(GuestSpec())
+    module = guest.guest.check_output("find /modules -name 'loop.ko*'").strip()
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:ctl loop:loop_control_ioctl")
+        gdb.cont()
+        guest.guest.run(f"workload syscall {IOCTL} {CALLS} 3 0x1234 0 3</dev/loop-control")
+        assert guest.guest.run("rmmod loop")[0] == 0
+        gdb.interrupt()
+        assert gdb.command("-kprobe-list")["probes"][0]["state"] == "gone"
+        with pytest.raises(GdbCommandError, match="ctl is gone: the module of loop_control_ioctl"):
+            gdb.console("kprobe disable ctl")
+        gdb.cont()
+        assert guest.guest.run(f"insmod {module}")[0] == 0
+        gdb.interrupt()
+        guest.add(gdb, "p:again loop:loop_control_ioctl")
+        gdb.cont()
+        guest.guest.run(f"workload syscall {IOCTL} {CALLS} 3 0x1234 0 3</dev/loop-control")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ctl": CALLS, "again": CALLS}
+        gdb.console("kprobe delete all")
+        gdb.console("kprobe detach")
+    assert guest.guest.dmesg_problems() == []
+
+
+@pytest.mark.parametrize("strategy", ["boosted", "single-step"])
+def test_a_breakpoint_right_behind_a_probe_stops_every_time(probed: Callable[[GuestSpec], Any], strategy: str) -> None:
+    guest = probed(GuestSpec())
+    with guest.gdb() as gdb:
+        probe = guest.add(gdb, "p:mine __x64_sys_getpriority", strategy)
+        behind = int(probe["addr"], 16) + 5
+        gdb.console(f"break *{behind:#x}")
+        gdb.cont()
+        # It runs only between the stops: a thread waits for it.
+        worker = threading.Thread(target=guest.guest.run, args=(f"workload syscall {GETPRIORITY} {CALLS}", 120))
+        worker.start()
+        for _ in range(CALLS):
+            assert int(gdb.wait_stop(60)["frame"]["addr"], 16) == behind
+            gdb.cont()
+        worker.join(60)
+        assert not worker.is_alive()
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"mine": CALLS}
+        gdb.console("delete")
+        gdb.console("kprobe detach")
