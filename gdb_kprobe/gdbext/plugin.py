@@ -17,6 +17,7 @@ from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
@@ -199,6 +200,11 @@ class Plugin:
             link.stub.select(cpu)
             flush_registers()
         return stop or self.stop_requested or link.interrupts.overdue
+
+    def original_of(self, addr: int) -> VirtAddr | None:
+        """Where the guest really is when it is at *addr* in a slot; ``None`` for any other address."""
+        link = self.link
+        return None if link is None or link.attached is None else link.session.original_of(addr)
 
     def on_resumed(self, interrupted: bool) -> None:
         """gdb is about to resume the guest for the user (not after a stop that is only ours).

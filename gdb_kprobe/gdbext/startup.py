@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdb_kprobe.gdbext import commands, plugin, settings, stops
+from gdb_kprobe.gdbext import commands, frames, plugin, settings, stops
 
 
 def load() -> None:
@@ -11,4 +11,5 @@ def load() -> None:
     if new is not None:
         settings.register()
         commands.register()
+        frames.register(new.original_of)
         stops.install(new.on_stop, new.on_resumed, new.on_register, new.on_lost, new.on_exit)

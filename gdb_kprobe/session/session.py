@@ -167,7 +167,7 @@ class Session:
         self._drop_failed()
 
     def lift(self) -> None:
-        """Put the original text back while the machine stays stopped; the sites count as armed, :meth:`lower` arms them.
+        """Put the original text back while the machine stays stopped. The sites count as armed: :meth:`lower` does it.
 
         So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
         step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
@@ -234,6 +234,16 @@ class Session:
         except KprobeError as error:
             problems.append(f"the region stays mapped: {error.message}")
         return Detached(restored, unmapped, tuple(problems))
+
+    def original_of(self, addr: int) -> VirtAddr | None:
+        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
+        if addr not in self.region.header.code:
+            return None
+        for site in self._sites.values():
+            if addr in site.plan.slot.range:
+                insn = site.plan.insn
+                return insn.addr if addr == site.plan.slot.code or insn.is_branch else insn.end
+        return None
 
     def armed_sites(self) -> tuple[Site, ...]:
         return tuple(site for site in self._sites.values() if site.armed)

@@ -118,6 +118,15 @@ def value(printed: str) -> int:
     return int(printed.split("= ")[1], 16)
 
 
+def stepi(gdb: GdbTerminal, pc: int) -> int:
+    """Step from *pc*, once more when nothing was executed: QEMU does that once in some 500 steps, probes or not."""
+    for _ in range(3):
+        gdb.command("stepi")
+        if (after := pc_of(gdb)) != pc:
+            break
+    return after
+
+
 def go(gdb: GdbTerminal, command: str = "continue") -> None:
     gdb.type(command)
     gdb.wait_text("Tracing" if "trace" in command else "Continuing.")
@@ -177,3 +186,74 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
     print(dict(seen), f"slowest prompt {worst:.2f} s")
     assert seen["elsewhere"] == 0
     assert seen["not moved"] <= 1 + STOPS // 50
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("kind", ["break", "hbreak"])
+def test_a_breakpoint_of_the_users_at_a_probed_address(probed: Boot, kind: str, vcpus: int) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    vm = guest.guest
+    calls, stops = 60, 12
+    with at_terminal(guest) as gdb:
+        oracle = Oracle(guest, gdb)
+        where = places(gdb)
+        for name in ("boosted", "stepped"):
+            gdb.command(f"{kind} *{where[name]:#x}")
+        go(gdb)
+        # One command for all of them: the first call stops the guest.
+        call = f"workload syscall {GETPRIORITY} {calls}"
+        jobs = [vm.spawn(" & ".join([call] * vcpus) + " & wait")]
+        stopped_at: Counter[int] = Counter()
+        for _ in range(stops):
+            gdb.wait_prompt()
+            pc = pc_of(gdb)
+            stopped_at[pc] += 1
+            # One original instruction on; from the first probed place that leads to the second.
+            for _ in range(2):
+                expected = oracle.following(pc)
+                after = stepi(gdb, pc)
+                assert after in (expected or set()), f"{pc:#x} -> {after:#x}, not {expected}"
+                pc = after
+            go(gdb)
+        gdb.wait_prompt()
+        assert set(stopped_at) <= {where["boosted"], where["stepped"]}, stopped_at
+        assert stopped_at[where["boosted"]] > 0
+        gdb.command("delete")
+        go(gdb)
+        for job in jobs:
+            assert vm.finish(job)[0] == 0
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        assert counts(gdb) == dict.fromkeys(("boosted", "stepped", "inner"), (vcpus * calls, 0))
+        gdb.command("kprobe detach")
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_ctrl_c_ends_a_trace(probed: Boot, vcpus: int) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    vm = guest.guest
+    rounds = 40 if FULL else 12
+    calls = 8 * rounds
+    with at_terminal(guest) as gdb:
+        start, end, entry = (int(word, 16) for word in gdb.command(PRINT).split()[-3:])
+        go(gdb, "kprobe trace")
+        jobs = [vm.spawn(f"workload syscall {GETPRIORITY} {calls}") for _ in range(vcpus)]
+        shown = 0
+        for turn in range(rounds):
+            if turn:
+                go(gdb, "kprobe trace")
+            time.sleep(random.uniform(0.0, 0.15))
+            gdb.press_ctrl_c()
+            shown += int(re.findall(r"(\d+) hit\(s\) in", gdb.wait_prompt())[-1])
+            assert not vm.qmp("query-status")["running"]
+            pc = pc_of(gdb)
+            assert not start <= pc < end, hex(pc)
+            assert pc != entry
+            assert shown == sum(hits for hits, _ in counts(gdb).values()), "every hit was shown, and nothing else"
+        go(gdb)
+        for job in jobs:
+            assert vm.finish(job)[0] == 0
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        assert counts(gdb) == dict.fromkeys(("boosted", "stepped", "inner"), (vcpus * calls, 0))
+        gdb.command("kprobe detach")
