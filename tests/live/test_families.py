@@ -159,14 +159,18 @@ def sites() -> Sites:
     return Sites()
 
 
+LOADS = ("workload spin 0", "workload syscall 39 -1")
+"""A loop in user mode, and one of system calls (getpid)."""
+
+
 @contextmanager
 def load(guest: GuestVm) -> Iterator[None]:
-    """Something else to do for the guest: a loop in user mode, and one of system calls.
-
-    They are nice: a vCPU is never idle, yet a workload does not wait for its turn.
-    """
-    jobs = [guest.spawn(f"exec nice -n 19 workload {what}") for what in ("spin 0", "syscall 39 -1")]
+    """Keep every vCPU busy, in user mode and in the kernel; at the lowest priority, so that no workload has to wait."""
+    lowest = "workload syscall 141 1 0 $$ 19"  # setpriority(PRIO_PROCESS, this process, 19)
+    jobs = [guest.spawn(f"{lowest}; exec {command}") for command in LOADS]
     yield
+    running = guest.check_output("ps")
+    assert all(command in running for command in LOADS), running
     for job in jobs:
         guest.finish(job, kill=True)
 
@@ -226,7 +230,12 @@ BY_KERNEL = {"debian": {"rip-relative mov gs"}, "newest": {"rip-relative mov gs"
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize(
     ("kernel", "vcpus", "hits"),
-    [("debian", 1, FEW_HITS), ("debian", 2, HITS), ("newest", 1, FEW_HITS), ("newest", 2, FEW_HITS)],
+    [
+        ("debian", 1, FEW_HITS),
+        ("debian", 2, HITS),
+        pytest.param("newest", 1, FEW_HITS, marks=only_full),
+        ("newest", 2, FEW_HITS),
+    ],
 )
 def test_every_family_counts_every_call(
     probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, hits: int, rung: str
