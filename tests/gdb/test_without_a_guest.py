@@ -1,0 +1,142 @@
+"""The plugin in a gdb that is connected to nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError, GdbMi
+from gdb_kprobe.testing.mi import LOADER
+
+pytestmark = pytest.mark.gdb
+
+COMMANDS = ("add", "attach", "delete", "detach", "disable", "enable", "info", "list", "plan", "symbols", "trace")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[GdbMi]:
+    with GdbMi() as gdb:
+        yield gdb
+
+
+@pytest.fixture
+def gdb(shared: GdbMi) -> Iterator[GdbMi]:
+    yield shared
+    if "no probes" not in shared.console("kprobe list"):
+        shared.console("kprobe delete all")
+
+
+def fails(gdb: GdbMi, command: str) -> str:
+    with pytest.raises(GdbCommandError) as error:
+        gdb.console(command)
+    text = str(error.value)
+    assert "Error occurred in Python" not in text
+    return text
+
+
+def test_one_source_line_loads_it_and_prints_nothing() -> None:
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", f"source {LOADER}", "-ex", "kprobe list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("no probes\n", "")
+
+
+def test_loading_twice_is_harmless(gdb: GdbMi) -> None:
+    gdb.console(f"source {LOADER}")
+    assert gdb.console("kprobe list").strip() == "no probes"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_usage_and_an_example(gdb: GdbMi, command: str) -> None:
+    text = gdb.console(f"help kprobe {command}")
+    assert f"kprobe {command}" in text
+    assert re.search(r"Example:\n\s+kprobe ", text)
+
+
+def test_help_of_the_prefix_lists_every_command(gdb: GdbMi) -> None:
+    text = gdb.console("help kprobe")
+    for command in COMMANDS:
+        assert f"kprobe {command}" in text
+    assert "p:open do_sys_openat2" in text
+
+
+def test_without_arguments_it_shows_its_help(gdb: GdbMi) -> None:
+    assert "List of kprobe subcommands" in gdb.console("kprobe")
+
+
+def test_completion_of_commands_profiles_and_probes(gdb: GdbMi) -> None:
+    assert "kprobe attach" in gdb.console("complete kprobe at")
+    assert gdb.console("complete kprobe attach deb").split() == ["kprobe", "attach", "debian"]
+    gdb.console("kprobe p:opening do_sys_openat2")
+    assert gdb.console("complete kprobe delete open").split() == ["kprobe", "delete", "opening"]
+
+
+def test_settings_are_set_and_shown(gdb: GdbMi) -> None:
+    gdb.console("set kprobe strategy single-step")
+    assert gdb.console("show kprobe strategy").strip() == "kprobe strategy is single-step."
+    gdb.console("set kprobe strategy auto")
+    gdb.console("set kprobe verbose-errors on")
+    assert gdb.console("show kprobe verbose-errors").strip() == "kprobe verbose-errors is on."
+    gdb.console("set kprobe verbose-errors off")
+    assert 'Undefined item: "best"' in fails(gdb, "set kprobe strategy best")
+
+
+def test_a_probe_before_the_attach_is_noted(gdb: GdbMi) -> None:
+    assert "opening: noted; it is armed by 'kprobe attach'" in gdb.console("kprobe p:opening do_sys_openat2 dfd=%di")
+    assert "PENDING" in gdb.console("kprobe list")
+    assert "there is a probe named opening already" in fails(gdb, "kprobe p:opening vfs_read")
+    assert "opening: disabled" in gdb.console("kprobe disable opening")
+    assert "opening: deleted after 0 hit(s)" in gdb.console("kprobe -:opening")
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "hint"),
+    [
+        ("kprobe frobnicate", "kprobe has no command 'frobnicate'", "help kprobe"),
+        ("kprobe plan vfs_read", "not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe detach", "not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe trace", "not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe info", "not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe symbols", "not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe attach", "which guest? no profile was given", "set kprobe profile"),
+        ("kprobe attach nosuch", "nosuch", "debian"),
+        ("kprobe attach --wat debian", "unrecognized arguments: --wat", "help kprobe attach"),
+        ("kprobe attach debian", "KPROBE_GUEST", "export KPROBE_GUEST"),
+        ("kprobe add", "where? nothing was given", "help kprobe add"),
+        ("kprobe add --fast vfs_read", "unknown option --fast", "--disabled"),
+        ("kprobe p:x vfs_read a=%rdi", "Invalid register name", "%di"),
+        ("kprobe p:x vfs_read if di = 3", "di = 3", "=="),
+        ("kprobe p:9x vfs_read", "p:9x", ""),
+        ("kprobe r:x vfs_read", "not implemented yet", ""),
+        ("kprobe p:x vfs_read s=+0(%si):string", "not implemented yet", ""),
+        ("kprobe delete", "which probe?", "kprobe list"),
+        ("kprobe delete nobody", "there is no probe named nobody", "kprobe list"),
+        ("kprobe enable", "which probe?", "kprobe list"),
+        ("kprobe trace -n x", "argument -n", "help kprobe trace"),
+    ],
+)
+def test_a_mistake_says_what_and_what_to_do(gdb: GdbMi, command: str, said: str, hint: str) -> None:
+    text = fails(gdb, command)
+    assert said in text
+    assert hint in text
+
+
+def test_a_wrong_profile_names_file_and_line(gdb: GdbMi, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("gdbstub: localhost:1\nregion:\n  source: reserved\n  physical: 0x10000000\n  sise: 16M\n")
+    text = fails(gdb, f"kprobe attach {profile}")
+    assert f"{profile}:5:" in text
+    assert "size" in text
+
+
+def test_nobody_at_the_address(gdb: GdbMi, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        f"gdbstub: {tmp_path}/nobody\nregion:\n  source: reserved\n  physical: 0x10000000\n  size: 16M\n"
+    )
+    text = fails(gdb, f"kprobe attach {profile}")
+    assert f"cannot connect to the gdbstub at {tmp_path}/nobody" in text
+    assert "is QEMU running with -gdb" in text
