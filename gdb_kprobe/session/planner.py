@@ -36,13 +36,14 @@ class Planner:
         :raises RefusedError: it is not one, or the guest's own rules forbid the place.
         """
         what = f"cannot probe {place}"
-        found = self._guest.memory.walk(place.addr)
-        if found is None or not found.executable:
-            state = "is not mapped" if found is None else "is mapped, but not executable"
-            raise RefusedError(what, Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}"))
         early = self._guest.refusal_at(place, 1)
         if early is not None:
             raise RefusedError(what, early)
+        found = self._guest.memory.walk(place.addr)
+        if found is None or not found.executable:
+            state = "is not mapped" if found is None else "is mapped, but not executable"
+            refusal = Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}", "probe another function")
+            raise RefusedError(what, refusal)
         insn = self._decode_up_to(place, what)
         refusal = self._guest.refusal_at(place, insn.length)
         if refusal is not None:

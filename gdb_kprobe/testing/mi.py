@@ -95,8 +95,15 @@ class GdbMi:
 
     def console(self, command: str, timeout: float = 30) -> str:
         """Run a CLI command and return what it printed."""
-        quoted = command.replace("\\", "\\\\").replace('"', '\\"')
-        _, output = self._exchange(f'-interpreter-exec console "{quoted}"', timeout)
+        return self.finish(self.start(command), timeout)
+
+    def start(self, command: str) -> int:
+        """Send a CLI command that may take long; :meth:`finish` waits for its end."""
+        return self._send(f'-interpreter-exec console "{_quoted(command)}"')
+
+    def finish(self, token: int, timeout: float = 30) -> str:
+        """Wait for the end of a command that :meth:`start` sent; returns what was printed."""
+        _, output = self._wait(token, timeout)
         return output
 
     @property
@@ -207,3 +214,7 @@ class GdbMi:
 
     def _tail(self) -> str:
         return "\n".join(self.transcript[-40:])
+
+
+def _quoted(command: str) -> str:
+    return command.replace("\\", "\\\\").replace('"', '\\"')
