@@ -195,7 +195,8 @@ class LinuxGuest:
                 if other.is_text
                 else f"{location.symbol} is data (type {other.type})"
             )
-            raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, ""))
+            hint = "a probe needs the address of an instruction: name a function"
+            raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, hint))
         close = self._close_names(location.symbol)
         hint = f"did you mean {', '.join(close)}?" if close else "'kprobe add PREFIX<TAB>' completes symbols"
         raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), f"{location.symbol} is not in kallsyms", hint))
