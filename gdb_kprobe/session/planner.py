@@ -42,8 +42,8 @@ class Planner:
         found = self._guest.memory.walk(place.addr)
         if found is None or not found.executable:
             state = "is not mapped" if found is None else "is mapped, but not executable"
-            refusal = Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}", "probe another function")
-            raise RefusedError(what, refusal)
+            detail = f"{place.addr:#x} {state}"
+            raise RefusedError(what, Refusal(Reason.NOT_EXECUTABLE, place.addr, detail, "probe another function"))
         insn = self._decode_up_to(place, what)
         refusal = self._guest.refusal_at(place, insn.length)
         if refusal is not None:
