@@ -77,8 +77,10 @@ def guard_connection() -> Guard | None:
         stub = QemuStub(channel)
         with uninterrupted(), channel.borrowed(stub):
             leftover = find_leftover(stub)
-        if leftover is None:
-            return None
+            if leftover is None:
+                return None
+            # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
+            leftover.bring_out(stub)
         guard = Guard(stub, channel, leftover)
     except (KprobeError, gdb.error):
         # Whatever gdb is connected to: it has no probes of ours that we could know of.

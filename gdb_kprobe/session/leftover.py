@@ -16,7 +16,7 @@ from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_
 from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
 from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out, trapped_at
-from gdb_kprobe.session.restore import restore_site
+from gdb_kprobe.session.restore import is_armed, restore_site
 from gdb_kprobe.target.protocols import Machine
 
 WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_0000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
@@ -37,13 +37,17 @@ class Leftover:
         """Whether *cpu* stands at the #BP entry because of one of the sites."""
         return any(trapped_at(machine, cpu, self.bp_entry, record.patch.addr) for record in self.records)
 
+    def bring_out(self, machine: Machine) -> None:
+        """Send vCPUs that took one of the int3s back to it, and bring them out of the slots."""
+        bring_out(machine, self, self.records, self.header.code)
+
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
 
         :raises TargetError: the machine did not do as asked.
         """
         self.memory.invalidate()
-        bring_out(machine, self, self.records, self.header.code)
+        self.bring_out(machine)
         notes = tuple(note for record in self.records if (note := restore_site(self.memory, record)))
         for index in range(self.header.records):
             machine.write_physical(self.header.record_address(index), bytes(RECORD_SIZE))
@@ -69,7 +73,8 @@ def find_leftover(machine: Machine) -> Leftover | None:
         header = _header_at(machine, virt, phys)
         if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(machine, header):
             records = tuple(iter_records(machine, header))
-            return Leftover(header, records, table, entry, gates) if records else None
+            armed = any(is_armed(table, record) for record in records)
+            return Leftover(header, records, table, entry, gates) if armed else None
     return None
 
 

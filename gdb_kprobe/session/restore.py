@@ -38,9 +38,12 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
 
     records = tuple(iter_records(memory, header))
     bring_out(machine, guest, records, header.code)
+    armed = sum(is_armed(guest.memory, record) for record in records)
     messages = [note for record in records if (note := restore_site(guest.memory, record))]
-    if records:
-        messages.insert(0, f"an earlier session left {len(records)} site(s) armed; their text is restored")
+    if armed:
+        messages.insert(0, f"an earlier session left {armed} site(s) armed; their text is restored")
+    elif records:
+        messages.insert(0, "an earlier session ended without a detach, while the guest was stopped with its own text")
     if not header.identity.entry_addr:
         # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
         memory.write_physical(phys, bytes(8))
@@ -66,6 +69,14 @@ def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bo
     except TargetError:
         return False
     return int.from_bytes(value, "little") == found.entry_value
+
+
+def is_armed(memory: Memory, record: Record) -> bool:
+    """Whether the site holds what we wrote there."""
+    try:
+        return memory.read(record.patch.addr, len(record.patch.new)) == record.patch.new
+    except UnmappedError:
+        return False
 
 
 def restore_site(memory: Memory, record: Record) -> str | None:
