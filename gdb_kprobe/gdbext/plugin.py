@@ -22,6 +22,7 @@ from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
+from gdb_kprobe.target.rsp import is_served
 from gdb_kprobe.target.stub import QemuStub
 
 _MOVING_REGISTERS = (7, 16)
@@ -373,6 +374,11 @@ def connect(profile: Profile) -> None:
     """
     if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
         return
+    if is_served(profile.gdbstub):
+        raise ConnectionLostError(
+            f"the gdbstub at {profile.gdbstub} has a client already, and serves only one",
+            "detach the other gdb first",
+        )
     try:
         gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
     except gdb.error as error:

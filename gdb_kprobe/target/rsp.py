@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from pathlib import Path
 from types import TracebackType
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
@@ -40,6 +41,27 @@ def open_socket(address: str, timeout: float) -> socket.socket:
             f"cannot connect to the gdbstub at {address}: {error}",
             "is QEMU running with -gdb, and no other gdb connected (the stub serves one client)?",
         ) from error
+
+
+def is_served(address: str) -> bool:
+    """Whether the stub at *address*, on this host, has a client already; as far as ``/proc/net`` tells.
+
+    Asked before connecting: QEMU would keep a second connection waiting, serve it when the first ends, and stop the
+    machine for a client that has long gone.
+    """
+    path = address.removeprefix("unix:")
+    with contextlib.suppress(OSError):
+        if "/" in path:
+            # Num RefCount Protocol Flags Type State Inode Path; 03 is connected
+            rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+            return any(row[5] == "03" and row[7:] == [path] for row in rows)
+        port = f":{int(address.rpartition(':')[2]):04X}"
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            # sl local_address remote_address state ...; 01 is established
+            rows = (line.split() for line in Path(table).read_text().splitlines()[1:])
+            if any(row[1].endswith(port) and row[3] == "01" for row in rows):
+                return True
+    return False
 
 
 class RspSocket:
