@@ -282,7 +282,9 @@ def test_every_family_with_page_table_isolation(
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_arming_and_disarming_under_load_with_page_table_isolation(probed: Probe, kernel: Any) -> None:
+def test_arming_and_disarming_under_load_with_page_table_isolation(
+    probed: Probe, record_property: Record, kernel: Any
+) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2, extra_cmdline=("pti=on",)))
     rounds, calls = (20 if FULL else 5), 5
     chains = [[GETPRIORITY.workload(calls)]] * 2
@@ -306,6 +308,7 @@ def test_arming_and_disarming_under_load_with_page_table_isolation(probed: Probe
                     assert guest.hits(gdb) == {"boosted": counted, "stepped": counted}
                     gdb.console("kprobe enable all")
                 gdb.console("kprobe detach")
+    record_property("summary", f"{4 * rounds} times armed or disarmed, {in_user_mode} vCPUs in user mode then")
     assert in_user_mode
 
 
