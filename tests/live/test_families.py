@@ -271,7 +271,7 @@ def test_indirect_calls_and_jumps_without_retpolines(
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
-@pytest.mark.parametrize("kernel", ["debian", "newest"])
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
 def test_every_family_with_page_table_isolation(
     probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
 ) -> None:
