@@ -83,6 +83,14 @@ class LinuxGuest:
 
     def resolve(self, location: Location) -> Place:
         if location.address is not None:
+            if location.address < _KERNEL_HALF:
+                refusal = Refusal(
+                    Reason.NOT_TEXT,
+                    location.address,
+                    f"{location.address:#x} is an address of user space",
+                    "a kprobe is for an instruction of the kernel",
+                )
+                raise RefusedError(f"cannot probe {location}", refusal)
             return self.place_of(location.address)
         symbol = self._symbol(location)
         end = self.kallsyms.end(symbol)
@@ -188,13 +196,16 @@ class LinuxGuest:
                     "name the one you mean by its address, or by MODULE:SYMBOL",
                 ),
             )
+        elsewhere = next((symbol for symbol in all_found if symbol.is_text), None)
+        if elsewhere is not None:
+            home = f"module {elsewhere.module}" if elsewhere.module else "the core kernel"
+            detail = f"{location.module} has no {location.symbol}; it is in {home}"
+            prefix = f"{elsewhere.module}:" if elsewhere.module else ""
+            refusal = Refusal(Reason.NO_SYMBOL, elsewhere.addr, detail, f"write {prefix}{location.symbol}")
+            raise RefusedError(what, refusal)
         if all_found:
             other = all_found[0]
-            detail = (
-                f"{location.symbol} is at {other.addr:#x} [{other.module or 'the core kernel'}]"
-                if other.is_text
-                else f"{location.symbol} is data (type {other.type})"
-            )
+            detail = f"{location.symbol} is data (type {other.type})"
             hint = "a probe needs the address of an instruction: name a function"
             raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, hint))
         close = self._close_names(location.symbol)
