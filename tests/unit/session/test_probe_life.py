@@ -154,8 +154,8 @@ def test_a_name_is_taken_once(toy: Any) -> None:
         ("f_int3", Reason.FOREIGN_INT3),
         ("nowhere", Reason.NO_SYMBOL),
         ("f_push+0x40", Reason.OFFSET_OUTSIDE_SYMBOL),
-        ("0xffffffff80200000", Reason.NOT_EXECUTABLE),
-        ("0xffffffff90000000", Reason.NOT_EXECUTABLE),
+        ("0xffffffff80200000", Reason.NOT_TEXT),
+        ("0xffffffff90000000", Reason.NOT_TEXT),
     ],
 )
 def test_a_refused_probe_leaves_nothing(toy: Any, place: str, reason: Reason) -> None:
