@@ -79,6 +79,17 @@ class Rung(StrEnum):
     OPTIMIZED = "optimized"
 
 
+class Dispatch(StrEnum):
+    """Who catches the int3 of a probe."""
+
+    AUTO = "auto"
+    """The guest where that is possible, else the stub."""
+    GUEST = "guest"
+    """A dispatcher in the guest; only hits that need the host stop the machine."""
+    STUB = "stub"
+    """The stub's breakpoint at the #BP entry: every hit stops the machine."""
+
+
 class Reason(StrEnum):
     """Why a probe, or a better rung of one, was refused. One member per rule."""
 
@@ -104,6 +115,13 @@ class Reason(StrEnum):
     ALREADY_PROBED = "already probed"
     UNHANDLED_FAMILY = "instruction family not handled yet"
     FAR_TRANSFER = "far transfer"
+    SOFTWARE_INTERRUPT = "software interrupt"
+    RAISES_UD = "raises #UD on purpose"
+    TRANSACTION = "begins a memory transaction"
+    OPERAND_SIZE_BRANCH = "66-prefixed branch"
+    RESERVED_OPCODE = "reserved opcode"
+    INTERRUPT_SHADOW = "interrupt shadow"
+    HALTS = "a step of it would not come back"
     OUT_OF_REACH = "out of s32 reach of the region"
     POLICY = "not allowed by the profile's policy"
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"

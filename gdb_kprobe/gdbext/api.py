@@ -26,6 +26,7 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
+from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
 from gdb_kprobe.session.context import Handler, HitContext
 from gdb_kprobe.session.guest import Place
@@ -53,10 +54,10 @@ __all__ = [
 _H = TypeVar("_H", bound=Handler)
 
 
-def attach(profile: str | None = None) -> Attached:
+def attach(profile: str | None = None, dispatch: Dispatch = Dispatch.AUTO) -> Attached:
     """Attach to the guest of *profile* (a name in configs/, or a file) and arm what was added before."""
     the_plugin = plugin.the_plugin()
-    attached, _ = the_plugin.attach(the_plugin.profile(profile))
+    attached, _ = the_plugin.attach(the_plugin.profile(profile), dispatch)
     return attached
 
 
@@ -148,9 +149,10 @@ def delete(probe: Probe) -> None:
 
 def on_hit(listener: Callable[[Hit], None]) -> Callable[[], None]:
     """Have *listener* called at each hit, before the probe's handler; returns the function that ends it."""
-    session = plugin.the_plugin().need_link().session
-    session.listeners.append(listener)
-    return lambda: session.listeners.remove(listener)
+    link = plugin.the_plugin().need_link()
+    with link.stopped():
+        link.session.listen(listener)
+    return lambda: link.session.unlisten(listener)
 
 
 def _parse(definition: str) -> ProbeSpec:

@@ -45,7 +45,7 @@ class Guard:
         with uninterrupted(), self._channel.borrowed(self._stub):
             notes = self.leftover.restore(self._stub)
         self.release()
-        gdb.write(f"kprobe: {len(self.leftover.records)} site(s) of an earlier session restored.\n")
+        gdb.write(f"kprobe: {self.leftover.sites} site(s) of an earlier session restored.\n")
         for note in notes:
             gdb.write(f"kprobe: {note}.\n")
 
@@ -79,6 +79,12 @@ def guard_connection() -> Guard | None:
             leftover = find_leftover(stub)
             if leftover is None:
                 return None
+            if leftover.dispatches_itself:
+                gdb.write(
+                    f"kprobe: an earlier session left {leftover.sites} site(s) armed in this guest, which dispatches "
+                    f"their hits by itself. {_ATTACH}.\n"
+                )
+                return None
             # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
             leftover.bring_out(stub)
         guard = Guard(stub, channel, leftover)
@@ -86,7 +92,7 @@ def guard_connection() -> Guard | None:
         # Whatever gdb is connected to: it has no probes of ours that we could know of.
         return None
     gdb.write(
-        f"kprobe: an earlier session left {len(leftover.records)} site(s) armed in this guest; a breakpoint at its #BP "
+        f"kprobe: an earlier session left {leftover.sites} site(s) armed in this guest; a breakpoint at its #BP "
         f"entry guards them. {_ATTACH}.\n"
     )
     return guard

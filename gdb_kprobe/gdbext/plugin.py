@@ -17,7 +17,7 @@ from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
@@ -123,7 +123,7 @@ class Plugin:
             )
         return load_profile(find_profile(wanted, (Path.cwd(), CONFIGS)))
 
-    def attach(self, profile: Profile) -> tuple[Attached, list[tuple[Probe, str]]]:
+    def attach(self, profile: Profile, dispatch: Dispatch = Dispatch.AUTO) -> tuple[Attached, list[tuple[Probe, str]]]:
         """Attach to the guest of *profile*, over gdb's connection if there is one, and arm what is pending.
 
         Returns what was found, and the pending probes that could not be armed, each with the reason.
@@ -136,7 +136,7 @@ class Plugin:
         link = Link(profile)
         try:
             with link.stopped():
-                link.attached = attach(link.stub, profile, link.breakpoints, interruptible)
+                link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch)
                 link.session.lift()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
@@ -178,16 +178,16 @@ class Plugin:
     def drop(self, link: Link) -> None:
         """The guest behind *link* is another boot: let go of it without a write. Its probes are noted for the next."""
         self.link = None
-        link.breakpoints.remove(link.session.guest.bp_entry)
+        link.breakpoints.remove(link.session.gate)
         link.interrupts.close()
         for probe in link.session.probes:
-            probe.place, probe.gone = None, False
+            probe.place, probe.gone, probe.counter = None, False, None
             self.pending.append(probe)
 
     # -- what gdb calls -----------------------------------------------------------------------------------------
 
     def on_entry_stop(self) -> bool:
-        """A vCPU stopped at the #BP entry; gdb's current thread is that vCPU."""
+        """A vCPU stopped at the gate; gdb's current thread is that vCPU."""
         link = self.link
         if link is None:
             return False

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
-from gdb_kprobe.errors import RegionError
-from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.errors import GuestStateError, RegionError
+from gdb_kprobe.linux.bp_path import find_bp_path
+from gdb_kprobe.model import Dispatch, PhysAddr
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
+from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
@@ -37,10 +39,11 @@ def attach(
     profile: Profile,
     breakpoints: Breakpoints,
     interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    dispatch: Dispatch = Dispatch.AUTO,
 ) -> Attached:
     """Attach to the stopped *machine* as *profile* describes it.
 
-    :raises GuestStateError: the guest's software is not up.
+    :raises GuestStateError: the guest's software is not up, or cannot dispatch as asked for.
     :raises RegionError: the region cannot be used as described; nothing was written.
     """
     started = time.monotonic()
@@ -51,7 +54,8 @@ def attach(
     with contextlib.ExitStack() as undo:
         region = _put_region(machine, memory, guest, profile.region, messages)
         undo.callback(region.unmap, machine)
-        session = Session(machine, guest, region, breakpoints, profile.policy.rungs, interruptible)
+        in_guest = _put_dispatcher(guest, region, dispatch, messages)
+        session = Session(machine, guest, region, breakpoints, profile.policy.rungs, interruptible, in_guest)
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started)
 
@@ -66,6 +70,31 @@ def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGu
             assert profile.kernel.symbols is not None, "the profile's reader asks for it"
             file = load_symbols(profile.kernel.symbols)
             return open_bare(machine, memory, file.symbols, file.text)
+
+
+def _put_dispatcher(
+    guest: LinuxGuest | BareGuest, region: Region, dispatch: Dispatch, messages: list[str]
+) -> GuestDispatch | None:
+    """Put the dispatcher into the region, if the guest can have one.
+
+    :raises GuestStateError: it is asked for, and the guest cannot.
+    """
+    if dispatch is Dispatch.STUB:
+        return None
+    if not isinstance(guest, LinuxGuest):
+        if dispatch is Dispatch.GUEST:
+            raise GuestStateError(
+                "dispatch inside the guest needs Linux: only its #BP path is known",
+                "leave --dispatch away: the stub handles the hits of any guest",
+            )
+        return None
+    try:
+        return GuestDispatch(region, guest.memory, find_bp_path(guest.memory, guest.kallsyms, guest.bp_entry))
+    except GuestStateError as error:
+        if dispatch is Dispatch.GUEST:
+            raise
+        messages.append(f"hits are dispatched by the stub, for the guest cannot: {error.message}")
+        return None
 
 
 def _put_region(

@@ -1,25 +1,15 @@
-"""Dispatch through the stub: what happens when a vCPU stops at the guest's #BP entry.
+"""Dispatch through the stub: what happens when a vCPU stops because of an int3 of ours.
 
-At that stop nothing of the handler has run. The exception frame on the stack holds the trapped context and all other
-registers are as they were at the int3::
-
-    rsp+0   RIP: the address behind the int3
-    rsp+8   CS
-    rsp+16  RFLAGS
-    rsp+24  RSP
-    rsp+32  SS
-
-So a hit is: read the frame, run the handlers, and send the vCPU to the probe's slot with RFLAGS and RSP as they were.
-The exception is undone; the guest never sees it.
+A hit is: read the interrupted context, run the handlers, and send the vCPU to the probe's slot with all registers as
+they were. The exception is undone; the guest never sees it. Where the vCPU stops, and where its context is then, is
+the business of a :class:`~gdb_kprobe.session.traps.Gate`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import struct
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
@@ -27,10 +17,10 @@ from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.context import Handler, HitContext, Registers
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Hit, Probe, Site
+from gdb_kprobe.session.traps import Gate, Trap
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 
-_FRAME = struct.Struct("<5Q")
 _LAST = ("eflags", "rip", "rsp")
 MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
@@ -45,33 +35,19 @@ class Outcome(Enum):
     """What a stop at the #BP entry was."""
 
     FOREIGN = auto()
-    """Not a probe of ours: the guest's own handler must run."""
+    """Not a probe of ours: the guest goes its own way."""
     HANDLED = auto()
     """A hit; the vCPU may go on."""
     STOP = auto()
     """A hit whose handler asked for the prompt; the vCPU stands at the probe point."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trap:
-    """The context that an int3 interrupted, read from the exception frame; *rip* is the int3's own address."""
-
-    rip: VirtAddr
-    cs: int
-    eflags: int
-    rsp: int
-
-    @property
-    def from_user(self) -> bool:
-        return bool(self.cs & 3)
-
-
 class StubDispatcher:
     """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
 
     *sites* is the session's own table, by address. *on_hit* is told of every hit. *way_to* says where a vCPU is to be
-    resumed so that it gets to an address. *interruptible* is the adapter's: it is around a user's handler, within a
-    dispatch that is not interrupted.
+    resumed so that it gets to an address. *gate* is where hits stop. *interruptible* is the adapter's: it is around a
+    user's handler, within a dispatch that is not interrupted.
     """
 
     def __init__(
@@ -81,6 +57,7 @@ class StubDispatcher:
         sites: Mapping[VirtAddr, Site],
         on_hit: Callable[[Hit], None],
         way_to: Callable[[CpuId, VirtAddr], VirtAddr],
+        gate: Gate,
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._machine = machine
@@ -88,6 +65,7 @@ class StubDispatcher:
         self._sites = sites
         self._on_hit = on_hit
         self._way_to = way_to
+        self._gate = gate
         self._interruptible = interruptible
         # Hits that are not through: the instruction faulted, or the user got the prompt before it. The same task comes
         # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
@@ -100,15 +78,8 @@ class StubDispatcher:
         """Probes whose handler raised; the session takes them away."""
 
     def trap_of(self, cpu: CpuId) -> Trap | None:
-        """The trap that *cpu* stands at, or ``None`` when it does not stand at the #BP entry."""
-        if self._machine.read_register(cpu, "rip") != self._guest.bp_entry:
-            return None
-        rsp = self._machine.read_register(cpu, "rsp")
-        frame = self._machine.read_current(cpu, VirtAddr(rsp), _FRAME.size)
-        if frame is None:
-            raise TargetError(f"vCPU {cpu} stands at the #BP entry, but its stack at {rsp:#x} is not mapped")
-        rip, cs, eflags, old_rsp, _ = _FRAME.unpack(frame)
-        return Trap(offset(VirtAddr(rip), -1), cs, eflags, old_rsp)
+        """The trap that *cpu* stands at, or ``None`` when it does not stand at the gate."""
+        return self._gate.trap_of(self._machine, cpu)
 
     def site_of(self, trap: Trap) -> Site | None:
         """The site of ours that *trap* hit."""
@@ -128,7 +99,7 @@ class StubDispatcher:
         except ConnectionLostError:
             raise
         except BaseException:
-            # At the entry the guest's own handler would run, which knows nothing of our int3.
+            # Left alone it would count as missed, or the guest's own handler would run, which knows nothing of it.
             self.undo_trap(cpu)
             raise
 
@@ -140,7 +111,7 @@ class StubDispatcher:
         trap = self.trap_of(cpu)
         if trap is None or self.site_of(trap) is None:
             return False
-        self._write(cpu, {"eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
+        self._write(cpu, {**trap.saved, "eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
         return True
 
     def complete(self) -> None:
@@ -168,6 +139,7 @@ class StubDispatcher:
 
     def _hit(self, cpu: CpuId, trap: Trap, site: Site) -> Outcome:
         values = self._machine.read_registers(cpu)
+        values.update(trap.saved)
         values.update(rip=trap.rip, rsp=trap.rsp, eflags=trap.eflags, cs=trap.cs)
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
@@ -181,7 +153,8 @@ class StubDispatcher:
         if called is None:
             stop, called = self._run_handlers(cpu, site, regs)
         # In this order: should gdb be killed between two writes, what it was about can still be told (session.leave).
-        frame = {name: values[name] for name in (*sorted(regs.changed - {*_LAST}), *_LAST)}
+        first = sorted({*trap.saved, *regs.changed} - {*_LAST})
+        frame = {name: values[name] for name in (*first, *_LAST)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
             if not stop:
@@ -225,7 +198,7 @@ class StubDispatcher:
             if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
                 continue
             called.append(probe)
-            probe.hits += 1
+            probe.seen += 1
             self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
             if probe.pre is not None:
                 stop |= self._call(
@@ -245,7 +218,7 @@ class StubDispatcher:
         except Exception:
             context.regs.restore(before)
             probe.last_error = traceback.format_exc()
-            probe.missed += 1
+            probe.failures += 1
             self.failed.append(probe)
             return False
         return context.stop_requested or returned is True

@@ -4,9 +4,10 @@ Written before any text is patched, so that whoever comes later (a new gdb after
 the guest's memory alone what was patched, with what, and whether it still is. All values are little-endian::
 
     +0x0000  header (one page)
-    +0x1000  records, one of 64 bytes for each patched site
-             data (counters and tables of later rungs)
-    code     slots
+    +0x1000  records, one of 64 bytes for each patched place
+    1/16     the table of dispatch inside the guest
+    2/16     counters, 16 bytes for each probe
+    4/16     code: slots, handlers, the dispatcher
     tables   the page tables that map the region (not mapped themselves)
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes.patch import CodePatch
@@ -24,13 +26,15 @@ from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, 
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 1
+VERSION = 2
 
-_HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQ")
+_HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16s")
 RECORD_SIZE = 64
 RECORD_OFFSET = PAGE_SIZE
 MAX_PATCH = 16
+
+NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
 
 _RUNGS = (Rung.SINGLE_STEP, Rung.BOOSTED, Rung.OPTIMIZED)
 
@@ -43,7 +47,17 @@ class Layout:
 
     @property
     def record_count(self) -> int:
-        return (self.size // 16 - RECORD_OFFSET) // RECORD_SIZE
+        return (self.table_start - RECORD_OFFSET) // RECORD_SIZE
+
+    @property
+    def table_start(self) -> int:
+        """Start of the table of probed addresses, and end of the records."""
+        return self.size // 16
+
+    @property
+    def counters_start(self) -> int:
+        """Start of the counters, and end of the table."""
+        return self.size // 8
 
     @property
     def data_end(self) -> int:
@@ -87,6 +101,8 @@ class Header:
     code_high_water: VirtAddr
     records: int = 0
     """Records from the first up to the last that was ever in use; what lies behind was never written."""
+    entry_text: AddressRange = NO_ENTRY_TEXT
+    """The guest's entry text, in which a vCPU may be on its way to and from our dispatcher; empty without one."""
 
     def pack(self) -> bytes:
         return _HEADER.pack(
@@ -104,6 +120,8 @@ class Header:
             self.identity.entry_addr,
             self.identity.entry_value,
             self.code_high_water,
+            self.entry_text.start,
+            self.entry_text.end,
         )
 
     @classmethod
@@ -112,8 +130,8 @@ class Header:
 
         :raises RegionError: there is one, of a version that this code does not know.
         """
-        magic, version, _, size, virt, phys, build_id, records, text, entry, cookie, at, value, high = _HEADER.unpack(
-            data[: _HEADER.size]
+        magic, version, _, size, virt, phys, build_id, records, text, entry, cookie, at, value, high, *entry_text = (
+            _HEADER.unpack(data[: _HEADER.size])
         )
         if magic != MAGIC:
             return None
@@ -123,7 +141,8 @@ class Header:
                 "detach with the gdb_kprobe that made it, or reset the guest",
             )
         identity = Identity(build_id, VirtAddr(text), VirtAddr(entry), PhysAddr(at), value)
-        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records)
+        entries = AddressRange(*map(VirtAddr, entry_text))
+        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, entries)
 
     @property
     def layout(self) -> Layout:
@@ -133,6 +152,19 @@ class Header:
     def code(self) -> AddressRange:
         return AddressRange(offset(self.virt, self.layout.data_end), offset(self.virt, self.layout.code_end))
 
+    @property
+    def table(self) -> AddressRange:
+        """The table of probed addresses that the guest looks its int3s up in."""
+        return AddressRange(offset(self.virt, self.layout.table_start), offset(self.virt, self.layout.counters_start))
+
+    @property
+    def counters(self) -> AddressRange:
+        return AddressRange(offset(self.virt, self.layout.counters_start), offset(self.virt, self.layout.data_end))
+
+    def physical(self, addr: VirtAddr) -> PhysAddr:
+        """Where the byte of the region at *addr* lies in guest memory."""
+        return offset(self.phys, addr - self.virt)
+
     def record_address(self, index: int) -> PhysAddr:
         return offset(self.phys, RECORD_OFFSET + index * RECORD_SIZE)
 
@@ -141,28 +173,39 @@ class Header:
         return AddressRange(self.virt, offset(self.virt, self.size))
 
 
+class RecordKind(IntEnum):
+    """What a patched place is."""
+
+    SITE = 1
+    """A probed instruction."""
+    HOOK = 2
+    """The call in the guest's #BP path that leads to our dispatcher; the slot begins with the dispatcher's gate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One patched site: the patch, its slot and its rung."""
+    """One patched place: the patch, its slot and its rung."""
 
     patch: CodePatch
     slot: Slot
     rung: Rung
+    kind: RecordKind = RecordKind.SITE
 
     def pack(self) -> bytes:
         old, new = self.patch.old, self.patch.new
         assert len(old) <= MAX_PATCH
         body = _RECORD.pack(
-            1, len(old), _RUNGS.index(self.rung), 0, self.patch.addr, self.slot.start, self.slot.size, old, new
+            self.kind, len(old), _RUNGS.index(self.rung), 0, self.patch.addr, self.slot.start, self.slot.size, old, new
         )
         return body.ljust(RECORD_SIZE, b"\0")
 
     @classmethod
     def unpack(cls, data: bytes) -> Record | None:
-        used, length, rung, _, addr, slot, size, old, new = _RECORD.unpack(data[: _RECORD.size])
-        if not used:
+        kind, length, rung, _, addr, slot, size, old, new = _RECORD.unpack(data[: _RECORD.size])
+        if not kind:
             return None
-        return cls(CodePatch(VirtAddr(addr), old[:length], new[:length]), Slot(VirtAddr(slot), size), _RUNGS[rung])
+        patch = CodePatch(VirtAddr(addr), old[:length], new[:length])
+        return cls(patch, Slot(VirtAddr(slot), size), _RUNGS[rung], RecordKind(kind))
 
 
 @dataclass(slots=True)
@@ -196,6 +239,11 @@ class HeaderStore:
         if changed != self.header:
             self.header = changed
             self.create()
+
+    def describe_entry_text(self, entry_text: AddressRange) -> None:
+        """Say where a vCPU can be on its way to our dispatcher. Before the guest's #BP path is patched."""
+        self.header = replace(self.header, entry_text=entry_text)
+        self.create()
 
     def remove(self, addr: VirtAddr) -> None:
         """Clear the record of the site *addr*, after its text was restored."""

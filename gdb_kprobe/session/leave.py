@@ -2,7 +2,8 @@
 
 All there is to go by is the records in the region and the vCPUs themselves. A vCPU may be
 
-* at the #BP entry, with a trap that nobody has handled: the trap is undone;
+* at the #BP entry, or at the gate in the region, with a trap that nobody has handled: the trap is undone;
+* between the #BP entry and the slot, in the guest's entry code or in our dispatcher: it is stepped on to the slot;
 * at the start of a slot, its dispatch interrupted between the writes of two registers (RFLAGS, RIP, RSP is their order)
   or before the single step: it goes back to the instruction;
 * behind the single step of a slot's copy, or at the exception that it raised, not yet fixed up: that is done now;
@@ -11,26 +12,53 @@ All there is to go by is the records in the region and the vCPUs themselves. A v
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from gdb_kprobe.errors import TargetError
+from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER
+from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
-from gdb_kprobe.session.header import Record
+from gdb_kprobe.session.header import Header, Record, RecordKind
+from gdb_kprobe.session.traps import FRAME, REGS_BELOW_RETURN, EntryGate, RegionGate, Trap
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
 from gdb_kprobe.x86.encoding import MAX_LENGTH
 
-_FRAME = struct.Struct("<5Q")
 _ALIGNMENT = 15
 """Bytes that an exception leaves free at the most above its frame: the CPU aligns the stack to 16."""
 
 MAX_STEPS_OUT = 64
 """Steps that bring a vCPU out of a slot: one instruction, relocated, and a jump; one step in 500 does nothing."""
+
+MAX_STEPS_OFF_PATH = 600
+"""The same from anywhere on the #BP path: some 150 instructions, and a search of the table."""
+
+_DEEPEST = 32
+"""Words between RSP and the exception frame, at the most, on the #BP path: registers, return addresses, a gap."""
+
+_GAP = 6 * 8
+"""Bytes that asm_exc_int3 leaves free above its copy of the frame, for the emulation of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class BpCode:
+    """The code that a vCPU runs between an int3 of ours and the slot.
+
+    *entry_text* is the guest's part of it, *region* the code area of the region, *gate* where hits stop for the host
+    (0: there is no dispatcher in the guest). *is_ours* tells whether an address is behind an int3 of ours, or where a
+    handler of ours sends the vCPU.
+    """
+
+    entry_text: AddressRange
+    region: AddressRange
+    gate: VirtAddr
+    is_ours: Callable[[int], bool]
 
 
 class Trapping(Protocol):
@@ -46,16 +74,59 @@ class Trapping(Protocol):
     def gates(self) -> Mapping[VirtAddr, Gate]: ...
 
 
-def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], code: AddressRange) -> None:
-    """Bring every vCPU out of traps and slots of *records*; *code* is the whole code area of the region.
+def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], header: Header) -> None:
+    """Bring every vCPU out of traps and slots of *records*, which belong to the region of *header*.
 
     :raises TargetError: a vCPU does not come out.
     """
     known = tuple(records)
+    sites = tuple(record for record in known if record.kind is RecordKind.SITE)
+    gate = next((record.slot.code for record in known if record.kind is RecordKind.HOOK), VirtAddr(0))
+    ours = {record.patch.addr + 1 for record in sites}
+    code = BpCode(
+        header.entry_text,
+        header.code,
+        gate,
+        lambda ip: ip in ours or (ip in header.code and ip % SLOT_ALIGN == SLOT_HEADER),
+    )
     for cpu in machine.cpus():
-        if not _undo_trap(machine, guest, cpu, known) and not _undo_entry(machine, cpu, known):
-            _complete_step(machine, guest, cpu, known)
-        step_out(machine, cpu, code)
+        if not _undo_trap(machine, guest, cpu, sites, gate) and not _undo_entry(machine, cpu, sites):
+            _complete_step(machine, guest, cpu, sites)
+        if gate and not step_off_path(machine, cpu, code):
+            _undo_trap(machine, guest, cpu, sites, gate)
+        step_out(machine, cpu, header.code)
+
+
+def step_off_path(machine: Cpus, cpu: CpuId, code: BpCode) -> bool:
+    """Step *cpu* on until it has left the #BP path and the slot; ``False`` when it came to the gate and stays there.
+
+    A vCPU that is not there because of an int3 of ours is not moved.
+
+    :raises TargetError: it did not come out in a bounded number of steps.
+    """
+    for _ in range(MAX_STEPS_OFF_PATH):
+        rip = machine.read_register(cpu, "rip")
+        if rip == code.gate:
+            return False
+        if rip not in code.region and not (rip in code.entry_text and _has_frame_of_ours(machine, cpu, code)):
+            return True
+        machine.step(cpu)
+    raise TargetError(f"vCPU {cpu} does not leave the #BP path at {machine.read_register(cpu, 'rip'):#x}")
+
+
+def _has_frame_of_ours(machine: Cpus, cpu: CpuId, code: BpCode) -> bool:
+    """Whether an exception frame of an int3 of ours lies where the #BP path has it: not far above RSP."""
+    rsp = machine.read_register(cpu, "rsp")
+    size = 8 * _DEEPEST
+    data = machine.read_current(cpu, VirtAddr(rsp), size)
+    if data is None:  # near the end of a stack, with nothing mapped above
+        data = machine.read_current(cpu, VirtAddr(rsp), min(size, -rsp % 0x1000)) or b""
+    for at in range(0, len(data) - FRAME.size + 1, 8):
+        ip, cs, _, old_rsp, _ = FRAME.unpack_from(data, at)
+        above = old_rsp - (rsp + at + FRAME.size)
+        if code.is_ours(ip) and not cs & 3 and cs < 0x100 and 0 <= above <= _GAP + _ALIGNMENT:
+            return True
+    return False
 
 
 def step_out(machine: Cpus, cpu: CpuId, code: AddressRange) -> bool:
@@ -74,58 +145,49 @@ def step_out(machine: Cpus, cpu: CpuId, code: AddressRange) -> bool:
 
 def trapped_at(machine: Cpus, cpu: CpuId, bp_entry: VirtAddr, site: VirtAddr) -> bool:
     """Whether *cpu* stands at the #BP entry because of the int3 at *site*."""
-    return machine.read_register(cpu, "rip") == bp_entry and _frame_of(machine, cpu, site, 1 << 64) is not None
+    trap = EntryGate(bp_entry).trap_of(machine, cpu)
+    return trap is not None and trap.rip == site and not trap.from_user
 
 
-def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Record, ...]) -> bool:
-    if machine.read_register(cpu, "rip") != guest.bp_entry:
+def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...], gate: VirtAddr) -> bool:
+    trap = EntryGate(guest.bp_entry).trap_of(machine, cpu) or RegionGate(gate).trap_of(machine, cpu)
+    if trap is None or trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
         return False
-    return any(_take_frame_off(machine, cpu, record.patch.addr, 1 << 64) for record in records)
+    _undo(machine, cpu, trap)
+    return True
 
 
-def _undo_entry(machine: Cpus, cpu: CpuId, records: tuple[Record, ...]) -> bool:
+def _undo(machine: Cpus, cpu: CpuId, trap: Trap) -> None:
+    machine.write_registers(cpu, {**trap.saved, "eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
+
+
+def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
     rip = machine.read_register(cpu, "rip")
-    record = next((record for record in records if rip in (record.slot.code, record.patch.addr)), None)
-    if record is None:
+    site = next((site for site in sites if rip in (site.slot.code, site.patch.addr)), None)
+    if site is None:
         return False
-    # Back at the instruction with the frame still there: undoing the trap was itself cut off.
-    if not _take_frame_off(machine, cpu, record.patch.addr, _FRAME.size + _ALIGNMENT):
-        machine.write_registers(cpu, {"rip": record.patch.addr})
+    # RSP is written last: it may still point to the trap, of either gate.
+    for gate in (EntryGate(VirtAddr(rip)), RegionGate(VirtAddr(rip))):
+        with contextlib.suppress(TargetError):
+            trap = gate.trap_of(machine, cpu)
+            rsp = machine.read_register(cpu, "rsp")
+            most = FRAME.size + (0 if isinstance(gate, EntryGate) else REGS_BELOW_RETURN + pt_regs.SIZE + _GAP)
+            if trap is None or trap.rip != site.patch.addr or trap.from_user:
+                continue
+            if 0 <= trap.rsp - rsp <= most + _ALIGNMENT:
+                _undo(machine, cpu, trap)
+                return True
+    machine.write_registers(cpu, {"rip": site.patch.addr})
     return True
 
 
-def _take_frame_off(machine: Cpus, cpu: CpuId, site: VirtAddr, most: int) -> bool:
-    """Undo the exception of the int3 at *site*, if its frame is what RSP points to."""
-    frame = _frame_of(machine, cpu, site, most)
-    if frame is None:
-        return False
-    eflags, rsp = frame
-    machine.write_registers(cpu, {"eflags": eflags, "rip": site, "rsp": rsp})
-    return True
-
-
-def _frame_of(machine: Cpus, cpu: CpuId, site: VirtAddr, most: int) -> tuple[int, int] | None:
-    """RFLAGS and RSP in the exception frame of the int3 at *site*, if that is what RSP points to.
-
-    *most* is how many bytes the frame may be away from the stack that was interrupted.
-    """
-    at = machine.read_register(cpu, "rsp")
-    data = machine.read_current(cpu, VirtAddr(at), _FRAME.size)
-    if data is None:
-        return None
-    ip, cs, eflags, rsp, _ = _FRAME.unpack(data)
-    if offset(VirtAddr(ip), -1) != site or cs & 3 or abs(rsp - at) > most:
-        return None
-    return eflags, rsp
-
-
-def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, records: tuple[Record, ...]) -> None:
+def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...]) -> None:
     registers = machine.read_registers(cpu)
 
     def read_stack(addr: int, size: int) -> bytes:
         return machine.read_current(cpu, VirtAddr(addr), size) or b""
 
-    for record in records:
+    for record in sites:
         slot = record.slot.code
         insn = _original(guest, record)
         if record.rung is not Rung.SINGLE_STEP or insn is None:

@@ -14,7 +14,7 @@ from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_root, loaded_table, shift
 from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
-from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, iter_records, read_header
+from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out, trapped_at
 from gdb_kprobe.session.restore import is_armed, restore_site
 from gdb_kprobe.target.protocols import Machine
@@ -33,13 +33,24 @@ class Leftover:
     bp_entry: VirtAddr
     gates: Mapping[VirtAddr, idt.Gate]
 
+    @property
+    def sites(self) -> int:
+        """How many probed instructions there are."""
+        return sum(record.kind is RecordKind.SITE for record in self.records)
+
+    @property
+    def dispatches_itself(self) -> bool:
+        """The guest has a dispatcher of its own: it may run with nobody watching."""
+        hooks = (record for record in self.records if record.kind is RecordKind.HOOK)
+        return any(is_armed(self.memory, hook) for hook in hooks)
+
     def is_hit(self, machine: Machine, cpu: CpuId) -> bool:
         """Whether *cpu* stands at the #BP entry because of one of the sites."""
         return any(trapped_at(machine, cpu, self.bp_entry, record.patch.addr) for record in self.records)
 
     def bring_out(self, machine: Machine) -> None:
         """Send vCPUs that took one of the int3s back to it, and bring them out of the slots."""
-        bring_out(machine, self, self.records, self.header.code)
+        bring_out(machine, self, self.records, self.header)
 
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
@@ -72,7 +83,7 @@ def find_leftover(machine: Machine) -> Leftover | None:
     for virt, phys in _mapped_slots(table):
         header = _header_at(machine, virt, phys)
         if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(machine, header):
-            records = tuple(iter_records(machine, header))
+            records = tuple(sorted(iter_records(machine, header), key=lambda record: record.kind))
             armed = any(is_armed(table, record) for record in records)
             return Leftover(header, records, table, entry, gates) if armed else None
     return None

@@ -8,9 +8,11 @@ from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.context import Handler
+from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.guest import Place
 
 
@@ -35,9 +37,12 @@ class Probe:
     enabled: bool = True
     strategy: Rung | None = None
     """The one rung that was asked for; ``None``: the best there is."""
-    hits: int = 0
-    missed: int = 0
-    """Times the instruction ran without the handlers: re-entered, or the handler failed."""
+    seen: int = 0
+    """Hits that the host handled."""
+    failures: int = 0
+    """Hits whose handler failed."""
+    counter: Counter | None = None
+    """Where the guest counts by itself; ``None`` while nothing is armed, and where the host handles every hit."""
     place: Place | None = None
     """Where it is; ``None`` while it is only noted."""
     gone: bool = False
@@ -47,6 +52,48 @@ class Probe:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def hits(self) -> int:
+        """How often the probe was hit, now.
+
+        :raises GuestStateError: the machine runs, and its memory is not shared with the host.
+        """
+        return self.seen + (self.counter.read()[0] if self.counter is not None else 0)
+
+    @property
+    def missed(self) -> int:
+        """How often the instruction ran without the handlers: re-entered, unattended, or the handler failed.
+
+        :raises GuestStateError: the machine runs, and its memory is not shared with the host.
+        """
+        return self.failures + (self.counter.read()[1] if self.counter is not None else 0)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether a hit is more than a count: a handler in Python, or a condition."""
+        return self.pre is not None or self.post is not None or self.spec.condition is not None
+
+    def take_counter(self) -> Counter | None:
+        """Take the counter away; what it says stays counted."""
+        counter, self.counter = self.counter, None
+        if counter is not None:
+            hits, missed = counter.read()
+            self.seen += hits
+            self.failures += missed
+        return counter
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How the dispatcher in the guest serves a site: the handler, and what it was made for."""
+
+    handler: Slot
+    stops: bool
+    """Whether it stops for the host."""
+    counters: tuple[Counter, ...]
+    """What it adds to."""
+    plan: Plan
 
 
 @dataclass(slots=True)
@@ -62,6 +109,8 @@ class Site:
     """The module that the text belongs to (:meth:`Guest.owner_of`)."""
     watchers: set[VirtAddr] = field(default_factory=set)
     """Sites whose :attr:`fixup` this one is."""
+    service: Service | None = None
+    """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
 
     @property
     def addr(self) -> VirtAddr:

@@ -61,9 +61,9 @@ def rescue_leftover(leftover: Leftover, stub: QemuStub, address: str) -> str:
     except (KprobeError, TimeoutError) as error:
         return (
             f"kprobe: the guest cannot be restored: {error}\n"
-            f"kprobe: {len(leftover.records)} site(s) of an earlier session are still armed in it; 'kprobe attach' "
+            f"kprobe: {leftover.sites} site(s) of an earlier session are still armed in it; 'kprobe attach' "
             "restores them once the stub answers."
         )
-    lines = [f"kprobe: connected to {address} again: {len(leftover.records)} site(s) restored, the guest runs."]
+    lines = [f"kprobe: connected to {address} again: {leftover.sites} site(s) restored, the guest runs."]
     lines += [f"kprobe: {note}" for note in notes]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from gdb_kprobe.errors import TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.header import Header, Identity, Record, iter_records, read_header
+from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
 from gdb_kprobe.session.transaction import write_verified
@@ -36,25 +36,27 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
         memory.write_physical(phys, bytes(8))
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
-    records = tuple(iter_records(memory, header))
-    bring_out(machine, guest, records, header.code)
-    armed = sum(is_armed(guest.memory, record) for record in records)
+    # The hook last: without it a hit would be an int3 that nobody knows.
+    records = tuple(sorted(iter_records(memory, header), key=lambda record: record.kind))
+    sites = tuple(record for record in records if record.kind is RecordKind.SITE)
+    bring_out(machine, guest, records, header)
+    armed = sum(is_armed(guest.memory, site) for site in sites)
     messages = [note for record in records if (note := restore_site(guest.memory, record))]
     if armed:
         messages.insert(0, f"an earlier session left {armed} site(s) armed; their text is restored")
-    elif records:
+    elif sites:
         messages.insert(0, "an earlier session ended without a detach, while the guest was stopped with its own text")
     if not header.identity.entry_addr:
         # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
         memory.write_physical(phys, bytes(8))
-        return Restored(tuple(messages), header, len(records))
+        return Restored(tuple(messages), header, len(sites))
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
-        return Restored((*messages, "a task is still inside the old region: its mapping is kept"), header, len(records))
+        return Restored((*messages, "a task is still inside the old region: its mapping is kept"), header, len(sites))
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
     memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()
-    return Restored(tuple(messages), None, len(records))
+    return Restored(tuple(messages), None, len(sites))
 
 
 def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:

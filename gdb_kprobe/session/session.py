@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.kprobes.slots import Slot
+from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER, Slot
 from gdb_kprobe.language.spec import ProbeSpec
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Record
-from gdb_kprobe.session.leave import step_out
+from gdb_kprobe.session.leave import BpCode, step_off_path, step_out
 from gdb_kprobe.session.planner import Planner
-from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
+from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Service, Site, State
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, verify, write_verified
+from gdb_kprobe.session.traps import EntryGate, Gate, RegionGate
 from gdb_kprobe.target.protocols import Breakpoints, Machine
 
 _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
@@ -51,12 +53,13 @@ class Session:
         breakpoints: Breakpoints,
         rungs: tuple[Rung, ...],
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        in_guest: GuestDispatch | None = None,
     ) -> None:
+        """*in_guest* is the dispatcher in the guest; ``None``: every hit stops at the #BP entry for the host."""
         self.machine = machine
         self.guest = guest
         self.region = region
         self.probes = ProbeTable()
-        self.listeners: list[Callable[[Hit], None]] = []
         self.failed: list[Probe] = []
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
         self.failed_listeners: list[str] = []
@@ -65,10 +68,16 @@ class Session:
         self._sites: dict[VirtAddr, Site] = {}
         self._text = TextMap()
         self._planner = Planner(guest, self._text, region.slots, rungs)
+        self._listeners: list[Callable[[Hit], None]] = []
+        self._in_guest = in_guest
+        self._gate: Gate = EntryGate(guest.bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self._gate_open = False
+        self._hooked = False
         self._lifted = False
         self._ways: dict[CpuId, Slot] = {}
-        self._dispatcher = StubDispatcher(machine, guest, self._sites, self._tell, self._way_to, interruptible)
+        self._dispatcher = StubDispatcher(
+            machine, guest, self._sites, self._tell, self._way_to, self._gate, interruptible
+        )
 
     # -- probes -------------------------------------------------------------------------------------------------
 
@@ -128,6 +137,7 @@ class Session:
             site.probes.insert(at, probe)
             raise
         self.probes.remove(probe)
+        self._free_counter(probe)
         self._drop_unused(site)
 
     def site_of(self, probe: Probe) -> Site | None:
@@ -141,10 +151,29 @@ class Session:
             return State.GONE if probe.gone else State.PENDING
         return State.ARMED if site.armed and probe.enabled else State.DISABLED
 
+    def listen(self, listener: Callable[[Hit], None]) -> None:
+        """Have *listener* told of every hit, which the host handles then. One that raises is dropped."""
+        self._listeners.append(listener)
+        self._serve_all()
+
+    def unlisten(self, listener: Callable[[Hit], None]) -> None:
+        """Do not tell *listener* any more; also while the machine runs. Nothing happens when it was dropped."""
+        with contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
+
+    @property
+    def gate(self) -> VirtAddr:
+        """Where hits that the host handles stop."""
+        return self._gate.addr
+
+    @property
+    def dispatches_in_guest(self) -> bool:
+        return self._in_guest is not None
+
     # -- stops --------------------------------------------------------------------------------------------------
 
     def on_breakpoint(self, cpu: CpuId) -> bool:
-        """*cpu* stopped at the #BP entry: handle the hit, if it is one; whether the user gets the prompt.
+        """*cpu* stopped at the gate: handle the hit, if it is one; whether the user gets the prompt.
 
         Other vCPUs may stand there too: they are not looked at. The stub's breakpoint is still there when the
         machine is resumed, and stops each of them in its turn.
@@ -156,12 +185,15 @@ class Session:
     def settle(self) -> None:
         """The machine stopped for the user: bring every vCPU to where it would be without probes.
 
-        A vCPU at the #BP entry because of us has its hit handled; one in a slot is stepped out of it.
+        A vCPU at the gate has its hit handled; one on the way from an int3 of ours to its slot, or in the slot, is
+        stepped out of it.
 
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
         self._look()
         for cpu in self.machine.cpus():
+            if self._in_guest is not None:
+                step_off_path(self.machine, cpu, self._bp_code())
             self._dispatcher.dispatch(cpu)
             step_out(self.machine, cpu, self.region.header.code)
         self._drop_failed()
@@ -176,6 +208,8 @@ class Session:
             for site in self.armed_sites():
                 if self._holds_ours(site):
                     apply(self.guest.memory, [site.plan.patch.inverse])
+            if self._hooked and self._in_guest is not None and self._holds_hook(self._in_guest):
+                apply(self.guest.memory, [self._in_guest.hook.inverse])
             self._lifted = True
 
     def lower(self) -> tuple[str, ...]:
@@ -187,6 +221,11 @@ class Session:
             return ()
         self._check_boot()
         problems: list[str] = []
+        self._serve_all()
+        if self._in_guest is not None:
+            self._in_guest.forget_retired()
+            if self._hooked:
+                apply(self.guest.memory, [self._in_guest.hook])
         self._lifted = False
         for site in self.armed_sites():
             try:
@@ -207,9 +246,7 @@ class Session:
         self._look()
         problems: list[str] = []
         self._dispatcher.complete()
-        for cpu in self.machine.cpus():
-            self._dispatcher.undo_trap(cpu)
-            step_out(self.machine, cpu, self.region.header.code)
+        self._bring_out()
         restored = 0
         for site in reversed(tuple(self._sites.values())):
             if site.armed:
@@ -225,7 +262,9 @@ class Session:
         )
         if still_armed:
             return Detached(restored, False, tuple(problems), still_armed)
-        self._close_gate()
+        self._match_gate()
+        for probe in self.probes:
+            probe.take_counter()
         unmapped = False
         try:
             unmapped = not problems and self._unmap_if_unused()
@@ -240,9 +279,11 @@ class Session:
         if addr not in self.region.header.code:
             return None
         for site in self._sites.values():
+            insn = site.plan.insn
             if addr in site.plan.slot.range:
-                insn = site.plan.insn
                 return insn.addr if addr == site.plan.slot.code or insn.is_branch else insn.end
+            if site.service is not None and addr in site.service.handler.range:
+                return insn.addr
         return None
 
     def armed_sites(self) -> tuple[Site, ...]:
@@ -273,14 +314,14 @@ class Session:
         if self.guest.owner_of(site.addr) != site.owner:
             return True
         patch = site.plan.patch
-        return bool(site.owner) and site.armed and not self._holds(site, patch.old if self._lifted else patch.new)
+        return bool(site.owner) and site.armed and not self._holds(site.addr, patch.old if self._lifted else patch.new)
 
     def _holds_ours(self, site: Site) -> bool:
-        return self._holds(site, site.plan.patch.new)
+        return self._holds(site.addr, site.plan.patch.new)
 
-    def _holds(self, site: Site, text: bytes) -> bool:
+    def _holds(self, addr: VirtAddr, text: bytes) -> bool:
         try:
-            return self.guest.memory.read(site.addr, len(text)) == text
+            return self.guest.memory.read(addr, len(text)) == text
         except UnmappedError:
             return False
 
@@ -291,8 +332,9 @@ class Session:
             self._mark_disarmed(site)
         for probe in site.probes:
             probe.gone = True
-        self.region.slots.free(site.plan.slot)
-        self._close_unused_gate()
+            self._free_counter(probe)
+        self._free_slots(site)
+        self._match_gate()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 
@@ -311,10 +353,13 @@ class Session:
         site.probes.append(probe)
         probe.place = place
         try:
+            if self._in_guest is not None:
+                probe.counter = self._in_guest.counters.allocate()
             self._match_text(site)
         except BaseException:
             site.probes.remove(probe)
             probe.place = None
+            self._free_counter(probe)
             self._drop_unused(site)
             raise
 
@@ -325,7 +370,18 @@ class Session:
     def _drop_unused(self, site: Site) -> None:
         if not site.in_use:
             del self._sites[site.addr]
-            self.region.slots.free(site.plan.slot)
+            self._free_slots(site)
+
+    def _free_slots(self, site: Site) -> None:
+        self.region.slots.free(site.plan.slot)
+        if site.service is not None:
+            self.region.slots.free(site.service.handler)
+            site.service = None
+
+    def _free_counter(self, probe: Probe) -> None:
+        counter = probe.take_counter()
+        if counter is not None and self._in_guest is not None:
+            self._in_guest.counters.free(counter)
 
     def _watch_fixup(self, site: Site) -> None:
         """Arm a site where a fault of *site*'s instruction is fixed up: a hit there ends the one that faulted.
@@ -392,7 +448,9 @@ class Session:
             self._arm(site)
         elif not site.wanted and site.armed:
             self._disarm(site)
-        self._close_unused_gate()
+        elif site.armed:
+            self._serve(site)
+        self._match_gate()
 
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
@@ -404,8 +462,9 @@ class Session:
             undo.callback(self.region.store.remove, site.addr)
             found = self.guest.memory.read(plan.slot.start, plan.slot.size)
             write_verified(self.guest.memory, CodePatch(plan.slot.start, found, plan.slot_image))
-            self._open_gate()
-            undo.callback(self._close_unused_gate)
+            self._serve(site)
+            undo.callback(self._match_gate)
+            self._open_gates(site)
             # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
             # the session must know of it.
             self._text.add(plan.patch)
@@ -435,6 +494,8 @@ class Session:
             return
         self._text.remove(site.plan.patch)
         site.armed = False
+        if self._in_guest is not None:
+            self._in_guest.retire(site.addr)
         self._dispatcher.forget(site)
         if not keep_record:
             self.region.store.remove(site.addr)
@@ -447,21 +508,100 @@ class Session:
                 raise
             return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
 
-    # -- private: the gate, the region, failures ----------------------------------------------------------------
+    # -- private: dispatch --------------------------------------------------------------------------------------
+
+    def _serve(self, site: Site) -> None:
+        """Have the guest's dispatcher do with hits of *site* what its probes want."""
+        if self._in_guest is None:
+            return
+        probes = tuple(probe for probe in site.probes if probe.enabled)
+        counters = tuple(probe.counter for probe in probes if probe.counter is not None)
+        stops = (
+            bool(self._listeners)
+            or site.plan.rung is Rung.SINGLE_STEP
+            or bool(site.watchers)
+            or any(probe.needs_host for probe in probes)
+        )
+        old = site.service
+        if old is None or (old.stops, old.counters, old.plan) != (stops, counters, site.plan):
+            if stops:
+                boosted = site.plan.slot.code if site.plan.rung is Rung.BOOSTED else None
+                handler = self._in_guest.make_stopping(site.plan.insn, next(iter(counters), None), boosted)
+            else:
+                handler = self._in_guest.make_counting(site.addr, counters, site.plan.slot.code)
+            site.service = Service(handler, stops, counters, site.plan)
+            if old is not None:
+                self.region.slots.free(old.handler)
+        assert site.service is not None
+        self._in_guest.serve(site.addr, site.service.handler)
+
+    def _serve_all(self) -> None:
+        for site in self.armed_sites():
+            self._serve(site)
+        self._match_gate()
+
+    def _open_gates(self, site: Site) -> None:
+        """Before *site* is armed: what its int3 leads to."""
+        if self._in_guest is not None and not self._hooked:
+            self.region.store.describe_entry_text(self._in_guest.path.entry_text)
+            self.region.store.add(self._in_guest.hook_record, self.region.slots.high_water)
+            self._hooked = True
+            if self._lifted:
+                verify(self.guest.memory, [self._in_guest.hook])
+            else:
+                apply(self.guest.memory, [self._in_guest.hook])
+        if self._stops_for_host(site):
+            self._open_gate()
+
+    def _match_gate(self) -> None:
+        """The hook and the breakpoint are there exactly as long as a site needs them."""
+        armed = self.armed_sites()
+        if any(self._stops_for_host(site) for site in armed):
+            self._open_gate()
+        elif self._gate_open:
+            self._breakpoints.remove(self._gate.addr)
+            self._gate_open = False
+        if self._hooked and not armed:
+            self._unhook()
+
+    def _unhook(self) -> None:
+        assert self._in_guest is not None
+        if not self._lifted:
+            # Whoever is between our int3 and the hook must not get to the guest's own handler.
+            self._bring_out()
+            if self._holds_hook(self._in_guest):
+                apply(self.guest.memory, [self._in_guest.hook.inverse])
+        self._hooked = False
+        self.region.store.remove(self._in_guest.hook.addr)
+
+    def _holds_hook(self, in_guest: GuestDispatch) -> bool:
+        return self._holds(in_guest.hook.addr, in_guest.hook.new)
+
+    def _bring_out(self) -> None:
+        """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
+        for cpu in self.machine.cpus():
+            self._dispatcher.undo_trap(cpu)
+            if self._in_guest is not None and not step_off_path(self.machine, cpu, self._bp_code()):
+                self._dispatcher.undo_trap(cpu)
+            step_out(self.machine, cpu, self.region.header.code)
+
+    def _stops_for_host(self, site: Site) -> bool:
+        return site.service.stops if site.service is not None else self._in_guest is None
+
+    def _bp_code(self) -> BpCode:
+        assert self._in_guest is not None
+        code = self.region.header.code
+        return BpCode(self._in_guest.path.entry_text, code, self._in_guest.gate, self._is_ours)
+
+    def _is_ours(self, ip: int) -> bool:
+        return ip - 1 in self._sites or (ip in self.region.header.code and ip % SLOT_ALIGN == SLOT_HEADER)
 
     def _open_gate(self) -> None:
         if not self._gate_open:
-            self._breakpoints.insert(self.guest.bp_entry)
+            self._breakpoints.insert(self._gate.addr)
             self._gate_open = True
 
-    def _close_unused_gate(self) -> None:
-        if not self.armed_sites():
-            self._close_gate()
-
-    def _close_gate(self) -> None:
-        if self._gate_open:
-            self._breakpoints.remove(self.guest.bp_entry)
-            self._gate_open = False
+    # -- private: the region, failures --------------------------------------------------------------------------
 
     def _stack_words(self) -> list[int] | None:
         pointers = {cpu: self.machine.read_register(cpu, "rsp") for cpu in self.machine.cpus()}
@@ -512,9 +652,9 @@ class Session:
 
     def _tell(self, hit: Hit) -> None:
         """Tell every listener. One that raises is not told again; a hit must not fail for it."""
-        for listener in tuple(self.listeners):
+        for listener in tuple(self._listeners):
             try:
                 listener(hit)
             except Exception:
-                self.listeners.remove(listener)
+                self._listeners.remove(listener)
                 self.failed_listeners.append(traceback.format_exc())

@@ -8,18 +8,21 @@ from gdb_kprobe.config.load import profile_names
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
+from gdb_kprobe.model import Dispatch
 
 
 class Attach(Command):
     """Attach to the guest that a profile describes.
 
-    kprobe attach [--wait] [PROFILE]
+    kprobe attach [--wait] [--dispatch auto|guest|stub] [PROFILE]
 
     PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which.
     gdb is connected to the profile's gdbstub, if it is not connected already. Then the kernel, its symbols and its
     modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
     added before are armed. Probes that an earlier gdb left behind are restored first.
     With --wait a guest that is still booting runs until its kernel is up.
+    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, with a condition
+    or under 'kprobe trace' stops the machine. With --dispatch stub every hit does.
 
     Example:
       kprobe attach debian"""
@@ -29,6 +32,7 @@ class Attach(Command):
 
         parser = ArgumentParser("attach")
         parser.add_argument("--wait", action="store_true")
+        parser.add_argument("--dispatch", type=Dispatch, default=Dispatch.AUTO, choices=list(Dispatch))
         parser.add_argument("profile", nargs="?")
         args = parser.parse_args(gdb.string_to_argv(argument))
         the_plugin = plugin.the_plugin()
@@ -36,12 +40,13 @@ class Attach(Command):
         started = time.monotonic()
         if args.wait:
             wait_for_kernel(profile)
-        attached, refused = the_plugin.attach(profile)
+        attached, refused = the_plugin.attach(profile, args.dispatch)
         for message in attached.messages:
             write(f"kprobe: {message}.")
         session = attached.session
         region = session.region.header
         write(f"Attached to {attached.guest.description}; {len(session.machine.cpus())} vCPU(s).")
+        write(f"Hits are dispatched {'inside the guest' if session.dispatches_in_guest else 'by the stub'}.")
         write(f"Region: {region.size >> 20} MiB at {region.virt:#x} (physical {region.phys:#x}).")
         for probe in session.probes:
             write(f"{probe.name}: {probe.place} armed.")

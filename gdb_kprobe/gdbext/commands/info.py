@@ -38,9 +38,13 @@ class Info(Command):
         write(f"guest:      {session.guest.description}")
         write(f"connection: {link.address}, {len(session.machine.cpus())} vCPU(s)")
         write(f"profile:    {link.profile.path}")
-        write(
-            f"#BP entry:  {session.guest.place_of(session.guest.bp_entry)}, dispatched by the stub's breakpoint there"
+        entry = session.guest.place_of(session.guest.bp_entry)
+        how = (
+            "dispatched inside the guest"
+            if session.dispatches_in_guest
+            else "dispatched by the stub's breakpoint there"
         )
+        write(f"#BP entry:  {entry}, {how}")
         write(f"region:     {header.size >> 20} MiB at {header.virt:#x} (physical {header.phys:#x})")
         write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
         write(f"probes:     {len(session.probes)}, {len(session.armed_sites())} site(s) armed")

@@ -496,7 +496,7 @@ def make_toy(machine: ToyMachine, rungs: tuple[Rung, ...] = (Rung.BOOSTED, Rung.
     region = create_mapped(machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
     session = Session(machine, guest, region, machine, rungs)
     toy = Toy(machine, guest, region, session, [])
-    session.listeners.append(toy.hits.append)
+    session.listen(toy.hits.append)
     machine.log.clear()
     return toy
 

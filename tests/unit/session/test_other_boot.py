@@ -74,7 +74,7 @@ def test_a_listener_that_raises_is_dropped_and_the_hit_goes_on(toy: Any) -> None
     def listener(hit: Any) -> None:
         raise RuntimeError("mine")
 
-    toy.session.listeners.append(listener)
+    toy.session.listen(listener)
     assert toy.call("f_push") == 13
     assert toy.call("f_push") == 13
     assert probe.hits == 2

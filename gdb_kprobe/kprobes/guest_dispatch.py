@@ -1,0 +1,138 @@
+"""The code that handles an int3 inside the guest, and the table it looks addresses up in. Pure: bytes, no guest.
+
+``asm_exc_int3`` calls the dispatcher in place of ``exc_int3``, with a ``struct pt_regs *`` in RDI::
+
+    dispatcher:  from user mode, or not in the table?        -> jmp exc_int3
+                 jmp to the site's handler
+    handler:     count; regs->ip = slot; ret                    (a hit that needs nothing else)
+            or   rax = slot, rdx = the word to count a miss in; jmp gate
+    gate:        nop                                            (the host's breakpoint is here)
+                 count the miss; regs->ip = slot; ret           (nobody was there to handle it)
+    retired:     regs->ip -= 1; ret                             (the int3 was removed meanwhile: take the original)
+
+All of it runs before the kernel has entered its NMI-like context, so it calls nothing; interrupts are off. It is a C
+function to its caller: it keeps RBX, RBP, RSP and R12-R15.
+
+The table is open addressing with linear probing over a power of two of entries, each the probed address and the
+handler's. Address 0 is an entry that was never used. An address is never taken out while the machine may run: its
+handler becomes ``retired``, for a vCPU may have executed the int3 before it was removed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gdb_kprobe.linux.pt_regs import OFFSETS
+from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.x86.assemble import Assembler, Label, rel32
+
+ENTRY: Final = struct.Struct("<QQ")
+"""One entry of the table: probed address, handler's address."""
+
+_MULTIPLIER: Final = 0x9E3779B1  # 2**32 / golden ratio, odd: Knuth's multiplicative hashing
+_Z, _NZ = 4, 5
+_IP = OFFSETS["rip"].to_bytes(4, "little")
+_CS = OFFSETS["cs"].to_bytes(4, "little")
+
+
+def table_index(addr: int, bits: int) -> int:
+    """Where the search for *addr* begins in a table of 2**bits entries."""
+    return (addr & 0xFFFF_FFFF) * _MULTIPLIER % (1 << 32) >> (32 - bits)
+
+
+@dataclass(frozen=True, slots=True)
+class GateCode:
+    """Where a hit stops for the host; the breakpoint goes on :attr:`gate`."""
+
+    gate: VirtAddr
+    retired: VirtAddr
+    code: bytes
+
+
+def emit_gate(at: VirtAddr) -> GateCode:
+    """The gate and what follows when nobody has a breakpoint on it, for the address *at*."""
+    asm = Assembler(at)
+    asm.raw(b"\x90")  # nop
+    asm.raw(b"\xf0\x48\xff\x02")  # lock inc qword ptr [rdx]
+    asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
+    asm.ret()
+    retired = asm.pc
+    asm.raw(b"\x48\xff\x8f" + _IP)  # dec qword ptr [rdi+ip]
+    asm.ret()
+    return GateCode(at, retired, asm.finish())
+
+
+def emit_dispatcher(at: VirtAddr, table: VirtAddr, bits: int, forward: VirtAddr) -> bytes:
+    """The dispatcher for the address *at*; what is not in *table* goes on to *forward*.
+
+    :raises DisplacementError: one of them is out of reach.
+    """
+    assert 1 <= bits <= 31
+    asm = Assembler(at)
+    away, found, search = Label("forward"), Label("found"), Label("search")
+    asm.raw(b"\xf6\x87" + _CS + b"\x03")  # test byte ptr [rdi+cs], 3
+    asm.jcc_rel32(_NZ, away)
+    asm.raw(b"\x48\x8b\x87" + _IP)  # mov rax, [rdi+ip]
+    asm.raw(b"\x48\xff\xc8")  # dec rax
+    asm.raw(b"\x69\xc8" + _MULTIPLIER.to_bytes(4, "little"))  # imul ecx, eax, multiplier
+    asm.raw(bytes((0xC1, 0xE9, 32 - bits)))  # shr ecx, 32 - bits
+    _lea(asm, 2, table)  # rdx = table
+    asm.bind(search)
+    asm.raw(b"\x49\x89\xc8")  # mov r8, rcx
+    asm.raw(b"\x49\xc1\xe0\x04")  # shl r8, 4
+    asm.raw(b"\x49\x01\xd0")  # add r8, rdx
+    asm.raw(b"\x4d\x8b\x08")  # mov r9, [r8]
+    asm.raw(b"\x4c\x39\xc8")  # cmp rax, r9
+    asm.jcc_rel32(_Z, found)
+    asm.raw(b"\x4d\x85\xc9")  # test r9, r9
+    asm.jcc_rel32(_Z, away)
+    asm.raw(b"\xff\xc1")  # inc ecx
+    asm.raw(b"\x81\xe1" + ((1 << bits) - 1).to_bytes(4, "little"))  # and ecx, mask
+    asm.jmp_rel32(search)
+    asm.bind(found)
+    asm.raw(b"\x41\xff\x60\x08")  # jmp [r8+8]
+    asm.bind(away)
+    asm.jmp_rel32(forward)
+    return asm.finish()
+
+
+def emit_counting_handler(at: VirtAddr, counters: Sequence[VirtAddr], slot: VirtAddr) -> bytes:
+    """A handler that adds one to each of *counters* and goes on in *slot*.
+
+    :raises DisplacementError: one of them is out of reach.
+    """
+    asm = Assembler(at)
+    for counter in counters:
+        start = asm.pc
+        asm.raw(b"\xf0\x48\xff\x05" + rel32("lock inc", start, offset(start, 8), counter))  # lock inc qword [counter]
+    _lea(asm, 0, slot)
+    asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
+    asm.ret()
+    return asm.finish()
+
+
+def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr) -> bytes:
+    """A handler that stops at *gate*; a miss is counted in *missed* when nobody is there, and the guest goes on in *slot*.
+
+    :raises DisplacementError: one of them is out of reach.
+    """
+    asm = Assembler(at)
+    _lea(asm, 0, slot)
+    _lea(asm, 2, missed)
+    asm.jmp_rel32(gate)
+    return asm.finish()
+
+
+COUNTING_FIXED_SIZE: Final = 15
+"""Bytes of a counting handler without its counters."""
+COUNTING_SIZE: Final = 8
+"""Bytes that each counter adds."""
+STOPPING_SIZE: Final = 19
+
+
+def _lea(asm: Assembler, register: int, target: VirtAddr) -> None:
+    at = asm.pc
+    asm.raw(bytes((0x48, 0x8D, 0x05 | register << 3)) + rel32("lea", at, offset(at, 7), target))

@@ -1,0 +1,169 @@
+"""Dispatch inside the guest: the dispatcher, its table and its handlers, put into the guest and kept up to date.
+
+The code itself is made by :mod:`gdb_kprobe.kprobes.guest_dispatch`. The guest gets to it by one patch, the *hook*: the
+call of ``exc_int3`` in the #BP entry calls the dispatcher instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdb_kprobe.errors import RegionError
+from gdb_kprobe.kprobes import guest_dispatch as code
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.slots import SLOT_HEADER, Slot
+from gdb_kprobe.linux.bp_path import BpPath
+from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.model import PAGE_SIZE, AddressRange, Rung, VirtAddr, offset
+from gdb_kprobe.session.counters import Counter, Counters
+from gdb_kprobe.session.header import Record, RecordKind
+from gdb_kprobe.session.region import Region
+from gdb_kprobe.session.transaction import write_verified
+from gdb_kprobe.x86.assemble import rel32
+from gdb_kprobe.x86.decode import Insn
+from gdb_kprobe.x86.relocate import relocate, relocated_size
+
+
+class GuestDispatch:
+    """The dispatcher of one region. The machine must be stopped whenever a method is called."""
+
+    def __init__(self, region: Region, memory: PageTable, path: BpPath) -> None:
+        """Put the dispatcher into *region*; the guest does not know of it before the :attr:`hook` is applied.
+
+        :raises RegionError: the region has no room for it.
+        """
+        self.path = path
+        self.counters = Counters(region.memory, region.header)
+        self._unattended = self.counters.allocate()
+        self._region = region
+        self._memory = memory
+        self._bits = (region.header.table.size // code.ENTRY.size).bit_length() - 1
+        self._index: dict[VirtAddr, int] = {}
+        self._handlers: dict[VirtAddr, VirtAddr] = {}
+        self._retired_addrs: set[VirtAddr] = set()
+        self._taken: set[int] = set()
+        self._clear_table()
+        # A breakpoint makes QEMU run the whole page that it is in one instruction at a time: the gate has its own.
+        gate = self._allocate(PAGE_SIZE - SLOT_HEADER)
+        self._gate_slot = gate
+        emitted = code.emit_gate(gate.code)
+        self._write(gate, path.call.addr, emitted.code)
+        self.gate = emitted.gate
+        self._retired = emitted.retired
+        table = region.header.table.start
+        size = len(code.emit_dispatcher(gate.code, table, self._bits, path.handler))
+        slot = self._allocate(size)
+        self._write(slot, path.call.addr, code.emit_dispatcher(slot.code, table, self._bits, path.handler))
+        call = path.call
+        self.hook = CodePatch(call.addr, call.raw, b"\xe8" + rel32("call", call.addr, call.end, slot.code))
+
+    @property
+    def hook_record(self) -> Record:
+        return Record(self.hook, self._gate_slot, Rung.BOOSTED, RecordKind.HOOK)
+
+    def make_counting(self, addr: VirtAddr, counters: Sequence[Counter], slot: VirtAddr) -> Slot:
+        """Write a handler that counts a hit at *addr* in each of *counters* and goes on in *slot*.
+
+        :raises RegionError: there is no room for it.
+        """
+        handler = self._allocate(code.COUNTING_FIXED_SIZE + code.COUNTING_SIZE * len(counters))
+        words = [counter.addr for counter in counters]
+        self._write(handler, addr, code.emit_counting_handler(handler.code, words, slot))
+        return handler
+
+    def make_stopping(self, insn: Insn, missed: Counter | None, slot: VirtAddr | None) -> Slot:
+        """Write a handler that stops at the gate for the host.
+
+        Should nobody be there, it counts as *missed*, and the guest goes on in *slot*, or, when what is there must be
+        stepped by the host (``None``), in a copy behind the handler that needs no stepping.
+
+        :raises RegionError: there is no room for it.
+        """
+        size = code.STOPPING_SIZE + (relocated_size(insn) if slot is None else 0)
+        handler = self._allocate(size)
+        behind = offset(handler.code, code.STOPPING_SIZE)
+        word = (missed or self._unattended).missed_addr
+        image = code.emit_stopping_handler(handler.code, self.gate, word, behind if slot is None else slot)
+        self._write(handler, insn.addr, image + (relocate(insn, behind) if slot is None else b""))
+        return handler
+
+    def serve(self, addr: VirtAddr, handler: Slot) -> None:
+        """Have hits at *addr* go to *handler* from now on.
+
+        :raises RegionError: the table is full.
+        """
+        self._set(addr, handler.code)
+
+    def retire(self, addr: VirtAddr) -> None:
+        """The int3 at *addr* is gone. A vCPU that has executed it before takes the original instruction instead."""
+        if addr in self._index:
+            self._set(addr, self._retired)
+            self._retired_addrs.add(addr)
+
+    def forget_retired(self) -> None:
+        """Take the retired addresses out of the table, if there are many. No vCPU may be on the #BP path."""
+        if 8 * len(self._retired_addrs) < 1 << self._bits:
+            return
+        kept = {addr: self._handlers[addr] for addr in self._index if addr not in self._retired_addrs}
+        for known in (self._index, self._taken, self._retired_addrs, self._handlers):
+            known.clear()
+        self._clear_table()
+        for addr, handler in kept.items():
+            self._set(addr, handler)
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    def _set(self, addr: VirtAddr, handler: VirtAddr) -> None:
+        if self._handlers.get(addr) == handler:
+            return
+        self._handlers[addr] = handler
+        self._retired_addrs.discard(addr)
+        index = self._index.get(addr)
+        if index is None:
+            index = self._find_free(addr)
+            self._write_words(index, 8, handler)
+            self._write_words(index, 0, addr)
+            self._index[addr] = index
+        else:
+            self._write_words(index, 8, handler)
+
+    def _find_free(self, addr: VirtAddr) -> int:
+        size = 1 << self._bits
+        if 4 * (len(self._index) + 1) > 3 * size:
+            raise RegionError(
+                f"the table of probed addresses is full ({len(self._index)} of {size} entries in use)",
+                "delete probes and let the guest run, or reserve a larger region (region.size in the profile)",
+            )
+        index = code.table_index(addr, self._bits)
+        while index in self._taken:
+            index = (index + 1) % size
+        self._taken.add(index)
+        return index
+
+    def _write_words(self, index: int, at: int, value: int) -> None:
+        addr = offset(self._region.header.table.start, index * code.ENTRY.size + at)
+        self._region.memory.write_physical(self._region.header.physical(addr), value.to_bytes(8, "little"))
+
+    def _clear_table(self) -> None:
+        """The memory may hold anything; most often it is zero already, which is told faster than written."""
+        table = self._region.header.table
+        phys = self._region.header.physical(table.start)
+        found = self._region.memory.read_physical(phys, table.size)
+        for at in range(0, table.size, PAGE_SIZE):
+            size = min(PAGE_SIZE, table.size - at)
+            if any(found[at : at + size]):
+                self._region.memory.write_physical(offset(phys, at), bytes(size))
+
+    def _allocate(self, size: int) -> Slot:
+        area = self._region.slots.area
+        slot = self._region.slots.allocate(size, AddressRange(area.start, area.start))
+        if slot is None:
+            raise RegionError(
+                f"the region has no room for {size} bytes of code",
+                "reserve a larger region (region.size in the profile), or delete probes",
+            )
+        return slot
+
+    def _write(self, slot: Slot, original: VirtAddr, image: bytes) -> None:
+        found = self._memory.read(slot.start, slot.size)
+        write_verified(self._memory, CodePatch(slot.start, found, slot.image(original, image)))
