@@ -115,7 +115,7 @@ def emit_counting_handler(at: VirtAddr, counters: Sequence[VirtAddr], slot: Virt
 
 
 def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr) -> bytes:
-    """A handler that stops at *gate*; a miss is counted in *missed* when nobody is there, and the guest goes on in *slot*.
+    """A handler that stops at *gate*; when nobody is there, *missed* counts a miss, and the guest goes on in *slot*.
 
     :raises DisplacementError: one of them is out of reach.
     """
