@@ -38,17 +38,28 @@ class CommandChannel:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, command: str) -> tuple[bytes, bytes]:
+    def send(self, command: str, *, asks: bool = False) -> tuple[bytes, bytes]:
         """Send *command* and return the two markers between which its output will be.
+
+        With *asks* the command's input is the channel, for :meth:`send_line`; else it has none.
 
         :raises GuestError: the command is too long for a terminal line.
         """
         tag = f"{self._token}-{next(self._numbers)}"
-        line = f"echo '<<{tag}'; sh -c {shlex.quote(command)} </dev/null 2>&1; echo '>>{tag}' $?\n"
+        source = "/dev/ttyS1" if asks else "/dev/null"
+        line = f"echo '<<{tag}'; sh -c {shlex.quote(command)} <{source} 2>&1; echo '>>{tag}' $?\n"
         if max(map(len, line.encode().split(b"\n"))) > LINE_LIMIT:
             raise GuestError(f"a command line of {len(line)} bytes; the guest's terminal takes {LINE_LIMIT}")
         self._socket.sendall(line.encode())
         return f"<<{tag}\n".encode(), f">>{tag} ".encode()
+
+    def send_line(self, line: str) -> None:
+        """Send a line to the command that asks."""
+        self._socket.sendall(line.encode() + b"\n")
+
+    def send_end(self) -> None:
+        """Tell the command that asks that there is nothing more (termios(3), VEOF)."""
+        self._socket.sendall(b"\x04")
 
     def interrupt(self) -> None:
         """End what runs in the channel's shell, and the shell; the guest starts a new one."""
@@ -70,6 +81,11 @@ class CommandChannel:
     def take_ready(self) -> bool:
         """Whether the shell's ready line has arrived; if so, all up to it is dropped."""
         return self._take_through(READY_MARKER) is not None
+
+    def take_line(self) -> str | None:
+        """The next whole line that has arrived, without its end."""
+        line = self._take_through(b"\n")
+        return None if line is None else line.decode(errors="replace")
 
     def take_result(self, markers: tuple[bytes, bytes]) -> tuple[int, bytes] | None:
         """Exit status and output of the command that *markers* belong to, once all of it has arrived."""

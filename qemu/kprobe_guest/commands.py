@@ -6,6 +6,8 @@ import gzip
 import shlex
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kprobe_guest.channel import CommandChannel
 from kprobe_guest.console import find_problems
@@ -61,6 +63,42 @@ class GuestCommands(ABC):
                 raise
         self.check()
         return result
+
+    @contextmanager
+    def dialogue(self, command: str, timeout: float = 60) -> Iterator[Callable[[str], str]]:
+        """Run *command*, which answers each line of its input with one line; the function given asks it.
+
+        Between two questions the command waits, and nothing else of ours runs in the guest. No other command can be
+        run meanwhile. An exception ends the command by an interrupt.
+
+        :raises GuestError: its status, at the end of its input, is not 0.
+        """
+
+        def take_line() -> str:
+            deadline = time.monotonic() + timeout
+            while (line := channel.take_line()) is None:
+                self._tick(deadline, f"an answer of: {command}")
+            return line
+
+        def ask(line: str) -> str:
+            channel.send_line(line)
+            return take_line()
+
+        self.check_output("true")
+        channel = self.channel
+        begin, end = channel.send(command, asks=True)
+        try:
+            assert take_line().encode() + b"\n" == begin
+            yield ask
+        except BaseException:
+            channel.interrupt()
+            self._interrupted = True
+            raise
+        channel.send_end()
+        last = take_line().encode()
+        assert last.startswith(end), last
+        if int(last.removeprefix(end)):
+            raise GuestError(f"in the guest: {command}: status {last.removeprefix(end).decode()}")
 
     def check_output(self, command: str, timeout: float = 60) -> str:
         """Like :meth:`run`, for a command that must succeed.

@@ -1,4 +1,4 @@
-"""The workload program: assembled from data/workload.S by binutils, statically, without a C library."""
+"""The workload program: assembled from data/workload*.S by binutils, statically, without a C library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 
 from kprobe_guest.build.cache import cache_directory, run_tool, write_atomically
 
-SOURCE = Path(__file__).resolve().parent.parent / "data" / "workload.S"
+DATA = Path(__file__).resolve().parent.parent / "data"
+SOURCES = (DATA / "workload.S", DATA / "workload_parts.S")
+
+PARTS = (
+    "files", "names", "pipes", "memory", "processes", "signals",
+    "futexes", "timers", "tasks", "sockets", "identity", "copies",
+)  # fmt: skip
+"""The kinds of system calls of ``workload part`` and ``workload serve``."""
 
 
 def build_workload() -> Path:
@@ -16,13 +23,14 @@ def build_workload() -> Path:
 
     :raises BuildError: binutils is missing, or does not like the source.
     """
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:16]
     path = cache_directory() / "workload" / digest
     if not path.exists():
         with tempfile.TemporaryDirectory(prefix="gdb-kprobe-as-") as directory:
-            assembled = Path(directory) / "workload.o"
             linked = Path(directory) / "workload"
-            run_tool(["as", "--64", "-o", str(assembled), str(SOURCE)], package="binutils")
-            run_tool(["ld", "-static", "-s", "-o", str(linked), str(assembled)], package="binutils")
+            objects = [str(Path(directory) / f"{source.stem}.o") for source in SOURCES]
+            for source, assembled in zip(SOURCES, objects, strict=True):
+                run_tool(["as", "--64", "-o", assembled, str(source)], package="binutils")
+            run_tool(["ld", "-static", "-s", "-o", str(linked), *objects], package="binutils")
             write_atomically(path, linked.read_bytes())
     return path

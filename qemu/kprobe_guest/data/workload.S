@@ -4,6 +4,9 @@
 #                                    address), or b: (the address of a buffer of 64 KiB)
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
+#   workload part NAME N             N times system calls of one kind (workload_parts.S)
+#   workload serve                   the same for each line "NAME N WORKERS" of the input
+#   workload none                    nothing
 #
 # Numbers are decimal or 0x hexadecimal. Prints "workload: N calls done" at the end.
 
@@ -13,7 +16,7 @@
         .set    SYS_exit, 60
         .set    SYS_clock_gettime, 228
 
-        .globl  _start
+        .globl  _start, usage, exit, number, same, print, print_number, flush, handler, restorer
         .text
 _start:
         mov     r15, [rsp]                      # argc
@@ -30,6 +33,16 @@ _start:
         lea     rsi, [rip + word_int3]
         call    same
         je      do_int3
+        lea     rsi, [rip + word_part]
+        call    same
+        je      do_part
+        lea     rsi, [rip + word_serve]
+        call    same
+        je      do_serve
+        xor     ebx, ebx
+        lea     rsi, [rip + word_none]
+        call    same
+        je      leave
 usage:  lea     rsi, [rip + text_usage]
         call    print
         mov     edi, 2
@@ -128,15 +141,20 @@ do_int3:
 
 # edi = the exit status
 exit:   mov     ebx, edi
-        mov     eax, SYS_write
+        call    flush
+leave:  mov     eax, SYS_exit
+        mov     edi, ebx
+        syscall
+
+# write the line
+flush:  mov     eax, SYS_write
         mov     edi, 1
         lea     rsi, [rip + line]
         mov     rdx, [rip + line_end]
         sub     rdx, rsi
+        mov     [rip + line_end], rsi
         syscall
-        mov     eax, SYS_exit
-        mov     edi, ebx
-        syscall
+        ret
 
 handler:
         inc     dword ptr [rip + trapped]
@@ -278,10 +296,13 @@ line:   .fill   256, 1, 0
 word_syscall:   .asciz "syscall"
 word_spin:      .asciz "spin"
 word_int3:      .asciz "int3"
+word_part:      .asciz "part"
+word_serve:     .asciz "serve"
+word_none:      .asciz "none"
 text_workload:  .asciz "workload: "
 text_done:      .asciz " calls done, last result "
 text_newline:   .asciz "\n"
 text_spun:      .asciz "workload: spin done\n"
 text_trapped:   .asciz "workload: SIGTRAP arrived\n"
 text_not_trapped: .asciz "workload: SIGTRAP did not arrive\n"
-text_usage:     .asciz "usage: workload syscall NR N [ARG...] | spin SECONDS | int3\n"
+text_usage:     .asciz "usage: workload syscall NR N [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"
