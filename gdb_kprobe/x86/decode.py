@@ -1,7 +1,7 @@
 """Bytes to :class:`Insn`; the only module that knows capstone.
 
 capstone gives the text and a second opinion on the length. All positions come from :mod:`gdb_kprobe.x86.encoding`.
-Where the two disagree the instruction is refused.
+Where the two disagree the instruction is refused, but for those few that :mod:`gdb_kprobe.x86.younger` lists.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import capstone
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.x86.encoding import MAX_LENGTH, Encoding, EncodingError, parse
+from gdb_kprobe.x86.younger import name_of
 
 
 class DecodeError(KprobeError):
@@ -33,7 +34,10 @@ class DecodeError(KprobeError):
 
 @dataclass(frozen=True, slots=True)
 class Insn:
-    """One instruction as it stands at *addr* in the guest."""
+    """One instruction as it stands at *addr* in the guest.
+
+    *op_str* is empty where the disassembler does not know the instruction.
+    """
 
     addr: VirtAddr
     raw: bytes
@@ -59,6 +63,11 @@ class Insn:
     def prefixes(self) -> bytes:
         """The legacy prefixes in their order, without REX."""
         return self.encoding.prefixes
+
+    @property
+    def has_repeat_prefix(self) -> bool:
+        """F2 or F3 stands in front: ``rep``, or a part of the opcode, or ignored."""
+        return 0xF3 in self.encoding.prefixes or 0xF2 in self.encoding.prefixes
 
     @property
     def rex(self) -> int:
@@ -164,6 +173,13 @@ class Insn:
         return self._is_legacy(0, 0xC2, 0xC3)
 
     @property
+    def is_halt(self) -> bool:
+        """``hlt``, ``mwait`` or ``mwaitx``: waits for an interrupt."""
+        return self._is_legacy(0, 0xF4, 0xF4) or (
+            self._is_legacy(1, 0x01, 0x01) and self.encoding.modrm in (0xC9, 0xFB)
+        )
+
+    @property
     def is_branch(self) -> bool:
         """Any near transfer: the next instruction may be another than the one that follows."""
         return self.encoding.relative or self.is_indirect_call or self.is_indirect_jmp or self.is_ret
@@ -201,12 +217,14 @@ def _decode(code: bytes, start: int, addr: VirtAddr) -> Insn:
         raise DecodeError(addr, window, str(error)) from None
     raw = window[: encoding.length]
     text = next(_capstone().disasm_lite(raw, addr, 1), None)
+    if text is not None and text[1] == encoding.length:
+        return Insn(addr, raw, text[2], text[3], encoding)
+    name = name_of(encoding, raw)
+    if name is not None:
+        return Insn(addr, raw, name, "", encoding)
     if text is None:
         raise DecodeError(addr, raw, "the disassembler does not know it")
-    _, size, mnemonic, op_str = text
-    if size != encoding.length:
-        raise DecodeError(addr, raw, f"the disassembler takes {size} bytes of it, the opcode maps {encoding.length}")
-    return Insn(addr, raw, mnemonic, op_str, encoding)
+    raise DecodeError(addr, raw, f"the disassembler takes {text[1]} bytes of it, the opcode maps {encoding.length}")
 
 
 def iter_insns(code: bytes, addr: VirtAddr) -> Iterator[Insn]:

@@ -2,13 +2,17 @@
 
 For the boosted rung: run at *slot*, the code of :func:`relocate` leaves registers, flags, memory and stack as the
 instruction would have left them, and ends with RIP where the instruction would have left it. It uses no register, does
-not touch the flags, and leaves no address of the slot behind: what a call pushes is the original return address.
+not touch the flags, and leaves no address of the slot behind: what a call pushes is the original return address. (An
+x87 instruction leaves its address in the FPU's last-instruction pointer, which only ``fnstenv`` and ``fxsave`` show.)
+
+The prefixes of a relative branch are not carried over: segment, rep, address size and REX mean nothing to it (``bnd``
+did, on processors that still had MPX).
 """
 
 from __future__ import annotations
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.model import Reason, VirtAddr, offset
 from gdb_kprobe.x86.assemble import (
     JMP_REL32_SIZE,
     Assembler,
@@ -39,7 +43,7 @@ def relocated_size(insn: Insn) -> int:
     :raises RelocateError: the instruction's family is not handled.
     """
     match _family(insn):
-        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE:
+        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE | Family.REPEATED | Family.PUSH_FLAGS:
             return insn.length + JMP_REL32_SIZE
         case Family.JCC:
             return _JCC_REL32_SIZE + JMP_REL32_SIZE
@@ -75,9 +79,12 @@ def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
 
     Only a RIP-relative operand is changed; a relative branch goes astray by as much as it was moved.
 
-    :raises RelocateError: the family is not handled, or the operand is out of reach of *slot*.
+    :raises RelocateError: the family is not handled, the operand is out of reach of *slot*, or the instruction halts.
     """
     _family(insn)
+    if insn.is_halt:
+        # A step is made with interrupts held off: the processor would wait for ever, and the stub with it.
+        raise RelocateError(Reason.HALTS, f"{insn} at {insn.addr:#x}")
     try:
         return _moved(insn, slot)
     except DisplacementError as error:
@@ -94,7 +101,7 @@ def _family(insn: Insn) -> Family:
 def _emit(asm: Assembler, insn: Insn) -> None:
     target = insn.branch_target
     match _family(insn):
-        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE:
+        case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE | Family.REPEATED | Family.PUSH_FLAGS:
             asm.raw(_moved(insn, asm.pc))
             asm.jmp_rel32(insn.end)
         case Family.JCC:
@@ -157,5 +164,10 @@ def _moved(insn: Insn, slot: VirtAddr) -> bytes:
     if operand is None or classify(insn) is Family.NOP:  # a nop's operand is never accessed
         return insn.raw
     at = insn.encoding.disp_offset
-    end = VirtAddr(slot + insn.length)
-    return insn.raw[:at] + rel32(insn.mnemonic, slot, end, operand) + insn.raw[at + 4 :]
+    end = offset(slot, insn.length)
+    if 0x67 in insn.prefixes:
+        # EIP-relative: the sum is cut to 32 bits, so that there is a displacement for every operand.
+        displacement = (operand - end & 0xFFFF_FFFF).to_bytes(4, "little")
+    else:
+        displacement = rel32(insn.mnemonic, slot, end, operand)
+    return insn.raw[:at] + displacement + insn.raw[at + 4 :]

@@ -41,6 +41,21 @@ BOOSTED = {
         "0000  41 57                       push r15\n"
         "0002  e9 62 65 23 c0              jmp 0xffffffff81234569",
     ),
+    "locked_rip_relative": (  # lock inc qword ptr [rip + 0x10]
+        "f0 48 ff 05 10 00 00 00", ADDR, SLOT,
+        "0000  f0 48 ff 05 77 65 23 c0     lock inc qword ptr [rip - 0x3fdc9a89]\n"
+        "0008  e9 62 65 23 c0              jmp 0xffffffff8123456f",
+    ),
+    "evex_rip_relative": (  # vmovups zmm0, zmmword ptr [rip + 0x10]
+        "62 f1 7c 48 10 05 10 00 00 00", ADDR, SLOT,
+        "0000  62 f1 7c 48 10 05 77 65 23 c0  vmovups zmm0, zmmword ptr [rip - 0x3fdc9a89]\n"
+        "000a  e9 62 65 23 c0              jmp 0xffffffff81234571",
+    ),
+    "rep_movsb": (  # rep movsb byte ptr [rdi], byte ptr [rsi]
+        "f3 a4", ADDR, SLOT,
+        "0000  f3 a4                       rep movsb byte ptr [rdi], byte ptr [rsi]\n"
+        "0002  e9 62 65 23 c0              jmp 0xffffffff81234569",
+    ),
     "mov_from_stack": (  # mov rax, qword ptr [rsp + 0x10]
         "48 8b 44 24 10", ADDR, SLOT,
         "0000  48 8b 44 24 10              mov rax, qword ptr [rsp + 0x10]\n"
@@ -243,10 +258,35 @@ def test_indirect_transfers_reach_from_anywhere(text: str) -> None:
     assert relocate(insn(text), offset(ADDR, -0x9000_0000))
 
 
-@pytest.mark.parametrize("text", ["f3 a4", "fb", "9c", "f0 48 0f b1 0f", "0f 28 c1"])
-def test_what_no_family_takes_is_never_copied(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("48 cf", Reason.FAR_TRANSFER),
+        ("cd 80", Reason.SOFTWARE_INTERRUPT),
+        ("0f 0b", Reason.RAISES_UD),
+        ("c7 f8 00 00 00 00", Reason.TRANSACTION),
+        ("66 ff d0", Reason.OPERAND_SIZE_BRANCH),
+    ],
+)
+def test_what_no_family_takes_is_never_copied(text: str, reason: Reason) -> None:
     for act in (relocated_size, lambda i: relocate(i, SLOT), lambda i: copy_for_step(i, SLOT)):
         with pytest.raises(RelocateError) as caught:
             act(insn(text))
-        assert caught.value.reason is Reason.UNHANDLED_FAMILY
+        assert caught.value.reason is reason
         assert insn(text).mnemonic in caught.value.detail
+
+
+@pytest.mark.parametrize("text", ["f4", "0f 01 c9", "0f 01 fb"])
+def test_what_halts_is_moved_but_not_stepped(text: str) -> None:
+    assert relocate(insn(text), SLOT).startswith(bytes.fromhex(text))
+    with pytest.raises(RelocateError) as caught:
+        copy_for_step(insn(text), SLOT)
+    assert caught.value.reason is Reason.HALTS
+
+
+def test_eip_relative_operand_reaches_from_anywhere() -> None:
+    load = insn("67 8b 05 10 00 00 00")
+    for slot in (SLOT, USER_HALF, offset(ADDR, -0x9000_0000)):
+        copy = copy_for_step(load, slot)
+        assert len(copy) == 7
+        assert decode(copy, slot).rip_target == load.rip_target == 0x8123_457E

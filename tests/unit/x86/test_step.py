@@ -6,7 +6,17 @@ import pytest
 
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
-from gdb_kprobe.x86.step import StepError, StepFixup, StepOutcome, fix_up, fix_up_fault, outcome, stepped
+from gdb_kprobe.x86.step import (
+    StepError,
+    StepFixup,
+    StepOutcome,
+    fix_up,
+    fix_up_fault,
+    is_repeating,
+    most_steps,
+    outcome,
+    stepped,
+)
 
 ADDR = VirtAddr(0xFFFF_FFFF_8100_0000)
 SLOT = VirtAddr(0xFFFF_FFFF_C0FF_E000)
@@ -103,11 +113,49 @@ def test_call_without_its_return_address_on_the_stack_is_an_error() -> None:
         ("ff d0", {"rip": ENTRY, "rsp": STACK - 8}, StepOutcome.DONE),
         ("ff 10", {"rip": ENTRY, "rsp": STACK - 48}, StepOutcome.FAULTED),
         ("c3", {}, StepOutcome.UNMOVED),
+        ("f3 a4", {"rcx": 6}, StepOutcome.PARTIAL),
+        ("f3 a4", {}, StepOutcome.UNMOVED),
+        ("f3 a4", {"rip": SLOT + 2, "rcx": 0}, StepOutcome.DONE),
+        ("f3 a4", {"rip": ENTRY, "rsp": STACK - 48}, StepOutcome.FAULTED),
+        ("a4", {}, StepOutcome.UNMOVED),
+        ("e2 10", {"rcx": 6}, StepOutcome.UNMOVED),  # only a repeated string stays in its place
     ],
 )
 def test_outcome_of_a_step(text: str, changed: dict[str, int], expected: StepOutcome) -> None:
+    through = expected in (StepOutcome.DONE, StepOutcome.FAULTED)
     assert outcome(insn(text), SLOT, BEFORE, after(**changed), lambda rip: rip == ENTRY) is expected
-    assert stepped(insn(text), SLOT, BEFORE, after(**changed)) is (expected is not StepOutcome.UNMOVED)
+    assert stepped(insn(text), SLOT, BEFORE, after(**changed)) is through
+    assert is_repeating(insn(text), SLOT, BEFORE, after(**changed)) is (expected is StepOutcome.PARTIAL)
+
+
+@pytest.mark.parametrize(
+    ("text", "rcx", "steps"),
+    [("f3 a4", 0, 1), ("f3 a4", 7, 8), ("f3 a4", 1 << 32, (1 << 32) + 1), ("67 f3 a4", (1 << 32) + 7, 8), ("a4", 7, 1)],
+)
+def test_steps_of_a_repeated_instruction_are_bounded_by_the_count(text: str, rcx: int, steps: int) -> None:
+    assert most_steps(insn(text), {**BEFORE, "rcx": rcx}) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "pushed", "flags", "corrected"),
+    [
+        ("9c", 0x246, 0x246, None),
+        ("9c", 0x346, 0x246, 0x246),  # the trap flag of whoever stepped it
+        ("9c", 0x046, 0x246, 0x246),
+        ("9c", 0x246, 0x346, 0x346),  # the guest's own trap flag
+    ],
+)
+def test_pushed_flags_are_those_of_the_processor(text: str, pushed: int, flags: int, corrected: int | None) -> None:
+    found = fix_up(insn(text), SLOT, BEFORE, after(rip=SLOT + 1, rsp=STACK - 8, eflags=flags), Stack(STACK - 8, pushed))
+    memory = () if corrected is None else ((STACK - 8, corrected.to_bytes(8, "little")),)
+    assert found == StepFixup({"rip": ADDR + 1}, memory)
+
+
+def test_pushed_flags_of_16_bits_leave_the_rest_of_the_stack_alone() -> None:
+    found = fix_up(
+        insn("66 9c"), SLOT, BEFORE, after(rip=SLOT + 2, rsp=STACK - 2, eflags=0x246), Stack(STACK - 2, 0x1111_0346)
+    )
+    assert found == StepFixup({"rip": ADDR + 2}, ((STACK - 2, b"\x46\x02"),))
 
 
 @pytest.mark.parametrize("text", ["90", "75 f0", "c3"])
@@ -129,6 +177,30 @@ def test_exception_frame_is_given_the_original_ip() -> None:
     )
 
 
+def test_half_done_repetition_faults_at_the_original() -> None:
+    frame = STACK - 48
+    found = fix_up_fault(insn("f3 a4"), SLOT, after(rip=ENTRY, rsp=frame, rcx=3), Stack(frame, 2, SLOT))
+    assert found == StepFixup({}, ((frame + 8, ADDR.to_bytes(8, "little")),))
+
+
+@pytest.mark.parametrize(
+    ("text", "saved", "memory"),
+    [
+        ("75 f0", SLOT + 2 - 0x10, {-40: ADDR + 2 - 0x10}),
+        ("c3", 0xFFFF_FFFF_8155_5555, {}),
+        ("ff d0", 0xFFFF_FFFF_8155_5555, {0: ADDR + 2}),
+        ("e8 10 00 00 00", SLOT + 0x15, {-40: ADDR + 0x15, 0: ADDR + 5}),
+    ],
+)
+def test_single_step_trap_of_the_guest_names_where_a_branch_led(text: str, saved: int, memory: dict[int, int]) -> None:
+    moved = insn(text)
+    frame = Stack(STACK - 40, saved, 0x10, 0x102, STACK, 0x18, SLOT + moved.length)
+    expected = tuple((STACK + at, word.to_bytes(8, "little")) for at, word in memory.items())
+    assert fix_up_fault(moved, SLOT, after(rip=ENTRY, rsp=STACK - 40), frame) == StepFixup({}, expected)
+
+
 def test_exception_frame_of_something_else_is_an_error() -> None:
     with pytest.raises(StepError, match="left no frame that names the slot"):
-        fix_up_fault(insn("f7 f1"), SLOT, after(rip=ENTRY, rsp=STACK - 40), Stack(STACK - 40, ADDR, 0x10))
+        fix_up_fault(
+            insn("f7 f1"), SLOT, after(rip=ENTRY, rsp=STACK - 40), Stack(STACK - 40, ADDR, 0x10, 0x102, STACK, 0x18)
+        )

@@ -1,0 +1,92 @@
+"""One instruction three times on one machine: at its address, relocated, and stepped in a slot and fixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.testing.proof.state import Machine, State, differences
+from gdb_kprobe.x86 import families, relocate, step
+from gdb_kprobe.x86.decode import Insn
+from gdb_kprobe.x86.families import Family
+
+MOST_IN_SLOT = 8
+"""Instructions of a slot: the longest relocated form has 5."""
+
+
+def check(machine: Machine, before: State, insn: Insn, slot: VirtAddr, ignored: Iterable[str] = ()) -> bool:
+    """Compare all three; true when the instruction was executed and did not raise an exception.
+
+    *ignored* are registers that are different each time (``rdtsc``).
+
+    :raises AssertionError: registers, flags, memory or RIP differ from what the original leaves.
+    """
+    original = machine.run(before, {insn.addr: insn.raw}, insn.addr, most=_repetitions(insn, before))
+    _assert_same(insn, "relocated", original, *_relocated(machine, before, insn, slot, original), ignored)
+    if not insn.is_halt:
+        _assert_same(insn, "stepped", original, _stepped(machine, before, insn, slot, original), range(0), ignored)
+    return not faulted(insn, original)
+
+
+def faulted(insn: Insn, after: State) -> bool:
+    """Unicorn does not always say that there was an exception; but then RIP has not moved."""
+    return bool(after.fault) or (after.registers["rip"] == insn.addr and insn.branch_target != insn.addr)
+
+
+def _repetitions(insn: Insn, before: State) -> int:
+    return step.most_steps(insn, before.registers) + 1 if families.classify(insn) is Family.REPEATED else 1
+
+
+def _relocated(machine: Machine, before: State, insn: Insn, slot: VirtAddr, original: State) -> tuple[State, range]:
+    """The state that the code in the slot leaves, and the dead stack that it may have written."""
+    code = relocate.relocate(insn, slot)
+    assert len(code) == relocate.relocated_size(insn), insn
+    after = machine.run(before, {slot: code}, slot, most=MOST_IN_SLOT + _repetitions(insn, before))
+    if faulted(insn, original):
+        _give_original_ip(insn, slot, original, after)
+    elif families.classify(insn) is Family.CALL_INDIRECT:
+        return after, range(original.registers["rsp"] - 8, original.registers["rsp"])
+    return after, range(0)
+
+
+def _stepped(machine: Machine, before: State, insn: Insn, slot: VirtAddr, original: State) -> State:
+    copy = relocate.copy_for_step(insn, slot)
+    assert len(copy) == insn.length, insn
+    state = before.copy()
+    state.registers["rip"] = slot
+    while True:
+        after = machine.run(state, {slot: copy}, slot)
+        if not after.fault and step.is_repeating(insn, slot, state.registers, after.registers):
+            assert step.outcome(insn, slot, state.registers, after.registers, _no_entry) is step.StepOutcome.PARTIAL
+            state = after
+            continue
+        break
+    if faulted(insn, original):
+        _give_original_ip(insn, slot, original, after)
+        return after
+    assert step.outcome(insn, slot, state.registers, after.registers, _no_entry) is step.StepOutcome.DONE, insn
+    assert step.stepped(insn, slot, state.registers, after.registers), insn
+    fix = step.fix_up(insn, slot, state.registers, after.registers, after.read)
+    after.registers.update(fix.registers)
+    for addr, data in fix.memory:
+        after.write(addr, data)
+    return after
+
+
+def _give_original_ip(insn: Insn, slot: VirtAddr, original: State, after: State) -> None:
+    """It must be as if nothing had been executed, so that the exception can be given the address of the original."""
+    assert after.registers["rip"] == slot, (insn, original.fault, hex(after.registers["rip"]))
+    after.registers["rip"] = insn.addr
+    if not after.fault or not original.fault:
+        after.fault = original.fault  # of an exception that unicorn does not tell about
+
+
+def _no_entry(_: int) -> bool:
+    return False
+
+
+def _assert_same(insn: Insn, how: str, expected: State, found: State, dead: range, ignored: Iterable[str]) -> None:
+    for name in ignored:
+        found.registers[name] = expected.registers[name]
+    told = differences(expected, found, dead)
+    assert not told, f"{insn} [{insn.raw.hex(' ')}] at {insn.addr:#x}, {how}: {'; '.join(told)}"
