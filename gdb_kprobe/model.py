@@ -113,7 +113,6 @@ class Reason(StrEnum):
     EX_TABLE = "exception table instruction"
     FOREIGN_INT3 = "an int3 that is not ours"
     ALREADY_PROBED = "already probed"
-    UNHANDLED_FAMILY = "instruction family not handled yet"
     FAR_TRANSFER = "far transfer"
     SOFTWARE_INTERRUPT = "software interrupt"
     RAISES_UD = "raises #UD on purpose"

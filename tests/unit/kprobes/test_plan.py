@@ -90,8 +90,8 @@ def test_boosted_code_ends_with_a_jump_back_behind_the_instruction(code: str, sl
     ("code", "reason"),
     [
         ("cc", Reason.FOREIGN_INT3),
-        ("f4", Reason.UNHANDLED_FAMILY),  # hlt
-        ("0f0b", Reason.UNHANDLED_FAMILY),  # ud2
+        ("cd80", Reason.SOFTWARE_INTERRUPT),  # int 0x80
+        ("0f0b", Reason.RAISES_UD),  # ud2
         ("48cf", Reason.FAR_TRANSFER),  # iretq
     ],
 )

@@ -149,7 +149,7 @@ def test_a_name_is_taken_once(toy: Any) -> None:
     ("place", "reason"),
     [
         ("f_push+2", Reason.NOT_A_BOUNDARY),
-        ("f_jmp+2", Reason.UNHANDLED_FAMILY),  # ud2
+        ("f_jmp+2", Reason.RAISES_UD),  # ud2
         ("bp_entry", Reason.BP_PATH),
         ("f_int3", Reason.FOREIGN_INT3),
         ("nowhere", Reason.NO_SYMBOL),
