@@ -433,10 +433,11 @@ futexes:
         sys     202, mutex, 6, 0, 0                                     # FUTEX_LOCK_PI
         sys     202, mutex, 7                                           # FUTEX_UNLOCK_PI
         # A thread: clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM |
-        # CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID). Its end wakes who waits for the word; it may have come before.
-        sys     56, 0x350f00, stack_end, tid, tid, 0
+        # CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID). Its end clears the word and wakes who waits for it; it may have
+        # come before.
+        sys     56, 0x350f00, stack_end, tid, tid, 0, keep=child
         sys     CHILD, leave
-        sys     202, tid, 0, LOAD32 + tid, 0, error=ANY
+        sys     202, tid, 0, LOAD32 + child, 0, error=ANY
         sys     273, robust, 24                                         # set_robust_list
         sys     END
 
