@@ -20,6 +20,7 @@
         .set    CHILD, -2                       # in the child (the last call returned 0) go on with the table at A
         .set    TOUCH, -3                       # write to the first byte of B pages from A on
         .set    EXPECT, -4                      # the 32 bits at A must be B
+        .set    SPIN, -5                        # stay in user mode for A ticks of the TSC
 
 .macro  sys     number, a=0, b=0, c=0, d=0, e=0, f=0, keep=0, error=0
         .quad   \number, \a, \b, \c, \d, \e, \f, \keep, \error
@@ -177,6 +178,8 @@ steps:  mov     rax, [rbx]
         je      6f
         cmp     rax, EXPECT
         je      8f
+        cmp     rax, SPIN
+        je      10f
         mov     rax, [rbx + 48]
         call    value
         mov     r9, rax
@@ -235,6 +238,16 @@ steps:  mov     rax, [rbx]
         cmp     rax, [rbx + 16]
         je      4b
         jmp     3b
+10:     rdtsc
+        shl     rdx, 32
+        lea     rcx, [rax + rdx]
+        add     rcx, [rbx + 8]
+11:     rdtsc
+        shl     rdx, 32
+        add     rax, rdx
+        cmp     rax, rcx
+        jb      11b
+        jmp     4b
 9:      ret
 
 # rax = the value of the argument rax; rcx is lost
@@ -259,6 +272,7 @@ value:  mov     rcx, rax
 parts:  .quad   name_files, files, name_names, names, name_pipes, pipes, name_memory, memory
         .quad   name_processes, processes, name_signals, signals, name_futexes, futexes, name_timers, timers
         .quad   name_tasks, tasks, name_sockets, sockets, name_identity, identity, name_copies, copies
+        .quad   name_spin, spin
         .quad   0
 
 # Numbers: arch/x86/entry/syscalls/syscall_64.tbl.
@@ -573,6 +587,9 @@ copies: sys     257, -100, zero, 0, 0, keep=fd
         sys     3, LOAD32 + fd
         sys     END
 
+spin:   sys     SPIN, 40000000                                          # 40 ms: QEMU's TSC counts nanoseconds
+        sys     END
+
 place:  .ascii  "worker-"
 place_number:
         .asciz  "0"
@@ -658,6 +675,7 @@ name_tasks:     .asciz "tasks"
 name_sockets:   .asciz "sockets"
 name_identity:  .asciz "identity"
 name_copies:    .asciz "copies"
+name_spin:      .asciz "spin"
 file:           .asciz "part-file"
 second:         .asciz "part-second"
 third:          .asciz "part-third"
