@@ -33,11 +33,11 @@ class Probed:
         return PROFILES[self.guest.spec.region]
 
     @contextlib.contextmanager
-    def gdb(self, *, attach: bool = True) -> Iterator[GdbMi]:
+    def gdb(self, *, attach: bool = True, dispatch: str = "auto") -> Iterator[GdbMi]:
         """A gdb with the plugin, attached; it is closed at the end whatever happened."""
         with GdbMi(self.environment) as gdb:
             if attach:
-                gdb.console(f"kprobe attach {self.profile}")
+                gdb.console(f"kprobe attach --dispatch {dispatch} {self.profile}")
             try:
                 yield gdb
             except BaseException:
@@ -58,6 +58,11 @@ class Probed:
         probes = gdb.command("-kprobe-list")["probes"]
         assert all(probe["missed"] == "0" for probe in probes), probes
         return {probe["name"]: int(probe["hits"]) for probe in probes}
+
+    def probed_bytes(self) -> set[int]:
+        """Where the text differs from what it was, apart from the hook of dispatch inside the guest."""
+        found = self.snapshot.differences()
+        return {int(difference.addr) for difference in found if not difference.place.startswith("asm_exc_int3+")}
 
     def check_untouched(self) -> None:
         """The guest runs, its log is clean, and its text is what it was."""

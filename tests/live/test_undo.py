@@ -34,6 +34,9 @@ PROBES = (
     ("p:stepped __x64_sys_getpriority+5", "single-step"),
     ("p:inner __do_sys_getpriority", "boosted"),
 )
+COUNTING = (("p:boosted __x64_sys_getpriority", "boosted"), ("p:inner __do_sys_getpriority", "boosted"))
+"""Probes that the guest's own dispatcher handles alone."""
+
 CUT = (
     "python import os, socket; from gdb_kprobe.gdbext.channel import *; "
     "socket.socket(fileno=os.dup(find_socket(GdbChannel().address))).shutdown(socket.SHUT_RDWR)"
@@ -41,6 +44,7 @@ CUT = (
 """What a network that goes away does to gdb's connection."""
 
 Boot = Callable[[GuestSpec], Any]
+Probes = tuple[tuple[str, str], ...]
 
 
 @pytest.fixture(params=[pytest.param(1, marks=only_full), 2], ids=["1cpu", "2cpu"])
@@ -67,8 +71,8 @@ class Load:
         assert output.count(f"workload: {CALLS} calls done") == self._vm.spec.vcpus, output
 
 
-def arm(guest: Any, gdb: GdbMi) -> None:
-    for definition, strategy in PROBES:
+def arm(guest: Any, gdb: GdbMi, probes: Probes = PROBES) -> None:
+    for definition, strategy in probes:
         guest.add(gdb, definition, strategy)
 
 
@@ -77,17 +81,25 @@ def a_moment() -> None:
     time.sleep(random.uniform(0.1, 0.4))
 
 
+def wait_until_all_are_hit(gdb: GdbMi) -> None:
+    """While the guest runs: the counters are in memory that it shares with the host."""
+    wait_for(lambda: all(probe["hits"] != "0" for probe in gdb.command("-kprobe-list")["probes"]), seconds=30)
+
+
 def text_of(gdb: GdbMi) -> str:
     return "\n".join(gdb.transcript)
 
 
 @contextlib.contextmanager
-def under_load(guest: Any, *, stop: bool) -> Iterator[tuple[GdbMi, Load]]:
+def under_load(
+    guest: Any, *, stop: bool, dispatch: str = "auto", probes: Probes = PROBES
+) -> Iterator[tuple[GdbMi, Load]]:
     """A gdb with armed probes that are being hit; stopped by Ctrl-C, or running in the background."""
-    with guest.gdb() as gdb:
-        arm(guest, gdb)
+    with guest.gdb(dispatch=dispatch) as gdb:
+        arm(guest, gdb, probes)
         gdb.cont()
         load = Load(guest)
+        wait_until_all_are_hit(gdb)
         a_moment()
         if stop:
             gdb.interrupt()
@@ -239,7 +251,7 @@ def good(hit):
         job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 20")
         assert guest.guest.finish(job)[0] == 0
         # Its text is back already: what is left of differences is the other probe's byte.
-        differences = guest.snapshot.differences()
+        differing = guest.probed_bytes()
         gdb.interrupt()
         probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
         assert (probes["bad"]["state"], probes["bad"]["hits"], probes["bad"]["missed"]) == ("disabled", "5", "1")
@@ -249,7 +261,7 @@ def good(hit):
         told = text_of(gdb)
         assert "bad" in told
         assert "five is too many" in told.split("-kprobe-list")[1]
-        assert {int(found.addr) for found in differences} == {int(probes["good"]["addr"], 16)}
+        assert differing == {int(probes["good"]["addr"], 16)}
         gdb.console("kprobe detach")
 
 
@@ -347,12 +359,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 
 
 def kill_gdb(guest: Any, *, stop: bool) -> Load:
-    """End gdb in a way that it cannot notice.
+    """End gdb, whose stub dispatches, in a way that it cannot notice.
 
     When it was stopped, the guest has its own text. Else the probes are armed with nobody to dispatch them, and the
     guest stops at the next hit.
     """
-    with under_load(guest, stop=stop) as (gdb, load):
+    with under_load(guest, stop=stop, dispatch="stub") as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     wait_for(lambda: not guest.guest.qmp("query-status")["running"])
@@ -373,11 +385,48 @@ def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
         # The session is a good one: probes can be armed again, at the very same places.
         arm(guest, gdb)
         gdb.cont()
-        a_moment()
+        wait_until_all_are_hit(gdb)
         gdb.interrupt()
         assert all(guest.hits(gdb).values())
         gdb.console("kprobe detach")
         load.finish()
+
+
+@on_both
+def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any) -> None:
+    with under_load(guest, stop=False, probes=COUNTING) as (gdb, load):
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    load.finish()
+    assert guest.guest.qmp("query-status")["running"]
+    assert guest.probed_bytes() == guest.touched
+    with guest.gdb(attach=False) as gdb:
+        gdb.console(f"target remote {guest.guest.gdb_address}")
+        assert "left 2 site(s) armed in this guest, which dispatches their hits by itself" in text_of(gdb)
+        gdb.console("detach")
+    again = Load(guest)
+    again.finish()
+    assert guest.probed_bytes() == guest.touched, "who only looked has left the probes alone"
+    with guest.gdb() as gdb:
+        assert "an earlier session left 2 site(s) armed; their text is restored" in text_of(gdb)
+        gdb.console("kprobe detach")
+
+
+@on_both
+def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
+    with under_load(guest, stop=False) as (gdb, load):
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    # The breakpoint of the killed gdb is still in QEMU, and stops the machine at the next hit for the host.
+    wait_for(lambda: not guest.guest.qmp("query-status")["running"])
+    with guest.gdb(attach=False) as gdb:
+        gdb.console(f"target remote {guest.guest.gdb_address}")
+        gdb.console("detach")
+    load.finish()
+    assert guest.probed_bytes() == guest.touched
+    with guest.gdb() as gdb:
+        assert "an earlier session left 3 site(s) armed; their text is restored" in text_of(gdb)
+        gdb.console("kprobe detach")
 
 
 @pytest.mark.parametrize("by_mi", [True, False], ids=["mi", "cli"])
