@@ -1,0 +1,90 @@
+"""Every form of instruction in the live text of a kernel: moved and stepped, it does what the original does.
+
+The text is read from the running guest's RAM, after it has applied its alternatives; loaded modules are part of it. The
+table at the end (``pytest -s``) says how many forms there are, and by which oracle each is proven.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.model import Reason
+from gdb_kprobe.session.linux_guest import open_linux
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.testing.proof.bare import BareMachine
+from gdb_kprobe.testing.proof.emulator import Emulator
+from gdb_kprobe.testing.proof.forms import Forms, read_forms
+from gdb_kprobe.testing.proof.prover import Oracle, Prover
+from gdb_kprobe.x86.decode import decode
+from gdb_kprobe.x86.families import Unhandled, classify
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+STATES = 4
+"""Random states for each form."""
+
+REFUSED = {Reason.FAR_TRANSFER, Reason.SOFTWARE_INTERRUPT, Reason.RAISES_UD, Reason.FOREIGN_INT3, Reason.TRANSACTION}
+"""What no slot can hold."""
+
+
+@pytest.fixture(scope="module")
+def prover() -> Iterator[Prover]:
+    spec = GuestSpec(kernel="bare", memory_mb=1024, region="none")
+    with GuestVm(spec) as guest, RspSocket(guest.gdb_address) as rsp:
+        yield Prover(Emulator(), BareMachine(rsp, guest.ram(), guest.bare_image().symbols), STATES)
+
+
+def live_forms(guest: GuestVm) -> Forms:
+    """The forms in the text of *guest*; the VM goes on running."""
+    linux = open_linux(GuestMonitor(guest), GuestRam(guest))
+    init = linux.kallsyms.section("__init_begin", "__init_end")
+    starts = sorted({symbol.addr for symbol in linux.kallsyms if symbol.is_text})
+    texts = [(window.start, linux.memory.read(window.start, window.size)) for window in linux.text_ranges()]
+    return read_forms(texts, starts, [init] if init is not None else [])
+
+
+@pytest.mark.parametrize("kernel", ["debian", "newest"])
+def test_every_form_of_the_live_text_is_proven(
+    booted_guest: Callable[[GuestSpec], GuestVm], prover: Prover, kernel: str
+) -> None:
+    guest = booted_guest(GuestSpec(kernel=kernel))  # type: ignore[arg-type]
+    started = time.monotonic()
+    forms = live_forms(guest)
+    read = time.monotonic()
+
+    oracles: Counter[Oracle] = Counter()
+    refused: Counter[Reason] = Counter()
+    differences: list[str] = []
+    decoded: list[str] = []
+    for form, sample in forms.samples.items():
+        insn = decode(sample.raw, sample.addr)
+        family = classify(insn)
+        if isinstance(family, Unhandled):
+            refused[family.reason] += 1
+            continue
+        try:
+            oracle = prover.prove(insn)
+        except AssertionError as error:
+            differences.append(f"{form}: {error}")
+            continue
+        oracles[oracle] += 1
+        if oracle is Oracle.DECODING:
+            decoded.append(insn.mnemonic)
+
+    print(f"\n{guest.run('uname -r')[1].strip()}: {forms.instructions} instructions, {forms.distinct} distinct ones,")
+    print(f"{len(forms.samples)} forms, read in {read - started:.1f} s, proven in {time.monotonic() - read:.1f} s")
+    for name, count in (*oracles.items(), *((f"refused: {reason}", count) for reason, count in refused.items())):
+        print(f"  {count:6}  {name}")
+    print(f"  {len(differences):6}  differences")
+    print(f"  by decoding: {', '.join(sorted(decoded))}")
+    print(f"  no instructions: {', '.join(f'{at:#x} ({why})' for at, why in forms.bad.items())}")
+
+    assert differences == []
+    assert set(refused) <= REFUSED
+    assert sum(oracles.values()) + sum(refused.values()) == len(forms.samples)
