@@ -45,9 +45,14 @@ class ExecutionLog:
     def __init__(self, guest: GuestVm) -> None:
         self._guest = guest
         self._path: Path | None = None
+        self._was_one_instruction = False
 
-    def open(self) -> None:
+    def open(self, *, one_instruction: bool = True) -> None:
         """Begin a window.
+
+        Without *one_instruction* only the first instruction of each block is counted, five times as fast. A block then
+        begins where a jump, a call or an exception leads to, behind each of these, and at the start of a page; and QEMU
+        makes blocks of one instruction in a page that the stub has a breakpoint in (``check_for_breakpoints``).
 
         :raises GuestError: the machine runs, or QEMU has no such log.
         """
@@ -55,7 +60,9 @@ class ExecutionLog:
         self._require_stopped()
         # Named as the guest's memory is: when we are killed the next start of a guest removes it.
         path = SHARED_MEMORY / f"gdb-kprobe-{os.getpid()}-{self._guest.directory.name}.log{next(_numbers)}"
-        self._one_instruction("on")
+        if one_instruction:
+            self._one_instruction("on")
+        self._was_one_instruction = one_instruction
         self._command(f"logfile {path}")
         self._command("log exec,nochain")
         self._path = path
@@ -68,7 +75,8 @@ class ExecutionLog:
         assert self._path is not None, "no window is open"
         self._require_stopped()
         self._command("log none")
-        self._one_instruction("off")
+        if self._was_one_instruction:
+            self._one_instruction("off")
         path, self._path = self._path, None
         try:
             return count_executions(_chunks(path), addresses)
