@@ -1,0 +1,77 @@
+"""Probes on many addresses at once, through a gdb with the plugin, in one command each way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gdb_kprobe.model import Rung, VirtAddr
+from gdb_kprobe.testing.mi import GdbMi
+
+# Runs in gdb: one command of MI for each probe would take longer than arming it.
+_IN_GDB = """
+import json
+
+from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.gdbext import api, plugin
+
+def kprobe_arm(addresses):
+    armed, refused = {}, {}
+    session = plugin.the_plugin().need_link().session
+    for addr in addresses:
+        try:
+            probe = api.add(f"p:b_{addr:x} {addr:#x}")
+        except RefusedError as error:
+            refused[addr] = str(error.refusal.reason)
+        else:
+            armed[addr] = str(session.site_of(probe).plan.rung)
+    print(json.dumps([armed, refused]))
+
+def kprobe_counts():
+    print(json.dumps({probe.place.addr: [probe.hits, probe.missed] for probe in api.probes()}))
+"""
+
+_TIMEOUT = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """What became of the addresses that were to be probed: the rung of each, or the reason of its refusal."""
+
+    rungs: Mapping[VirtAddr, Rung]
+    refused: Mapping[VirtAddr, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the plugin says of one probe."""
+
+    hits: int
+    missed: int
+
+
+def prepare(gdb: GdbMi) -> None:
+    """Define in *gdb*, which has the plugin, what the functions here call."""
+    gdb.console(f"python exec({_IN_GDB!r})")
+
+
+def arm(gdb: GdbMi, addresses: Iterable[VirtAddr], strategy: str) -> Armed:
+    """Probe each of *addresses* with *strategy* (``set kprobe strategy``)."""
+    gdb.console(f"set kprobe strategy {strategy}")
+    armed, refused = json.loads(gdb.console(f"python kprobe_arm({list(addresses)})", _TIMEOUT))
+    return Armed(
+        {VirtAddr(int(addr)): Rung(rung) for addr, rung in armed.items()},
+        {VirtAddr(int(addr)): reason for addr, reason in refused.items()},
+    )
+
+
+def counts(gdb: GdbMi) -> dict[VirtAddr, Counts]:
+    """The counts of all probes, by address."""
+    found = json.loads(gdb.console("python kprobe_counts()", _TIMEOUT))
+    return {VirtAddr(int(addr)): Counts(*count) for addr, count in found.items()}
+
+
+def disarm(gdb: GdbMi) -> None:
+    """Delete all probes."""
+    gdb.console("kprobe delete all", _TIMEOUT)
