@@ -1,0 +1,212 @@
+"""``gdb-kprobe torture boundaries``: every instruction of many functions of a live kernel probed, every hit compared.
+
+A guest boots. A workload shows, by QEMU's execution log, which functions it runs; of these some are chosen. Then, one
+function after another, all its instruction boundaries are probed at once, the workload runs, and the hits of each
+boundary are compared with the log, in which an int3 is executed as often as it is hit, whatever leads there. In the end
+the guest's text must be what it was, and its log clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.model import PAGE_SIZE, Dispatch, VirtAddr
+from gdb_kprobe.render.text import table
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import GdbMi, TextSnapshot, boundaries
+from gdb_kprobe.testing.functions import Function, Limits, choose_functions
+from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.build.workload import PARTS, SPIN
+from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
+
+ROUNDS = 5
+"""Of the workload's part, for each function: as many hits at least of a boundary that each round reaches."""
+
+STUB_LIMITS = Limits(hits=150, least=ROUNDS, interrupts=False)
+"""Where each hit stops the machine: no ticks, no scheduler, and few hits."""
+
+_SERVE = "mkdir -p /tmp/serve && cd /tmp/serve && workload serve"
+_ASK_TIMEOUT = 300
+
+Ask = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one function: *executed* are the boundaries that were hit, *least* the fewest hits of one of them.
+
+    *wrong* are the differences; empty when all is well.
+    """
+
+    function: Function
+    armed: int
+    executed: int
+    hits: int
+    least: int
+    refused: Counter[str]
+    seconds: float
+    wrong: tuple[str, ...]
+
+    def __str__(self) -> str:
+        refused = f"; refused: {', '.join(f'{n} {why}' for why, n in self.refused.items())}" if self.refused else ""
+        return (
+            f"{'FAILED' if self.wrong else 'passed'} {self.function} ({self.function.kind}, {self.function.part}): "
+            f"{self.hits} hits of {self.executed} of {self.armed} boundaries, {self.least} at least, "
+            f"{self.seconds:.1f} s{refused}"
+        )
+
+
+class Torture:
+    """A guest with a workload that waits to be asked, and what is known of it before there is any probe."""
+
+    def __init__(self, guest: GuestVm, ask: Ask) -> None:
+        self.guest = guest
+        self.before = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self.touched: set[int] = set()
+        self._ask = ask
+        self._log = ExecutionLog(guest)
+
+    @property
+    def kernel(self) -> LinuxGuest:
+        return self.before.guest
+
+    def choose(self, count: int, limits: Limits, parts: Sequence[str] = PARTS) -> tuple[Function, ...]:
+        """Let the workload run without probes, and choose among what it executes."""
+        windows = {}
+        for part in parts:
+            self.work(part, 1)  # what only happens once is over
+            self.guest.stop()
+            self._log.open(one_instruction=False)
+            self.guest.cont()
+            self.work(part, 1)
+            self.guest.stop()
+            windows[part] = self._log.close()
+            self.guest.cont()
+        return choose_functions(self.kernel, windows, SPIN, limits, count)
+
+    def work(self, part: str, workers: int) -> None:
+        """Run a part of the workload, and see that every call did what it should."""
+        answer = self._ask(f"{part} {ROUNDS} {workers}")
+        assert answer == f"workload: {ROUNDS} rounds done, 0 calls wrong", f"{part}: {answer}"
+
+    def check(self, gdb: GdbMi, function: Function, strategy: str) -> Outcome:
+        """Probe all boundaries of *function*, run its part of the workload on every vCPU, compare, and disarm."""
+        started = time.monotonic()
+        armed = boundaries.arm(gdb, (insn.addr for insn in function.insns), strategy)
+        self.touched.update(armed.rungs)
+        # An instruction that has no int3 is in one block with the next one, which has no line of its own then.
+        stops = _one_instruction_a_block(gdb, function) if armed.refused else []
+        self._log.open(one_instruction=False)
+        gdb.cont()
+        self.work(function.part, self.guest.spec.vcpus)
+        gdb.interrupt()
+        executed = self._log.close(range(function.range.start, function.range.end))
+        counted = boundaries.counts(gdb)
+        for stop in stops:
+            gdb.command(f"-break-delete {stop}")
+        boundaries.disarm(gdb)
+        hit = {addr: executed[addr] for addr in armed.rungs if executed[addr]}
+        return Outcome(
+            function=function,
+            armed=len(armed.rungs),
+            executed=len(hit),
+            hits=sum(hit.values()),
+            least=min(hit.values(), default=0),
+            refused=Counter(armed.refused.values()),
+            seconds=time.monotonic() - started,
+            wrong=tuple(_differences(function, armed, executed, counted)),
+        )
+
+    def leftovers(self) -> list[str]:
+        """What is not as it was before: bytes of text, lines of the guest's log."""
+        return [*self.before.leftovers(self.touched), *self.guest.dmesg_problems()]
+
+
+@contextmanager
+def torture(guest: GuestVm) -> Iterator[Torture]:
+    """Start the workload in *guest*, which was made with ``extra_args=KERNEL_TEXT``."""
+    with guest.dialogue(_SERVE, _ASK_TIMEOUT) as ask:
+        yield Torture(guest, ask)
+
+
+def _differences(
+    function: Function, armed: boundaries.Armed, executed: Counter[int], counted: dict[VirtAddr, boundaries.Counts]
+) -> Iterator[str]:
+    insns = {insn.addr: insn for insn in function.insns}
+    for addr in sorted(executed):
+        if addr not in insns:
+            yield f"{function}+{addr - function.range.start:#x} was executed, and is no boundary"
+    for addr, rung in armed.rungs.items():
+        if counted[addr] != boundaries.Counts(executed[addr], 0):
+            insn = insns[addr]
+            yield (
+                f"{function}+{addr - function.range.start:#x} {insn.raw.hex(' ')} {insn} ({rung}): executed "
+                f"{executed[addr]} times, counted {counted[addr].hits}, missed {counted[addr].missed}"
+            )
+
+
+def _one_instruction_a_block(gdb: GdbMi, function: Function) -> list[str]:
+    """Set a breakpoint in each page of *function*, within an instruction: never reached. Returns their numbers."""
+    inside: dict[int, int] = {}
+    for insn in function.insns:
+        if insn.length > 1:
+            inside.setdefault((insn.addr + 1) // PAGE_SIZE, insn.addr + 1)
+    return [gdb.command(f"-break-insert -h *{addr:#x}")["bkpt"]["number"] for addr in inside.values()]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("what", choices=["boundaries"])
+    parser.add_argument("-n", type=int, default=200, metavar="N", help="functions (200)")
+    parser.add_argument("--dispatch", type=Dispatch, choices=[Dispatch.GUEST, Dispatch.STUB], default=Dispatch.GUEST)
+    parser.add_argument("--strategy", choices=["boosted", "single-step"], default="boosted")
+    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+    parser.add_argument("--only", metavar="REGEX", help="of the chosen functions only those whose name matches")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    started = time.monotonic()
+    spec = GuestSpec(kernel=options.kernel, vcpus=options.cpus, extra_args=KERNEL_TEXT)
+    limits = STUB_LIMITS if options.dispatch is Dispatch.STUB else Limits()
+    outcomes: list[Outcome] = []
+    with GuestVm(spec) as guest:
+        with torture(guest) as tortured:
+            functions = tortured.choose(options.n, limits)
+            print(f"{tortured.kernel.description}: {len(functions)} functions of {options.n} asked for", flush=True)
+            with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+                print(gdb.console(f"kprobe attach --dispatch {options.dispatch} debian"), flush=True)
+                boundaries.prepare(gdb)
+                for function in functions:
+                    outcomes.append(tortured.check(gdb, function, options.strategy))
+                    print(outcomes[-1], *outcomes[-1].wrong, sep="\n    ", flush=True)
+                gdb.console("kprobe detach")
+        left = tortured.leftovers()
+    _summarize(outcomes, left)
+    failed = sum(bool(outcome.wrong) for outcome in outcomes)
+    print(f"In {time.monotonic() - started:.0f} s: {len(outcomes) - failed} passed, {failed} failed")
+    return 1 if failed or left or len(outcomes) < options.n else 0
+
+
+def _summarize(outcomes: Sequence[Outcome], left: Sequence[str]) -> None:
+    kinds = {outcome.function.kind for outcome in outcomes}
+    rows = []
+    for kind in sorted(kinds):
+        of_kind = [outcome for outcome in outcomes if outcome.function.kind is kind]
+        figures = (len(of_kind), *(sum(values) for values in zip(*map(_figures, of_kind), strict=True)))
+        rows.append((str(kind), *map(str, figures)))
+    print(table(("kind", "functions", "boundaries", "of them hit", "hits", "refused"), rows))
+    reasons = sum((outcome.refused for outcome in outcomes), Counter[str]())
+    print(f"Refused: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}")
+    print(f"Text and log of the guest: {'; '.join(left) or 'as before, clean'}")
+
+
+def _figures(outcome: Outcome) -> tuple[int, int, int, int]:
+    return outcome.armed, outcome.executed, outcome.hits, outcome.refused.total()
