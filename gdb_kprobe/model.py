@@ -90,6 +90,15 @@ class Dispatch(StrEnum):
     """The stub's breakpoint at the #BP entry: every hit stops the machine."""
 
 
+class Boost(StrEnum):
+    """Which instructions the boosted rung takes."""
+
+    RELOCATE = "relocate"
+    """All that can be relocated."""
+    KERNEL = "kernel"
+    """Only those that the guest's own kernel would boost, to compare."""
+
+
 class Reason(StrEnum):
     """Why a probe, or a better rung of one, was refused. One member per rule."""
 
@@ -112,6 +121,8 @@ class Reason(StrEnum):
     ALTERNATIVE = "SMP alternative site"
     EX_TABLE = "exception table instruction"
     FOREIGN_INT3 = "an int3 that is not ours"
+    GUEST_KPROBE = "a kprobe of the guest's own"
+    PADDING = "padding between functions"
     ALREADY_PROBED = "already probed"
     FAR_TRANSFER = "far transfer"
     SOFTWARE_INTERRUPT = "software interrupt"
@@ -123,6 +134,7 @@ class Reason(StrEnum):
     HALTS = "a step of it would not come back"
     OUT_OF_REACH = "out of s32 reach of the region"
     POLICY = "not allowed by the profile's policy"
+    KERNEL_BOOST = "not boostable by the kernel's rules"
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"
     REGION_FULL = "region is full"
     NOT_IMPLEMENTED = "not implemented yet"

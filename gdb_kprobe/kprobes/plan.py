@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator, in_reach
 from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, offset
@@ -18,11 +19,15 @@ from gdb_kprobe.x86.decode import Insn
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a rung's rules need to know about the probe point, beyond the instruction."""
+    """What a rung's rules need to know about the probe point, beyond the instruction.
+
+    *kernel_boost*: only what a kernel with these rules boosts may be boosted; ``None``: all that can be relocated.
+    """
 
     in_extable: bool = False
     needs_post: bool = False
     rungs: tuple[Rung, ...] = (Rung.SINGLE_STEP, Rung.BOOSTED)
+    kernel_boost: Rules | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ def can_handle(insn: Insn) -> families.Family | Refusal:
 def can_boost(insn: Insn, facts: Facts) -> Refusal | None:
     """The rules of the boosted rung.
 
-    Unlike the kernel's ``can_boost`` it does not depend on the opcode: code is relocated, not copied.
+    Unlike the kernel's ``can_boost`` it does not depend on the opcode: code is relocated, not copied. (Unless the
+    kernel's rules are asked for.)
     """
     if Rung.BOOSTED not in facts.rungs:
         return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include boosted")
@@ -61,6 +67,10 @@ def can_boost(insn: Insn, facts: Facts) -> Refusal | None:
         return Refusal(Reason.NEEDS_SINGLE_STEP, insn.addr, "it must regain control right after the instruction")
     if facts.in_extable:
         return Refusal(Reason.EX_TABLE, insn.addr, "a fault must be seen at the original address")
+    if facts.kernel_boost is not None:
+        why = boost_refusal(insn, facts.kernel_boost, in_extable=facts.in_extable)
+        if why is not None:
+            return Refusal(Reason.KERNEL_BOOST, insn.addr, why, "policy.boost: relocate in the profile boosts it")
     return None
 
 
@@ -69,6 +79,11 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
     if Rung.SINGLE_STEP not in facts.rungs:
         return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include single-step")
     return None
+
+
+def can_optimize(insn: Insn) -> Refusal:
+    """The rules of the optimized rung."""
+    return Refusal(Reason.NOT_IMPLEMENTED, insn.addr, "jump optimization comes with compiled handlers")
 
 
 def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
@@ -80,9 +95,7 @@ def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
     family = can_handle(insn)
     if isinstance(family, Refusal):
         raise RefusedError(f"cannot probe {insn.addr:#x}", family)
-    declined: list[tuple[Rung, Refusal]] = [
-        (Rung.OPTIMIZED, Refusal(Reason.NOT_IMPLEMENTED, insn.addr, "jump optimization comes with compiled handlers"))
-    ]
+    declined: list[tuple[Rung, Refusal]] = [(Rung.OPTIMIZED, can_optimize(insn))]
     for rung in (Rung.BOOSTED, Rung.SINGLE_STEP):
         refusal = _check(rung, insn, facts)
         if refusal is None:
@@ -105,7 +118,7 @@ def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:
         case Rung.SINGLE_STEP:
             return can_single_step(insn, facts)
         case Rung.OPTIMIZED:
-            return Refusal(Reason.NOT_IMPLEMENTED, insn.addr)
+            return can_optimize(insn)
         case _:
             assert_never(rung)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.plan import Facts, make_plan
 from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SlotAllocator
 from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr
@@ -69,6 +70,17 @@ def test_single_step_holds_a_copy_and_tells_why_not_boosted(
     assert plan.rung is Rung.SINGLE_STEP
     assert plan.code == copy_for_step(insn(code), plan.slot.code)
     assert reasons(plan.declined) == [NOT_YET, (Rung.BOOSTED, why)]
+
+
+@pytest.mark.parametrize(
+    ("code", "rung"),
+    [(PUSH, Rung.BOOSTED), (LEA, Rung.BOOSTED), (RET, Rung.BOOSTED), (JCC, Rung.SINGLE_STEP), (CALL, Rung.SINGLE_STEP)],
+)
+def test_by_the_kernels_rules_only_what_it_boosts_is_boosted(code: str, rung: Rung, slots: SlotAllocator) -> None:
+    plan = make_plan(insn(code), Facts(kernel_boost=Rules.LINUX_6_12), slots)
+    assert plan.rung is rung
+    declined = [] if rung is Rung.BOOSTED else [(Rung.BOOSTED, Reason.KERNEL_BOOST)]
+    assert reasons(plan.declined) == [NOT_YET, *declined]
 
 
 @pytest.mark.parametrize("code", INSNS)
