@@ -180,6 +180,10 @@ class Insn:
         )
 
     @property
+    def is_pause(self) -> bool:
+        return self._is_legacy(0, 0x90, 0x90) and 0xF3 in self.encoding.prefixes and not self.encoding.rex & 1
+
+    @property
     def is_branch(self) -> bool:
         """Any near transfer: the next instruction may be another than the one that follows."""
         return self.encoding.relative or self.is_indirect_call or self.is_indirect_jmp or self.is_ret

@@ -26,6 +26,8 @@ from gdb_kprobe.x86.families import Family, Unhandled, classify
 
 _JCC_REL32_SIZE = 6
 _RSP = 4
+_REP = b"\xf3"
+_OPERAND_SIZE = b"\x66"
 
 
 class RelocateError(KprobeError):
@@ -77,7 +79,9 @@ def relocate(insn: Insn, slot: VirtAddr) -> bytes:
 def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
     """The instruction itself, to be single-stepped at *slot* and corrected by :func:`gdb_kprobe.x86.step.fix_up`.
 
-    Only a RIP-relative operand is changed; a relative branch goes astray by as much as it was moved.
+    Only a RIP-relative operand is changed; a relative branch goes astray by as much as it was moved. ``pause`` becomes
+    a nop: QEMU (target/i386, ``helper_pause``) leaves its loop there without the debug exception that ends a step, and
+    goes on with the next instruction.
 
     :raises RelocateError: the family is not handled, the operand is out of reach of *slot*, or the instruction halts.
     """
@@ -85,6 +89,8 @@ def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
     if insn.is_halt:
         # A step is made with interrupts held off: the processor would wait for ever, and the stub with it.
         raise RelocateError(Reason.HALTS, f"{insn} at {insn.addr:#x}")
+    if insn.is_pause:
+        return insn.raw.replace(_REP, _OPERAND_SIZE)
     try:
         return _moved(insn, slot)
     except DisplacementError as error:

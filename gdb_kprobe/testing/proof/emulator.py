@@ -124,8 +124,6 @@ def has_meaning(insn: Insn) -> bool:
         return not is_extended(insn)
     if (encoding.map, encoding.opcode) == (1, 0xC7):
         return insn.reg == 1  # cmpxchg16b; not rdrand, xsaves, vmptrld
-    if (encoding.map, encoding.opcode) == (1, 0xAE):
-        return insn.modrm is not None and insn.modrm >= 0xE8 and not insn.prefixes  # fences
     if insn.has_repeat_prefix and (encoding.map, encoding.opcode) == (1, 0x1E):
         return insn.modrm == 0xFA  # endbr64; not the instructions of the shadow stack
     return encoding.opcode not in _WITHOUT_MEANING[encoding.map]

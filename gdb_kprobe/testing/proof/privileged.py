@@ -6,7 +6,7 @@ import random
 from typing import Final
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing.proof.bare import OPERAND, TEXT, BareMachine, arena_state, random_image
+from gdb_kprobe.testing.proof.bare import BASE, OPERAND, TEXT, BareMachine, arena_state, random_image
 from gdb_kprobe.testing.proof.emulator import is_extended
 from gdb_kprobe.testing.proof.operands import decoded, make_sensible, place_operand
 from gdb_kprobe.testing.proof.state import State
@@ -31,7 +31,12 @@ def transplanted(insn: Insn, page_offset: int) -> Insn:
     at, size = insn.encoding.disp_offset, insn.encoding.disp_size
     absolute = insn.has_memory_operand and insn.modrm is not None and insn.modrm < 0x40 and size == 4
     if insn.is_rip_relative:
-        raw = raw[:at] + (OPERAND - addr - len(raw)).to_bytes(4, "little", signed=True) + raw[at + 4 :]
+        # Cut to 32 bits, the operand is where the arena is mapped once more: at its physical address.
+        operand = OPERAND - BASE if 0x67 in insn.prefixes else OPERAND
+        raw = raw[:at] + (operand - addr - len(raw) & 0xFFFF_FFFF).to_bytes(4, "little") + raw[at + 4 :]
+    elif not insn.encoding.space and insn.opcode_map == 0 and 0xA0 <= insn.opcode <= 0xA3:
+        size = insn.encoding.imm_size
+        raw = raw[:-size] + (OPERAND if size == 8 else OPERAND - BASE).to_bytes(size, "little")
     elif absolute and not _has_registers(insn):
         raw = raw[:at] + (OPERAND & 0xFFFF_FFFF).to_bytes(4, "little") + raw[at + 4 :]
     return decode(raw, addr)

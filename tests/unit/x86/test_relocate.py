@@ -276,6 +276,12 @@ def test_what_no_family_takes_is_never_copied(text: str, reason: Reason) -> None
         assert insn(text).mnemonic in caught.value.detail
 
 
+@pytest.mark.parametrize(("text", "nop"), [("f3 90", "66 90"), ("2e f3 90", "2e 66 90"), ("f3 48 90", "66 48 90")])
+def test_pause_is_stepped_as_a_nop(text: str, nop: str) -> None:
+    assert copy_for_step(insn(text), SLOT).hex(" ") == nop
+    assert relocate(insn(text), SLOT).startswith(bytes.fromhex(text))
+
+
 @pytest.mark.parametrize("text", ["f4", "0f 01 c9", "0f 01 fb"])
 def test_what_halts_is_moved_but_not_stepped(text: str) -> None:
     assert relocate(insn(text), SLOT).startswith(bytes.fromhex(text))
