@@ -79,6 +79,7 @@ def guard_connection() -> Guard | None:
             leftover = find_leftover(stub)
             if leftover is None:
                 return None
+            stub.drop_breakpoints()
             if leftover.dispatches_itself:
                 gdb.write(
                     f"kprobe: an earlier session left {leftover.sites} site(s) armed in this guest, which dispatches "

@@ -36,6 +36,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
         memory.write_physical(phys, bytes(8))
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
+    machine.drop_breakpoints()
     # The hook last: without it a hit would be an int3 that nobody knows.
     records = tuple(sorted(iter_records(memory, header), key=lambda record: record.kind))
     sites = tuple(record for record in records if record.kind is RecordKind.SITE)

@@ -86,6 +86,9 @@ class Cpus(Protocol):
     def step(self, cpu: CpuId) -> None:
         """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
 
+    def drop_breakpoints(self) -> None:
+        """Take away all breakpoints that the stub has, whoever set them: a client that was killed leaves its own."""
+
 
 class Monitor(Protocol):
     """QEMU's text monitor."""

@@ -113,6 +113,13 @@ class QemuStub:
         if reply[:1] not in (b"T", b"S"):
             raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
 
+    def drop_breakpoints(self) -> None:
+        # '?' drops those of one vCPU, the one of the last Hc (QEMU 7.2, gdbstub.c handle_target_halt); at a connection
+        # that is the first one, and the others keep theirs.
+        for cpu in reversed(self.cpus()):
+            self._expect_ok(b"Hcp1.%x" % cpu, f"choose vCPU {cpu}")
+            self._channel.send(b"?")
+
     # -- PhysicalMemory -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -333,6 +333,9 @@ class ToyMachine:
         else:
             self.execute(cpu)
 
+    def drop_breakpoints(self) -> None:
+        self.breakpoints.clear()
+
     def monitor(self, command: str) -> str:
         assert command == "info registers -a", command
         return "".join(
