@@ -63,7 +63,6 @@ class BareMachine:
         self._rsp = rsp
         self._ram = ram
         self._stubs = range(symbols["stubs"], symbols["exception"])
-        self._code: dict[int, bytes] = {}
         template = bytearray(bytes.fromhex(rsp.send(b"g").decode()))
         system = dict(zip(_SYSTEM_NAMES, _SYSTEM.unpack_from(template, _GENERAL.size), strict=True))
         system["cr4"] |= _FSGSBASE_AND_PKE
@@ -144,8 +143,7 @@ class BareMachine:
 
     def _put_code(self, addr: int, code: bytes) -> None:
         # Through the stub: what QEMU has translated of it must go.
-        if self._code.get(addr) != code:
-            self._code[addr] = code
+        if self._read(addr, len(code)) != code:
             assert self._rsp.send(f"M{addr:x},{len(code):x}:{code.hex()}".encode()) == b"OK"
 
     def _read(self, addr: int, size: int) -> bytes:
