@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -37,6 +38,14 @@ _ONE_INSTRUCTION = ("one-insn-per-tb", "singlestep")
 """The monitor's command; QEMU 8.1 has renamed it."""
 
 _numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Which instructions may raise an exception, whose entry is at *entry*."""
+
+    entry: int
+    instructions: frozenset[int]
 
 
 class ExecutionLog:
@@ -67,8 +76,10 @@ class ExecutionLog:
         self._command("log exec,nochain")
         self._path = path
 
-    def close(self, addresses: range = EVERYWHERE) -> Counter[int]:
+    def close(self, addresses: range = EVERYWHERE, faults: Faults | None = None) -> Counter[int]:
         """End the window; returns how often each instruction of *addresses* was executed in it, by address.
+
+        With *faults* an instruction that has faulted does not count as executed.
 
         :raises GuestError: the machine runs.
         """
@@ -79,7 +90,8 @@ class ExecutionLog:
             self._one_instruction("off")
         path, self._path = self._path, None
         try:
-            return count_executions(_chunks(path), addresses)
+            counts = count_executions(_chunks(path), addresses)
+            return counts if faults is None else counts - count_faults(_chunks(path), addresses, faults)
         finally:
             path.unlink(missing_ok=True)
 
@@ -110,9 +122,7 @@ def count_executions(chunks: Iterable[bytes], addresses: range = EVERYWHERE) -> 
     ``Trace CPU: HOST [CS_BASE/PC/FLAGS/CFLAGS] SYMBOL`` is an entry, ``Stopped execution of TB chain before HOST [PC]
     SYMBOL`` takes one back. A narrow range is found some ten times as fast.
     """
-    first, last = (b"%016x" % addr for addr in (addresses[0], addresses[-1]))
-    same = next((at for at in range(len(first)) if first[at] != last[at]), len(first))
-    address = b"(%s[0-9a-f]{%d})" % (first[:same], len(first) - same)
+    address = b"(" + _pattern(addresses) + b")"
     entered = re.compile(b"/" + address + b"/")
     taken_back = re.compile(rb"Stopped execution of TB chain before 0x[0-9a-f]+ \[" + address + rb"\]")
     found: Counter[bytes] = Counter()
@@ -121,6 +131,31 @@ def count_executions(chunks: Iterable[bytes], addresses: range = EVERYWHERE) -> 
         found.subtract(taken_back.findall(chunk))
     counts = Counter({int(addr, 16): times for addr, times in found.items() if times})
     return Counter({addr: times for addr, times in counts.items() if addr in addresses})
+
+
+def count_faults(chunks: Iterable[bytes], addresses: range, of: Faults) -> Counter[int]:
+    """Faults by address: the instruction led to the exception, and on its vCPU no other of *addresses* came before it.
+
+    What is behind the instruction must be in *addresses*, and begin a block.
+    """
+    entered = re.compile(rb"Trace (\d+): 0x[0-9a-f]+ \[[0-9a-f]{16}/(%s|%016x)/" % (_pattern(addresses), of.entry))
+    faults: Counter[int] = Counter()
+    last: dict[bytes, int] = {}
+    for chunk in chunks:
+        for cpu, digits in entered.findall(chunk):
+            addr = int(digits, 16)
+            if addr == of.entry:
+                faults[last.pop(cpu, 0)] += 1
+            elif addr in addresses:
+                last[cpu] = addr
+    return Counter({addr: times for addr, times in faults.items() if addr in of.instructions})
+
+
+def _pattern(addresses: range) -> bytes:
+    """A regular expression for the digits of *addresses*, and of a few others."""
+    first, last = (b"%016x" % addr for addr in (addresses[0], addresses[-1]))
+    same = next((at for at in range(len(first)) if first[at] != last[at]), len(first))
+    return b"%s[0-9a-f]{%d}" % (first[:same], len(first) - same)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kprobe_guest.execution_log import count_executions
+from kprobe_guest.execution_log import Faults, count_executions, count_faults
 
 # As QEMU 7.2 writes them.
 LOG = (
@@ -25,3 +25,15 @@ def test_only_the_range_asked_for() -> None:
     assert count_executions(LOG, range(0xFFFFFFFFB9A5F2C1, 0xFFFFFFFFB9A61000)) == Counter({0xFFFFFFFFB9A5F2C4: 1})
     assert count_executions(LOG, range(0xFFFFFFFFB9A5F2C0, 0xFFFFFFFFB9A5F2C1)) == Counter({0xFFFFFFFFB9A5F2C0: 1})
     assert count_executions(LOG, range(0xFFFFFFFFB9A5F2C5, 0xFFFFFFFFB9A61001)) == Counter()
+
+
+def test_faults_are_told_from_what_follows_on_the_same_vcpu() -> None:
+    fault, *steps = 0xFFFFFFFFB9C00B70, 0xFFFFFFFFB9A5F2C0, 0xFFFFFFFFB9A5F2C4
+    entries = [
+        (0, steps[0]), (1, steps[1]), (0, steps[1]), (0, fault), (0, 0xFFFFFFFFB9A00000), (0, fault),
+        (1, steps[0]), (1, fault), (0, steps[1]),
+    ]  # fmt: skip
+    log = b"".join(b"Trace %d: 0x7f24d40e1100 [%016x/%016x/0040c2b4/ff000201] \n" % (cpu, 0, pc) for cpu, pc in entries)
+    addresses = range(steps[0], steps[1] + 1)
+    assert count_faults([log], addresses, Faults(fault, frozenset(steps))) == Counter({steps[1]: 1, steps[0]: 1})
+    assert count_faults([log], addresses, Faults(fault, frozenset(steps[:1]))) == Counter({steps[0]: 1})
