@@ -41,11 +41,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that the workload's *part* was seen to execute.
-
-    *hits* is how often its instructions were executed in that window, *least* how often that one was that was executed
-    least, but was. *interrupts*: it also ran while the guest was in user mode all the time.
-    """
+    """A function that the workload's *part* was seen to execute; *entries* is how often it was entered then."""
 
     symbol: Symbol
     range: AddressRange
@@ -53,9 +49,6 @@ class Function:
     kind: Kind
     part: str
     entries: int
-    hits: int
-    least: int
-    interrupts: bool
 
     def __str__(self) -> str:
         return str(self.symbol)
@@ -63,15 +56,26 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is asked of a chosen function: at most *insns* instructions, *hits* of all together in a window, and so on.
+    """What is asked of a function to be chosen.
 
-    *interrupts*: whether it may run by itself.
+    It has at most *insns* instructions, of which at least *executed* run, all together at most *hits* times a window.
+    With *rounds* each must run in each of so many rounds of the workload equally often, and the function not by itself:
+    no interrupts, no scheduler.
     """
 
     insns: int = 250
+    executed: int = 3
     hits: int = 20_000
-    least: int = 1
-    interrupts: bool = True
+    rounds: int = 0
+
+    def admit(self, kind: Kind, interrupts: bool, executed: Mapping[VirtAddr, int]) -> bool:
+        """Whether a function is to be chosen that ran so in one window."""
+        if len(executed) < self.executed or sum(executed.values()) > self.hits:
+            return False
+        if not self.rounds:
+            return True
+        by_itself = interrupts or kind in (Kind.SCHEDULER, Kind.INTERRUPT)
+        return not by_itself and all(times % self.rounds == 0 for times in executed.values())
 
 
 def choose_functions(
@@ -107,26 +111,20 @@ def _for_each_function(
         if place.symbol is None or not 1 < len(insns) <= limits.insns or _is_forbidden(guest, insns):
             continue
         interrupts = spin in parts
-        choices: list[tuple[int, str, dict[VirtAddr, int]]] = []
-        for part in parts:
-            executed = executions(insns, windows[part])
-            hits, least = sum(executed.values()), min(executed.values())
-            if hits <= limits.hits and least >= limits.least:
-                choices.append((hits, part, executed))
-        if not choices or (interrupts and not limits.interrupts):
+        runs = {part: executions(insns, windows[part]) for part in parts}
+        kinds = {part: _kind_of(guest, place.symbol, insns, run, interrupts) for part, run in runs.items()}
+        choices = [part for part in parts if limits.admit(kinds[part], interrupts, runs[part])]
+        if not choices:
             continue
         # An interrupt's function is seen where nothing else is; else where it costs least.
-        hits, part, executed = min(choices, key=lambda choice: (interrupts and choice[1] != spin, choice[:2]))
+        part = min(choices, key=lambda part: (interrupts and part != spin, sum(runs[part].values()), part))
         yield Function(
             symbol=place.symbol,
             range=AddressRange(place.start, insns[-1].end),
             insns=insns,
-            kind=_kind_of(guest, place.symbol, insns, executed, interrupts),
+            kind=kinds[part],
             part=part,
             entries=windows[part][start],
-            hits=hits,
-            least=min(executed.values()),
-            interrupts=interrupts,
         )
 
 

@@ -1,0 +1,84 @@
+"""Every instruction of functions that a workload runs, probed at once: each is hit as often as QEMU has executed it.
+
+A sample; `gdb-kprobe torture boundaries` takes as many functions as one likes. GDB_KPROBE_FULL=1 in the environment
+takes 200 in the guest, and 20 by the stub.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from gdb_kprobe.launcher.torture import STUB_LIMITS, Outcome, Torture, torture
+from gdb_kprobe.testing import GdbMi, boundaries
+from gdb_kprobe.testing.functions import Function, Kind, Limits
+from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.build.workload import PARTS, SPIN
+from kprobe_guest.execution_log import KERNEL_TEXT
+from kprobe_guest.spec import KernelKind
+
+pytestmark = pytest.mark.live
+
+BootedGuest = Callable[[GuestSpec], GuestVm]
+Record = Callable[[str, object], None]
+
+FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
+only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
+
+IN_GUEST, BY_STUB = (200, 20) if FULL else (10, 3)
+SOME_PARTS = PARTS if FULL else ("pipes", "copies", "tasks", SPIN)
+KERNELS = ("debian", pytest.param("newest", marks=only_full))
+RUNTIME = 1800 if FULL else 300
+"""Seconds."""
+
+
+@contextmanager
+def tortured(booted_guest: BootedGuest, kernel: KernelKind, vcpus: int) -> Iterator[tuple[Torture, GdbMi]]:
+    """A guest with its workload, and a gdb that is not attached yet; afterwards, the proof that nothing is left."""
+    guest = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=KERNEL_TEXT))
+    with torture(guest) as found, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+        yield found, gdb
+    assert found.leftovers() == []
+
+
+def check(found: Torture, gdb: GdbMi, functions: tuple[Function, ...], dispatch: str, strategy: str) -> list[Outcome]:
+    gdb.console(f"kprobe attach --dispatch {dispatch} debian")
+    boundaries.prepare(gdb)
+    outcomes = [found.check(gdb, function, strategy) for function in functions]
+    gdb.console("kprobe detach")
+    return outcomes
+
+
+@pytest.mark.timeout(RUNTIME)
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hits_in_the_guest_are_what_was_executed(
+    booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int
+) -> None:
+    with tortured(booted_guest, kernel, vcpus) as (found, gdb):
+        functions = found.choose(IN_GUEST, Limits(), SOME_PARTS)
+        assert len(functions) == IN_GUEST
+        assert {function.kind for function in functions} == set(Kind)
+        outcomes = check(found, gdb, functions, "guest", "boosted")
+    record_property("summary", [str(outcome) for outcome in outcomes])
+    assert [difference for outcome in outcomes for difference in outcome.wrong] == []
+    assert all(outcome.executed for outcome in outcomes)
+
+
+@pytest.mark.timeout(RUNTIME)
+@pytest.mark.parametrize("strategy", ["boosted", "single-step"])
+@pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=only_full)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hits_by_the_stub_are_what_was_executed(
+    booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int, strategy: str
+) -> None:
+    with tortured(booted_guest, kernel, vcpus) as (found, gdb):
+        functions = found.choose(BY_STUB, STUB_LIMITS, SOME_PARTS)
+        assert len(functions) == BY_STUB
+        outcomes = check(found, gdb, functions, "stub", strategy)
+    record_property("summary", [str(outcome) for outcome in outcomes])
+    assert [difference for outcome in outcomes for difference in outcome.wrong] == []
+    assert all(outcome.least >= 5 for outcome in outcomes)
