@@ -80,14 +80,15 @@ def guard_connection() -> Guard | None:
             if leftover is None:
                 return None
             stub.drop_breakpoints()
+            # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
+            # And a vCPU whose instruction was being stepped has nobody to put right what the step does.
+            leftover.bring_out(stub)
             if leftover.dispatches_itself:
                 gdb.write(
                     f"kprobe: an earlier session left {leftover.sites} site(s) armed in this guest, which dispatches "
                     f"their hits by itself. {_ATTACH}.\n"
                 )
                 return None
-            # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
-            leftover.bring_out(stub)
         guard = Guard(stub, channel, leftover)
     except (KprobeError, gdb.error):
         # Whatever gdb is connected to: it has no probes of ours that we could know of.

@@ -25,6 +25,9 @@ _LAST = ("eflags", "rip", "rsp")
 MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
 
+MAX_ITERATIONS = 4096
+"""Iterations of a repeated instruction that are stepped at one hit; in between, a Ctrl-C is heard."""
+
 
 _Key = tuple[VirtAddr, int]
 _Called = tuple[Probe, ...]
@@ -225,7 +228,7 @@ class StubDispatcher:
 
     def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: _Called) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
-        after = self._fix_up(cpu, site, before, self._step(cpu, site, before), called)
+        after = self._fix_up(cpu, site, *self._step(cpu, site, before), called)
         if after is None:
             return False
         stop = site.needs_post and self._run_post(cpu, after, called)
@@ -237,7 +240,7 @@ class StubDispatcher:
     def _fix_up(
         self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None, called: _Called
     ) -> dict[str, int] | None:
-        """Put right what the step left in *after* (``None``: nothing was executed).
+        """Put right what the step left in *after* (``None``: the instruction is not through).
 
         Returns the registers after the instruction; ``None`` when it is not through: not executed, or it has faulted.
         """
@@ -251,7 +254,7 @@ class StubDispatcher:
 
         key = (site.addr, before["rsp"])
         if after is None:
-            # The guest executes the probed instruction as if it had not been hit.
+            # The guest takes the int3 again, which is the same hit and not another one.
             fix, faulted = step.StepFixup({"rip": site.addr}), True
         elif step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
@@ -279,14 +282,25 @@ class StubDispatcher:
             self._write(cpu, {name: values[name] for name in regs.changed})
         return stop
 
-    def _step(self, cpu: CpuId, site: Site, before: Mapping[str, int]) -> dict[str, int] | None:
-        """Step until something was executed; ``None`` when nothing ever is."""
-        for _ in range(MAX_STEPS):
+    def _step(self, cpu: CpuId, site: Site, before: dict[str, int]) -> tuple[dict[str, int], dict[str, int] | None]:
+        """Step until the instruction is through; the registers before the last step, and after it.
+
+        ``None`` instead of the latter: nothing was executed, or a repeated instruction has very many iterations left.
+        """
+        insn, slot = site.plan.insn, site.plan.slot.code
+        iterations = min(step.most_steps(insn, before), MAX_ITERATIONS)
+        unmoved = 0
+        while iterations and unmoved < MAX_STEPS:
             self._machine.step(cpu)
             after = self._machine.read_registers(cpu)
-            if step.stepped(site.plan.insn, site.plan.slot.code, before, after):
-                return after
-        return None
+            if step.stepped(insn, slot, before, after):
+                return before, after
+            if step.is_repeating(insn, slot, before, after):
+                iterations -= 1
+            else:
+                unmoved += 1
+            before = after
+        return before, None
 
     def _is_exception_entry(self, addr: int) -> bool:
         return addr in self._guest.gates

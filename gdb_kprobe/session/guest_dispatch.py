@@ -44,6 +44,9 @@ class GuestDispatch:
         self._taken: set[int] = set()
         self._clear_table()
         # A breakpoint makes QEMU run the whole page that it is in one instruction at a time: the gate has its own.
+        before = -region.slots.high_water % PAGE_SIZE
+        if before:
+            self._allocate(before - SLOT_HEADER)
         gate = self._allocate(PAGE_SIZE - SLOT_HEADER)
         self._gate_slot = gate
         emitted = code.emit_gate(gate.code)

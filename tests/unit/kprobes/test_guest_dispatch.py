@@ -1,0 +1,137 @@
+"""The dispatcher's code, executed: found or not, counted, sent to the slot, the caller's registers kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
+from unicorn import x86_const as uc
+
+from gdb_kprobe.kprobes import guest_dispatch as code
+from gdb_kprobe.linux import pt_regs
+from gdb_kprobe.model import VirtAddr
+
+CODE, TABLE, COUNTERS, STACK = (VirtAddr(0x10_0000 * n) for n in range(1, 5))
+DISPATCHER, GATE = VirtAddr(CODE + 0x1000), VirtAddr(CODE)
+FORWARD, BACK = VirtAddr(CODE + 0x8000), VirtAddr(CODE + 0x9000)
+REGS = STACK + 0x8000
+BITS = 4
+KERNEL_CS, USER_CS = 0x10, 0x33
+KEPT = ("RBX", "RBP", "R12", "R13", "R14", "R15")
+KERNEL = 0xFFFF_FFFF_8100_0000
+
+
+class Machine:
+    """The dispatcher as the #BP entry calls it: RDI and RSP as there, anything in the other registers."""
+
+    def __init__(self) -> None:
+        self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        for base in (CODE, TABLE, COUNTERS, STACK):
+            self.uc.mem_map(base, 0x10_0000)
+        self.uc.mem_write(DISPATCHER, code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD))
+        self.gate = code.emit_gate(GATE)
+        self.uc.mem_write(GATE, self.gate.code)
+        self.uc.mem_write(FORWARD, b"\xf4")
+        self.uc.mem_write(BACK, b"\xf4")
+        self.taken: set[int] = set()
+
+    def enter(self, addr: int, handler: int) -> None:
+        index = code.table_index(addr, BITS)
+        while index in self.taken:
+            index = (index + 1) % (1 << BITS)
+        self.taken.add(index)
+        self.uc.mem_write(TABLE + index * code.ENTRY.size, code.ENTRY.pack(addr, handler))
+
+    def hit(self, addr: int, cs: int = KERNEL_CS, *, until: int = BACK) -> tuple[int, int]:
+        """Where it went, and the IP that the interrupted context has then."""
+        regs = bytearray(random.randbytes(pt_regs.SIZE))
+        at = pt_regs.OFFSETS
+        regs[at["rip"] : at["rip"] + 8] = (addr + 1).to_bytes(8, "little")
+        regs[at["cs"] : at["cs"] + 8] = cs.to_bytes(8, "little")
+        self.uc.mem_write(REGS, bytes(regs))
+        self.uc.mem_write(REGS - 8, BACK.to_bytes(8, "little"))
+        kept = {name: random.getrandbits(64) for name in KEPT}
+        for name in ("RAX", "RCX", "RDX", "RSI", *(f"R{n}" for n in range(8, 12))):
+            self.uc.reg_write(getattr(uc, f"UC_X86_REG_{name}"), random.getrandbits(64))
+        for name, value in kept.items():
+            self.uc.reg_write(getattr(uc, f"UC_X86_REG_{name}"), value)
+        self.uc.reg_write(uc.UC_X86_REG_RDI, REGS)
+        self.uc.reg_write(uc.UC_X86_REG_RSP, REGS - 8)
+        self.uc.emu_start(DISPATCHER, until, count=1000)
+        assert {name: self.uc.reg_read(getattr(uc, f"UC_X86_REG_{name}")) for name in KEPT} == kept
+        rip = self.uc.reg_read(uc.UC_X86_REG_RIP)
+        assert self.uc.reg_read(uc.UC_X86_REG_RSP) == REGS - 8 + 8 * (rip == BACK)
+        after = self.uc.mem_read(REGS, pt_regs.SIZE)
+        ip = int.from_bytes(after[at["rip"] : at["rip"] + 8], "little")
+        regs[at["rip"] : at["rip"] + 8] = after[at["rip"] : at["rip"] + 8]
+        assert after == regs, "nothing but IP is changed"
+        return int(rip), ip
+
+    def counter(self, index: int) -> int:
+        return int.from_bytes(self.uc.mem_read(COUNTERS + 16 * index, 8), "little")
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+def counting(machine: Machine, index: int, counters: list[int], slot: int) -> int:
+    at = VirtAddr(CODE + 0x2000 + 0x100 * index)
+    words = [VirtAddr(COUNTERS + 16 * counter) for counter in counters]
+    emitted = code.emit_counting_handler(at, words, VirtAddr(slot))
+    assert len(emitted) == code.COUNTING_FIXED_SIZE + code.COUNTING_SIZE * len(counters)
+    machine.uc.mem_write(at, emitted)
+    return at
+
+
+def test_an_address_that_is_not_in_the_table_goes_to_the_guests_own_handler(machine: Machine) -> None:
+    machine.enter(KERNEL, counting(machine, 0, [0], CODE + 0x4000))
+    assert machine.hit(KERNEL + 1, until=FORWARD) == (FORWARD, KERNEL + 2)
+    assert machine.counter(0) == 0
+
+
+def test_user_mode_goes_to_the_guests_own_handler_even_with_a_probed_address(machine: Machine) -> None:
+    machine.enter(KERNEL, counting(machine, 0, [0], CODE + 0x4000))
+    assert machine.hit(KERNEL, USER_CS, until=FORWARD) == (FORWARD, KERNEL + 1)
+    assert machine.counter(0) == 0
+
+
+def test_each_of_many_sites_counts_for_itself_whatever_the_table_looks_like(machine: Machine) -> None:
+    sites = random.Random(5).sample(range(KERNEL, KERNEL + 0x100_0000), 12)  # 12 of 16 entries: collisions and a wrap
+    for index, addr in enumerate(sites):
+        machine.enter(addr, counting(machine, index, [index], CODE + 0x4000 + 16 * index))
+    for index, addr in enumerate(sites):
+        for _ in range(index + 1):
+            assert machine.hit(addr) == (BACK, CODE + 0x4000 + 16 * index)
+    assert [machine.counter(index) for index in range(12)] == list(range(1, 13))
+    assert machine.hit(KERNEL + 0x200_0000, until=FORWARD)[0] == FORWARD
+
+
+@pytest.mark.parametrize("counters", [[], [0], [0, 1, 2]])
+def test_a_handler_counts_for_every_probe_of_its_site(machine: Machine, counters: list[int]) -> None:
+    machine.enter(KERNEL, counting(machine, 0, counters, CODE + 0x4000))
+    assert machine.hit(KERNEL) == (BACK, CODE + 0x4000)
+    assert [machine.counter(index) for index in range(4)] == [int(index in counters) for index in range(4)]
+
+
+@pytest.mark.parametrize("somebody", [True, False])
+def test_a_hit_for_the_host_stops_at_the_gate_and_is_a_miss_when_nobody_is_there(
+    machine: Machine, somebody: bool
+) -> None:
+    at = VirtAddr(CODE + 0x2000)
+    emitted = code.emit_stopping_handler(at, machine.gate.gate, VirtAddr(COUNTERS + 8), VirtAddr(CODE + 0x4000))
+    assert len(emitted) == code.STOPPING_SIZE
+    machine.uc.mem_write(at, emitted)
+    machine.enter(KERNEL, at)
+    if somebody:
+        assert machine.hit(KERNEL, until=machine.gate.gate) == (machine.gate.gate, KERNEL + 1)
+    else:
+        assert machine.hit(KERNEL) == (BACK, CODE + 0x4000)
+    assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(not somebody)
+
+
+def test_an_int3_that_was_removed_meanwhile_leads_back_to_the_instruction(machine: Machine) -> None:
+    machine.enter(KERNEL, machine.gate.retired)
+    assert machine.hit(KERNEL) == (BACK, KERNEL)
