@@ -20,11 +20,12 @@ from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.testing.proof.bare import SLOTS, TEXT, BareMachine
 from gdb_kprobe.testing.proof.cases import CASES
+from gdb_kprobe.testing.proof.decoding import check_branch, check_decoding
 from gdb_kprobe.testing.proof.differential import check
 from gdb_kprobe.testing.proof.emulator import Emulator
 from gdb_kprobe.testing.proof.forms import Forms, read_forms
 from gdb_kprobe.testing.proof.privileged import state_for, transplanted
-from gdb_kprobe.testing.proof.prover import Oracle, Prover
+from gdb_kprobe.testing.proof.prover import MODULE_AREA, Oracle, Prover
 from gdb_kprobe.x86.decode import decode
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 from kprobe_guest import GuestSpec, GuestVm
@@ -54,8 +55,18 @@ def prover(bare: BareMachine) -> Prover:
     return Prover(Emulator(), bare, STATES)
 
 
+_FORMS: dict[int, Forms] = {}
+
+
 def live_forms(guest: GuestVm) -> Forms:
-    """The forms in the text of *guest*; the VM goes on running."""
+    """The forms in the text of *guest*, read once; the VM goes on running."""
+    if guest.pid not in _FORMS:
+        _FORMS.clear()
+        _FORMS[guest.pid] = _read(guest)
+    return _FORMS[guest.pid]
+
+
+def _read(guest: GuestVm) -> Forms:
     linux = open_linux(GuestMonitor(guest), GuestRam(guest))
     init = linux.kallsyms.section("__init_begin", "__init_end")
     starts = sorted({symbol.addr for symbol in linux.kallsyms if symbol.is_text})
@@ -78,9 +89,9 @@ def test_written_cases_are_the_same_when_the_stub_steps(bare: BareMachine, famil
     assert [text for text, count in executed.items() if not count] == [], "never executed without a fault"
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         GuestSpec(kernel="debian"),
         GuestSpec(kernel="newest"),
         pytest.param(GuestSpec(kernel="debian", extra_cmdline=("mitigations=off",)), marks=only_full),
@@ -89,6 +100,12 @@ def test_written_cases_are_the_same_when_the_stub_steps(bare: BareMachine, famil
     ],
     ids=["debian", "newest", "debian-off", "newest-off", "newest-default-cpu"],
 )
+def spec(request: pytest.FixtureRequest) -> GuestSpec:
+    """The guest whose text is read; by the module, so that its tests are run one after another."""
+    asked: GuestSpec = request.param
+    return asked
+
+
 def test_every_form_of_the_live_text_is_proven(
     booted_guest: Callable[[GuestSpec], GuestVm], prover: Prover, spec: GuestSpec
 ) -> None:
@@ -116,7 +133,9 @@ def test_every_form_of_the_live_text_is_proven(
         if oracle is Oracle.DECODING:
             decoded.append(insn.mnemonic)
 
-    print(f"\n{guest.run('uname -r')[1].strip()}: {forms.instructions} instructions, {forms.distinct} distinct ones,")
+    print(
+        f"\n{guest.run('uname -r')[1].strip()}: {forms.instructions} instructions, {len(forms.distinct)} distinct ones,"
+    )
     print(f"{len(forms.samples)} forms, read in {read - started:.1f} s, proven in {time.monotonic() - read:.1f} s")
     for name, count in (*oracles.items(), *((f"refused: {reason}", count) for reason, count in refused.items())):
         print(f"  {count:6}  {name}")
@@ -127,3 +146,30 @@ def test_every_form_of_the_live_text_is_proven(
     assert differences == []
     assert set(refused) <= REFUSED
     assert sum(oracles.values()) + sum(refused.values()) == len(forms.samples)
+
+
+def test_every_distinct_instruction_decodes_to_the_same_in_a_slot(
+    booted_guest: Callable[[GuestSpec], GuestVm], spec: GuestSpec
+) -> None:
+    """Not what a form does, which is proven above, but each displacement in it, for a slot anywhere in reach."""
+    forms = live_forms(booted_guest(spec))
+    rng = random.Random(0)
+    started = time.monotonic()
+    checked: Counter[str] = Counter()
+    for raw, addr in forms.distinct.items():
+        insn = decode(raw, addr)
+        slot = VirtAddr(rng.randrange(MODULE_AREA.start, MODULE_AREA.end))
+        match classify(insn):
+            case Unhandled():
+                checked["refused"] += 1
+            case Family.JCC | Family.JMP | Family.CALL_REL:
+                check_branch(insn, slot)
+                checked["relative branches"] += 1
+            case Family.CALL_INDIRECT | Family.JMP_INDIRECT | Family.RET | Family.LOOP as family:
+                checked[f"{family}: by its forms"] += 1
+            case _:
+                check_decoding(insn, slot)
+                checked["copies"] += 1
+    print(f"\n{len(forms.distinct)} distinct instructions in {time.monotonic() - started:.1f} s: {dict(checked)}")
+    assert checked.total() == len(forms.distinct)
+    assert checked["copies"] > checked["relative branches"] > 0

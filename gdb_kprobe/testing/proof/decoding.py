@@ -37,8 +37,45 @@ def check_decoding(insn: Insn, slot: VirtAddr) -> None:
     back = _decode(code[moved.len :], slot + moved.len)
     assert (back.code, back.near_branch_target) == (iced_x86.Code.JMP_REL32_64, insn.end), insn
     assert moved.len + back.len == len(code), insn
-    if not insn.is_halt:
-        _assert_same(insn, original, _decode(relocate.copy_for_step(insn, slot), slot))
+    if insn.is_halt:
+        return
+    copy = _decode(relocate.copy_for_step(insn, slot), slot)
+    if insn.is_pause:
+        assert (copy.mnemonic, copy.len) == (iced_x86.Mnemonic.NOP, original.len), insn
+    else:
+        _assert_same(insn, original, copy)
+
+
+def check_branch(insn: Insn, slot: VirtAddr) -> None:
+    """Compare a relative branch with the code that stands in for it: condition, target, return address, way out.
+
+    :raises AssertionError: one of them is another; or *insn* is no jcc, jmp or call to a target in the upper 2 GiB.
+    """
+    original = _decode(insn.raw, insn.addr)
+    assert original.len == insn.length, insn
+    code = relocate.relocate(insn, slot)
+    first = _decode(code, slot)
+    second = _decode(code[first.len :], slot + first.len)
+    match classify(insn):
+        case Family.JMP:
+            assert first.code == iced_x86.Code.JMP_REL32_64, insn
+            assert first.len == len(code), insn
+            last = first
+        case Family.JCC:
+            assert first.is_jcc_near, insn
+            assert first.condition_code == original.condition_code, insn
+            assert second.near_branch_target == insn.end, insn
+            last = first
+        case Family.CALL_REL:
+            assert first.code == iced_x86.Code.PUSHQ_IMM32, insn
+            assert first.immediate(0) & (1 << 64) - 1 == insn.end, insn
+            last = second
+        case family:
+            raise AssertionError(f"{insn} is a {family}")
+    assert last.near_branch_target == original.near_branch_target, insn
+    if last is not first or first.is_jcc_near:
+        assert second.code == iced_x86.Code.JMP_REL32_64, insn
+        assert first.len + second.len == len(code), insn
 
 
 def _decode(code: bytes, addr: int) -> iced_x86.Instruction:

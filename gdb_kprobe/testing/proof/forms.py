@@ -57,10 +57,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Forms:
-    """What :func:`read_forms` found. *bad* are places that are no instructions, with the reason."""
+    """What :func:`read_forms` found.
+
+    *distinct* has the instructions of different bytes, each with the first place where it stands; *samples* one of
+    these for each form; *bad* are places that are no instructions, with the reason.
+    """
 
     instructions: int = 0
-    distinct: int = 0
+    distinct: dict[bytes, VirtAddr] = field(default_factory=dict)
     samples: dict[Form, Sample] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
 
@@ -114,19 +118,17 @@ def read_forms(texts: Iterable[tuple[VirtAddr, bytes]], starts: Sequence[int], s
     *starts* are the sorted addresses of symbols, where decoding begins anew; what is in *skip* is left out.
     """
     found = Forms()
-    seen: set[bytes] = set()
     left_out = tuple(skip)
     for base, text in texts:
         first, last = bisect_left(starts, base), bisect_left(starts, base + len(text))
         bounds = [*starts[first:last], base + len(text)]
         for start, end in pairwise(bounds):
             if not any(start in window for window in left_out):
-                _walk(found, seen, VirtAddr(start), text[start - base : end - base])
-    found.distinct = len(seen)
+                _walk(found, VirtAddr(start), text[start - base : end - base])
     return found
 
 
-def _walk(found: Forms, seen: set[bytes], start: VirtAddr, code: bytes) -> None:
+def _walk(found: Forms, start: VirtAddr, code: bytes) -> None:
     stop = len(code.rstrip(_INT3))  # padding
     zeros = code.find(_ZEROS)
     stop = stop if zeros < 0 else min(stop, zeros)
@@ -139,7 +141,7 @@ def _walk(found: Forms, seen: set[bytes], start: VirtAddr, code: bytes) -> None:
             return
         raw = code[at : at + encoding.length]
         found.instructions += 1
-        if raw not in seen:
-            seen.add(raw)
-            found.samples.setdefault(form_of(encoding, raw), Sample(VirtAddr(start + at), raw))
+        if raw not in found.distinct:
+            addr = found.distinct[raw] = VirtAddr(start + at)
+            found.samples.setdefault(form_of(encoding, raw), Sample(addr, raw))
         at += encoding.length

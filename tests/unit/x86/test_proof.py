@@ -81,7 +81,13 @@ def test_text_is_walked_from_symbol_to_symbol() -> None:
     found = read_forms([(ADDR, text)], [ADDR, ADDR + 9, ADDR + 10, ADDR + 13], [AddressRange(ADDR, ADDR)])
     assert found == Forms(
         instructions=6,
-        distinct=5,
+        distinct={
+            text[:3]: ADDR,
+            text[3:6]: VirtAddr(ADDR + 3),
+            b"\xc3": VirtAddr(ADDR + 6),
+            b"\x90": VirtAddr(ADDR + 11),
+            b"\xeb\x00": VirtAddr(ADDR + 13),
+        },
         samples={
             form("48 89 e5"): Sample(ADDR, text[:3]),
             form("c3"): Sample(VirtAddr(ADDR + 6), b"\xc3"),
