@@ -117,6 +117,7 @@ class Reason(StrEnum):
     BP_PATH = "on the #BP path"
     JUMP_LABEL = "jump label site"
     STATIC_CALL = "static call site"
+    STATIC_CALL_TRAMPOLINE = "static call trampoline"
     BUG_TABLE = "BUG or WARN site"
     ALTERNATIVE = "SMP alternative site"
     EX_TABLE = "exception table instruction"

@@ -26,10 +26,13 @@ _SECTIONS = (
     ("__cpuidle_text_start", "__cpuidle_text_end", Reason.NOINSTR, ".cpuidle.text"),
     ("__kprobes_text_start", "__kprobes_text_end", Reason.KPROBES_TEXT, ".kprobes.text"),
     # The trampolines are single jumps that static_call_update() rewrites; they are in no table of sites.
-    ("__static_call_text_start", "__static_call_text_end", Reason.STATIC_CALL, "a static call's trampoline"),
+    ("__static_call_text_start", "__static_call_text_end", Reason.STATIC_CALL_TRAMPOLINE, "a static call's trampoline"),
 )
 _INIT_SECTION = ("__init_begin", "__init_end")
+_BP_PATH = ("asm_exc_int3", "exc_int3")
+_PADDING_PREFIXES = ("__pfx_", "__cfi_")
 
+_HINT = "choose another instruction or function"
 _CALL_SIZE = 5
 _UD2_SIZE = 2
 _LOCK_SIZE = 1
@@ -59,20 +62,43 @@ class ForbiddenRanges:
 
     def find(self, window: AddressRange) -> ForbiddenRange | None:
         """Return the lowest entry that shares a byte with *window*."""
-        found = None
+        return next(iter(self.overlapping(window)), None)
+
+    def overlapping(self, window: AddressRange) -> list[ForbiddenRange]:
+        """Return all entries that share a byte with *window*, the lowest first."""
+        found = []
         at = bisect_left(self._starts, window.end) - 1
         while at >= 0 and self._reach[at] > window.start:
             if self.entries[at].range.overlaps(window):
-                found = self.entries[at]
+                found.append(self.entries[at])
             at -= 1
-        return found
+        return found[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """*size* bytes at *addr* that must not be touched; *what* ends with a place for the address."""
+
+    addr: int
+    size: int
+    reason: Reason
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolRule:
+    """Why all of a symbol is refused, and what it is."""
+
+    reason: Reason
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
     """What the guest says of its text at one moment; read it anew after the guest has run.
 
-    *text* is live text: the core kernel's and that of each live module. *forbidden* is what must not be touched.
+    *text* is live text: the core kernel's and that of each live module. *forbidden* is what must not be touched;
+    *bp_path* is the part of it that an int3 itself runs through.
     """
 
     memory: Memory
@@ -81,6 +107,7 @@ class TextFacts:
     init: tuple[AddressRange, ...]
     forbidden: ForbiddenRanges
     tables: TextTables
+    bp_path: tuple[AddressRange, ...] = ()
 
     def is_live_text(self, addr: int) -> bool:
         """Say whether *addr* is in the core kernel's text or in that of a live module (init text is neither)."""
@@ -122,37 +149,46 @@ class TextFacts:
         return None
 
     def _forbidden(self, window: AddressRange) -> Refusal | None:
+        if any(window.overlaps(path) for path in self.bp_path):
+            return self._refuse(Reason.BP_PATH, window.start, "an int3 there would trap for ever")
         entry = self.forbidden.find(window)
         if entry is not None:
             return self._refuse(entry.reason, window.start, entry.what)
         found = self.kallsyms.symbol_at(window.start)
-        if found is None:
-            return None
-        name = found[0].name
-        if name.startswith(("__pfx_", "__cfi_")):
-            return self._refuse(Reason.NOT_TEXT, window.start, "padding in front of a function")
+        rule = None if found is None else self.rule_for_symbol(found[0].name)
+        return None if rule is None else self._refuse(rule.reason, window.start, rule.what)
+
+    def rule_for_symbol(self, name: str) -> SymbolRule | None:
+        """Return why nothing of the symbol *name* may be touched, as far as its name says it; None otherwise."""
+        if name.startswith(_PADDING_PREFIXES):
+            return SymbolRule(Reason.PADDING, "padding in front of a function")
         # A part that the compiler split off (foo.cold, foo.isra.0) is refused like its function.
         stem = name.partition(".")[0]
         if stem != name:
             for symbol in self.kallsyms.lookup(stem):
                 entry = self.forbidden.find(AddressRange(symbol.addr, VirtAddr(symbol.addr + 1)))
                 if entry is not None:
-                    return self._refuse(entry.reason, window.start, f"{stem} is in {entry.what}")
+                    return SymbolRule(entry.reason, f"{stem} is in {entry.what}")
         return None
 
     def _patched(self, window: AddressRange) -> Refusal | None:
+        site = next(self.sites_in(window), None)
+        return None if site is None else self._refuse(site.reason, window.start, f"{site.what} {site.addr:#x}")
+
+    def sites_in(self, window: AddressRange) -> Iterator[Site]:
+        """Yield the places that share a byte with *window* and that the guest patches, or knows by address."""
         tables = self.tables
-        for site in _around(tables.jump_labels, window, _JUMP_LABEL_SIZE):
-            if site + self._jump_label_size(site) > window.start:
-                return self._refuse(Reason.JUMP_LABEL, window.start, f"the guest patches {site:#x} itself")
+        for addr in _around(tables.jump_labels, window, _JUMP_LABEL_SIZE):
+            size = self._jump_label_size(addr)
+            if addr + size > window.start:
+                yield Site(addr, size, Reason.JUMP_LABEL, "the guest switches the jump label at")
         for sites, size, reason, what in (
             (tables.static_calls, _CALL_SIZE, Reason.STATIC_CALL, "the guest redirects the call at"),
             (tables.bugs, _UD2_SIZE, Reason.BUG_TABLE, "the kernel recognizes its ud2 at"),
             (tables.locks, _LOCK_SIZE, Reason.ALTERNATIVE, "the guest patches the lock prefix at"),
         ):
-            for site in _around(sites, window, size):
-                return self._refuse(reason, window.start, f"{what} {site:#x}")
-        return None
+            for addr in _around(sites, window, size):
+                yield Site(addr, size, reason, what)
 
     def _jump_label_size(self, site: int) -> int:
         # Kernel commit ab3257042c26 "jump_label, x86: Allow short NOPs" (in v5.14): the size is in the text only.
@@ -160,7 +196,7 @@ class TextFacts:
         return _SHORT_JUMP_LABEL_SIZE if first in _SHORT_JUMP_LABELS else _JUMP_LABEL_SIZE
 
     def _refuse(self, reason: Reason, addr: VirtAddr, what: str) -> Refusal:
-        return Refusal(reason, addr, f"{self._name(addr)}: {what}", "choose another instruction or function")
+        return Refusal(reason, addr, f"{self._name(addr)}: {what}", _HINT)
 
     def _name(self, addr: VirtAddr) -> str:
         found = self.kallsyms.symbol_at(addr)
@@ -184,6 +220,9 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple
         ),
         forbidden=ForbiddenRanges(_read_forbidden(memory, kallsyms, btf, modules)),
         tables=read_text_tables(memory, kallsyms, btf, modules),
+        bp_path=tuple(
+            AddressRange(symbol.addr, kallsyms.end(symbol)) for name in _BP_PATH for symbol in kallsyms.lookup(name)
+        ),
     )
 
 

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PageTable, loaded_table
@@ -79,6 +80,14 @@ class BareGuest:
         if self.place_of(self.bp_entry).start <= place.addr < self.place_of(self.bp_entry).end:
             return Refusal(Reason.BP_PATH, place.addr, "an int3 there would trap for ever")
         return None
+
+    @property
+    def boost_rules(self) -> Rules:
+        """Nobody's kernel: the newest one's."""
+        return Rules.LINUX_6_12
+
+    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
+        return {}
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return None

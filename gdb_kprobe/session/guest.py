@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
 from gdb_kprobe.linux.paging import PageTable, loaded_table
@@ -74,6 +75,13 @@ class Guest(Protocol):
 
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
         """Why the guest's own rules forbid to touch *length* bytes there, or ``None``."""
+
+    @property
+    def boost_rules(self) -> Rules:
+        """The rules by which the guest's own kernel boosts its kprobes."""
+
+    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
+        """The guest's own kprobes as they are now: their addresses, and the bytes that they have overwritten there."""
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""

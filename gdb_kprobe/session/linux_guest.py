@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 from gdb_kprobe.errors import GuestStateError, RefusedError
+from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import E820Table, read_e820
+from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
@@ -57,9 +59,14 @@ class LinuxGuest:
         return read_string(self.memory, self.kallsyms.address("linux_banner")).strip()
 
     @property
-    def description(self) -> str:
+    def release(self) -> str:
+        """``6.1.0-43-cloud-amd64``, as ``uname -r`` says."""
         words = self.banner.split()
-        return f"Linux {words[2] if len(words) > 2 else '?'}, KASLR slide {self.image.slide:#x}"
+        return words[2] if len(words) > 2 else "?"
+
+    @property
+    def description(self) -> str:
+        return f"Linux {self.release}, KASLR slide {self.image.slide:#x}"
 
     @cached_property
     def build_id(self) -> bytes:
@@ -117,6 +124,13 @@ class LinuxGuest:
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
         return self._facts.reason_at(place.addr, length)
 
+    @property
+    def boost_rules(self) -> Rules:
+        return rules_of(self.release)
+
+    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
+        return {probe.addr: probe.original for probe in read_guest_kprobes(self.memory, self.kallsyms, self.btf)}
+
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return self._facts.fixup_of(addr)
 
@@ -126,6 +140,10 @@ class LinuxGuest:
     def text_ranges(self) -> Iterable[AddressRange]:
         """Live text: the core kernel's and each live module's."""
         return self._facts.text
+
+    def text_facts(self) -> TextFacts:
+        """All that the guest says of its text."""
+        return self._facts
 
     def prepare(self) -> None:
         """Read now what :meth:`refusal_at` and :meth:`resolve` need, so that the first probe does not wait for it."""

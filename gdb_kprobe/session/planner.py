@@ -2,79 +2,133 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
-from gdb_kprobe.kprobes.plan import Facts, Plan, make_plan
+from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_single_step, make_plan
 from gdb_kprobe.kprobes.slots import SlotAllocator
-from gdb_kprobe.model import Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.model import Boost, Reason, Refusal, Rung
+from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.guest import Guest, Place
-from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
-from gdb_kprobe.x86.encoding import MAX_LENGTH
+from gdb_kprobe.x86.decode import Insn
+
+_ANOTHER_PLACE_HELPS = frozenset(Reason) - {
+    Reason.NO_SYMBOL,
+    Reason.AMBIGUOUS_SYMBOL,
+    Reason.OFFSET_OUTSIDE_SYMBOL,
+    Reason.NOT_TEXT,
+    Reason.NOT_EXECUTABLE,
+    Reason.INIT_TEXT,
+    Reason.OUT_OF_REACH,
+    Reason.POLICY,
+    Reason.NEEDS_SINGLE_STEP,
+    Reason.REGION_FULL,
+    Reason.NOT_IMPLEMENTED,
+}
+"""Reasons for which the hint is the nearest instruction that can be probed."""
 
 
 class Planner:
     """Makes plans for the text of *guest*, of which *text* knows what is ours; slots are taken from *slots*."""
 
-    def __init__(self, guest: Guest, text: TextMap, slots: SlotAllocator, rungs: tuple[Rung, ...]) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        text: TextMap,
+        slots: SlotAllocator,
+        rungs: tuple[Rung, ...],
+        boost: Boost = Boost.RELOCATE,
+    ) -> None:
         self._guest = guest
         self._text = text
         self._slots = slots
         self._rungs = rungs
+        self._kernel_boost: Rules | None = guest.boost_rules if boost is Boost.KERNEL else None
 
     def plan(self, place: Place, *, needs_post: bool, strategy: Rung | None) -> Plan:
         """Plan a probe at *place*; *strategy* is the one rung to use, if that is wanted.
 
-        :raises RefusedError: a rule says no.
+        :raises RefusedError: a rule says no; the hint names the nearest instruction where none does.
         """
-        insn = self._probeable_insn(place)
+        self._check_mapped(place)
+        function = FunctionText(self._guest, self._text, place)
+        try:
+            insn = self._probeable_insn(function)
+            return make_plan(insn, self._facts(insn, needs_post, strategy), self._slots)
+        except RefusedError as error:
+            refusal = error.refusal
+            if refusal.reason not in _ANOTHER_PLACE_HELPS:
+                raise
+            hint = self._nearest(function, needs_post, strategy)
+            raise RefusedError(f"cannot probe {place}", replace(refusal, hint=hint)) from error
+
+    def facts(self, insn: Insn, *, needs_post: bool = False) -> Facts:
+        """What the rungs' rules need to know of the place of *insn*."""
+        return self._facts(insn, needs_post, None)
+
+    def _facts(self, insn: Insn, needs_post: bool, strategy: Rung | None) -> Facts:
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
-        return make_plan(insn, Facts(self._guest.fixup_of(insn.addr) is not None, needs_post, rungs), self._slots)
+        return Facts(self._guest.fixup_of(insn.addr) is not None, needs_post, rungs, self._kernel_boost)
 
-    def _probeable_insn(self, place: Place) -> Insn:
-        """The kernel's ``can_probe``: decode from the function's start; the address must be a boundary.
-
-        :raises RefusedError: it is not one, or the guest's own rules forbid the place.
-        """
-        what = f"cannot probe {place}"
+    def _check_mapped(self, place: Place) -> None:
+        """:raises RefusedError: there is no code at all."""
         early = self._guest.refusal_at(place, 1)
-        if early is not None:
-            raise RefusedError(what, early)
+        if early is not None and early.reason not in _ANOTHER_PLACE_HELPS:
+            raise RefusedError(f"cannot probe {place}", early)
         found = self._guest.memory.walk(place.addr)
         if found is None or not found.executable:
             state = "is not mapped" if found is None else "is mapped, but not executable"
-            detail = f"{place.addr:#x} {state}"
-            raise RefusedError(what, Refusal(Reason.NOT_EXECUTABLE, place.addr, detail, "probe another function"))
-        insn = self._decode_up_to(place, what)
-        refusal = self._guest.refusal_at(place, insn.length)
-        if refusal is not None:
-            raise RefusedError(what, refusal)
-        return insn
+            refusal = Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}", "probe another function")
+            raise RefusedError(f"cannot probe {place}", refusal)
 
-    def _decode_up_to(self, place: Place, what: str) -> Insn:
-        size = place.offset + MAX_LENGTH
-        if place.symbol is not None:
-            size = min(size, max(place.end - place.start, place.offset + 1))
-        text = self._original_text(place.start, size)
-        before = place.start
-        try:
-            for insn in iter_insns(text, place.start):
-                if insn.addr == place.addr:
-                    return insn
-                if insn.addr > place.addr:
-                    raise RefusedError(
-                        what,
-                        Refusal(
-                            Reason.NOT_A_BOUNDARY,
-                            place.addr,
-                            f"it is inside the instruction at {self._guest.place_of(before)}",
-                            f"the nearest boundaries are {self._guest.place_of(before)} and "
-                            f"{self._guest.place_of(insn.addr)}",
-                        ),
-                    )
-                before = insn.addr
-        except DecodeError as error:
-            raise RefusedError(what, Refusal(Reason.UNDECODABLE, error.addr, error.detail)) from error
-        raise RefusedError(what, Refusal(Reason.NOT_A_BOUNDARY, place.addr, "it is behind the function's last one"))
+    def _probeable_insn(self, function: FunctionText) -> Insn:
+        """The kernel's ``can_probe``: decode from the function's start; the address must be a boundary.
 
-    def _original_text(self, addr: VirtAddr, size: int) -> bytes:
-        return self._text.original(addr, self._guest.memory.read(addr, size))
+        :raises RefusedError: it is not one, or the place is forbidden.
+        """
+        place = function.place
+        refusal = self._guest.refusal_at(place, 1)
+        if refusal is None:
+            insns = function.up_to(place.addr)
+            index = next((index for index in range(len(insns) - 1, -1, -1) if insns[index].addr == place.addr), None)
+            if index is not None:
+                refusal = function.refusal(index)
+                if refusal is None:
+                    return insns[index]
+            else:
+                refusal = self._no_boundary(function, insns)
+        raise RefusedError(f"cannot probe {place}", refusal)
+
+    def _no_boundary(self, function: FunctionText, insns: list[Insn]) -> Refusal:
+        addr = function.place.addr
+        if function.error is not None:
+            return Refusal(Reason.UNDECODABLE, function.error.addr, function.error.detail)
+        around = next((insn for insn in reversed(insns) if insn.addr < addr < insn.end), None)
+        if around is None:
+            return Refusal(Reason.NOT_A_BOUNDARY, addr, "it is behind the function's last one")
+        before, after = self._guest.place_of(around.addr), self._guest.place_of(around.end)
+        return Refusal(
+            Reason.NOT_A_BOUNDARY,
+            addr,
+            f"it is inside the instruction at {before}; the nearest boundaries are {before} and {after}",
+        )
+
+    def _nearest(self, function: FunctionText, needs_post: bool, strategy: Rung | None) -> str:
+        """The hint that names the instruction nearest to the place that can be probed."""
+        place = function.place
+        if place.symbol is None:
+            return "no function is known there: choose another place"
+        insns = function.whole()
+        order = sorted(range(len(insns)), key=lambda index: abs(insns[index].addr - place.addr))
+        for index in order:
+            insn = insns[index]
+            if function.refusal(index) is None and self._has_rung(insn, self._facts(insn, needs_post, strategy)):
+                return f"the nearest instruction that can be probed is {self._guest.place_of(insn.addr)}"
+        return f"no instruction of {place.symbol} can be probed: choose another function"
+
+    def _has_rung(self, insn: Insn, facts: Facts) -> bool:
+        if isinstance(can_handle(insn), Refusal):
+            return False
+        return can_boost(insn, facts) is None or (can_single_step(insn, facts) is None and not insn.is_halt)

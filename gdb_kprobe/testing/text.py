@@ -13,7 +13,7 @@ from gdb_kprobe.model import AddressRange, Reason, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
-_GUESTS_OWN = frozenset({Reason.JUMP_LABEL, Reason.STATIC_CALL, Reason.ALTERNATIVE})
+_GUESTS_OWN = frozenset({Reason.JUMP_LABEL, Reason.STATIC_CALL, Reason.STATIC_CALL_TRAMPOLINE, Reason.ALTERNATIVE})
 _FENTRY_NOPS = (bytes.fromhex("0f1f440000"), b"\xe8")
 
 

@@ -452,12 +452,14 @@ def test_lock_prefixes_are_known_while_a_second_cpu_may_come() -> None:
     [
         ("do_sys_openat2", None),
         ("vfs_read", None),
-        ("asm_exc_int3", Reason.ENTRY_TEXT),
-        ("exc_int3", Reason.NOINSTR),
+        ("asm_exc_int3", Reason.BP_PATH),
+        ("exc_int3", Reason.BP_PATH),
+        ("asm_exc_page_fault", Reason.ENTRY_TEXT),
+        ("exc_page_fault", Reason.NOINSTR),
         ("start_kernel", Reason.INIT_TEXT),
         ("linux_banner", Reason.NOT_TEXT),
         ("kprobe_int3_handler", Reason.BLACKLISTED),
-        ("__SCT__cond_resched", Reason.STATIC_CALL),
+        ("__SCT__cond_resched", Reason.STATIC_CALL_TRAMPOLINE),
     ],
 )
 def test_what_may_be_touched(kernel: Kernel, symbol: str, reason: Reason | None) -> None:

@@ -57,6 +57,7 @@ def facts(memory: Any) -> TextFacts:
             bugs=array("Q", [TEXT + 0x48]),
             locks=array("Q", [TEXT + 0x4A]),
         ),
+        bp_path=(window(TEXT + 0x480, TEXT + 0x490),),
     )
 
 
@@ -79,12 +80,15 @@ def facts(memory: Any) -> TextFacts:
         (0x4A, 4, Reason.ALTERNATIVE),
         (0x4B, 4, None),
         (0x60, 3, None),  # may fault, but may be touched
-        (0x100, 1, Reason.NOT_TEXT),
+        (0x100, 1, Reason.PADDING),
         (0x110, 1, Reason.NOINSTR),
         (0x1FF, 1, Reason.NOINSTR),
         (0x200, 1, Reason.NOINSTR),
         (0x300, 1, None),
         (0x400, 1, Reason.BLACKLISTED),
+        (0x480, 1, Reason.BP_PATH),  # also on the list
+        (0x48F, 2, Reason.BP_PATH),
+        (0x490, 1, Reason.BLACKLISTED),
         (0x3FC, 8, Reason.BLACKLISTED),
         (0xFFF, 1, None),
         (0x1000, 1, Reason.NOT_TEXT),
@@ -101,6 +105,17 @@ def test_refusal_names_symbol_and_cause(facts: TextFacts) -> None:
     found = facts.reason_at(VirtAddr(TEXT + 0x208), 1)
     assert found is not None
     assert found.detail == "exc_int3.cold+0x8: exc_int3 is in .noinstr.text"
+
+
+def test_sites_in_a_window_with_their_sizes(facts: TextFacts) -> None:
+    found = [(site.addr - TEXT, site.size, site.reason) for site in facts.sites_in(window(TEXT, TEXT + 0x1000))]
+    assert found == [
+        (0x22, 2, Reason.JUMP_LABEL),
+        (0x30, 5, Reason.JUMP_LABEL),
+        (0x40, 5, Reason.STATIC_CALL),
+        (0x48, 2, Reason.BUG_TABLE),
+        (0x4A, 1, Reason.ALTERNATIVE),
+    ]
 
 
 def test_exception_table_is_by_exact_address(facts: TextFacts) -> None:

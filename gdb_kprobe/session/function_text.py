@@ -1,0 +1,125 @@
+"""The instructions of one function of the guest, and which of them may be probed at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gdb_kprobe.errors import UnmappedError
+from gdb_kprobe.kprobes.padding import begins_padding, is_fill
+from gdb_kprobe.kprobes.patch import CodePatch, TextMap, recover
+from gdb_kprobe.model import Reason, Refusal, VirtAddr, offset
+from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
+from gdb_kprobe.x86.encoding import MAX_LENGTH
+from gdb_kprobe.x86.shadow import parted
+
+_AHEAD = 1 << 14
+"""Bytes behind the place that are looked at, at most; a function's end is far only where symbols are few."""
+
+
+class FunctionText:
+    """The function around *place*, decoded from its start as far as is asked for.
+
+    What is decoded is the text without our probes and without the guest's own.
+    """
+
+    def __init__(self, guest: Guest, text: TextMap, place: Place) -> None:
+        self.place = place
+        self.kprobes = guest.own_kprobes()
+        self.error: DecodeError | None = None
+        """Where decoding ended early."""
+        self._guest = guest
+        self._insns: list[Insn] = []
+        self._rest = iter_insns(self._read(text), place.start)
+
+    def up_to(self, addr: VirtAddr) -> list[Insn]:
+        """The instructions that begin at or below *addr*, and the one behind them if that was decoded already."""
+        while not self._insns or self._insns[-1].addr < addr:
+            if not self._next():
+                break
+        return self._insns
+
+    def whole(self) -> list[Insn]:
+        """All of them."""
+        while self._next():
+            pass
+        return self._insns
+
+    def refusal(self, index: int) -> Refusal | None:
+        """Why instruction *index* must not be probed on any rung; ``None`` where only the rungs' rules are left."""
+        insn = self._insns[index]
+        place = self._guest.place_of(insn.addr)
+        refusal = self._guest.refusal_at(place, insn.length) or self._guest_kprobe(insn)
+        if refusal is not None:
+            return refusal
+        if self.place.symbol is not None and self._is_padding(index):
+            return Refusal(Reason.PADDING, insn.addr, f"{place}: no function has this {insn.mnemonic}")
+        together = parted(
+            self._insns[index - 1] if index else None, insn, self._at(index + 1) if _may_shadow(insn) else None
+        )
+        return None if together is None else Refusal(together.reason, insn.addr, together.detail)
+
+    def _guest_kprobe(self, insn: Insn) -> Refusal | None:
+        for addr, original in self.kprobes.items():
+            if addr < insn.end and insn.addr < addr + max(len(original), 1):
+                detail = f"the guest has put one at {self._guest.place_of(addr)}"
+                return Refusal(Reason.GUEST_KPROBE, insn.addr, detail)
+        return None
+
+    def _is_padding(self, index: int) -> bool:
+        if not is_fill(self._insns[index]):
+            return False
+        first = index
+        while first and is_fill(self._insns[first - 1]):
+            first -= 1
+        if not begins_padding(self._insns[first - 1] if first else None, self._insns[first]):
+            return False
+        last = index
+        while (following := self._at(last + 1)) is not None:
+            if not is_fill(following):
+                return False
+            last += 1
+        return self.error is None
+
+    def _at(self, index: int) -> Insn | None:
+        if index == len(self._insns):
+            self._next()
+        return self._insns[index] if index < len(self._insns) else None
+
+    def _next(self) -> bool:
+        try:
+            self._insns.append(next(self._rest))
+        except StopIteration:
+            return False
+        except DecodeError as error:
+            self.error = error
+            return False
+        return True
+
+    def _read(self, text: TextMap) -> bytes:
+        place = self.place
+        least = place.offset + MAX_LENGTH
+        most = least
+        if place.symbol is not None:
+            most = max(place.end - place.start, place.offset + 1)
+            least = min(least, most)
+        try:
+            data = self._guest.memory.read(place.start, min(most, place.offset + _AHEAD))
+        except UnmappedError:
+            data = self._guest.memory.read(place.start, least)
+        return without_kprobes(place.start, text.original(place.start, data), self.kprobes)
+
+
+def without_kprobes(addr: VirtAddr, data: bytes, kprobes: Mapping[VirtAddr, bytes]) -> bytes:
+    """*data*, which was read at *addr*, without what the guest's own *kprobes* have overwritten."""
+    end = offset(addr, len(data))
+    patches = [
+        CodePatch(at, original, original)
+        for at, original in kprobes.items()
+        if original and at < end and addr < at + len(original)
+    ]
+    return recover(addr, data, patches) if patches else data
+
+
+def _may_shadow(insn: Insn) -> bool:
+    return not insn.opcode_map and insn.opcode in (0xFB, 0x8E)  # sti, mov to a segment register
