@@ -15,6 +15,7 @@
       size: 16M
     policy:
       rungs: [boosted, single-step]
+      boost: relocate                # or kernel: only what the guest's own kernel would boost, to compare
     shared_memory: auto              # or off, or the file that backs the guest's RAM
 
 Relative paths start at the profile's directory.
@@ -42,9 +43,10 @@ from gdb_kprobe.config.profile import (
 )
 from gdb_kprobe.config.scalars import as_choice, as_endpoint, as_file, as_path
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import Rung
+from gdb_kprobe.model import Boost, Rung
 
 _PROFILE_KEYS = ("gdbstub", "qmp", "kernel", "region", "policy", "shared_memory")
+_POLICY_KEYS = ("rungs", "boost")
 _KERNEL_KEYS = ("kind", "symbols", "vmlinux")
 _REGION_KEYS = ("source", "physical", "virtual", "size")
 _SUFFIXES = (".yaml", ".yml")
@@ -70,7 +72,7 @@ def load_profile(path: Path | str, environment: Mapping[str, str] | None = None)
         gdbstub=gdbstub,
         kernel=kernel,
         region=_region(region, kernel.kind),
-        policy=_policy(document.section("policy", ("rungs",))),
+        policy=_policy(document.section("policy", _POLICY_KEYS)),
         shared_memory=_shared_memory(document.value("shared_memory")),
         qmp=None if qmp is None else as_path(qmp),
     )
@@ -160,9 +162,13 @@ def _region(section: Section, kind: KernelKind) -> RegionConfig:
 
 
 def _policy(section: Section | None) -> PolicyConfig:
-    values = None if section is None else section.values("rungs")
-    if section is None or values is None:
+    if section is None:
         return PolicyConfig()
+    boost_value = section.value("boost")
+    boost = Boost.RELOCATE if boost_value is None else as_choice(boost_value, Boost)
+    values = section.values("rungs")
+    if values is None:
+        return PolicyConfig(boost=boost)
     rungs: list[Rung] = []
     for value in values:
         rung = as_choice(value, Rung)
@@ -173,7 +179,7 @@ def _policy(section: Section | None) -> PolicyConfig:
         rungs.append(rung)
     if not rungs:
         raise section.error("'policy.rungs' is empty: no probe could be placed", f"choose from {', '.join(INT3_RUNGS)}")
-    return PolicyConfig(tuple(rung for rung in INT3_RUNGS if rung in rungs))
+    return PolicyConfig(tuple(rung for rung in INT3_RUNGS if rung in rungs), boost)
 
 
 def _shared_memory(value: Value | None) -> SharedMemory | Path:

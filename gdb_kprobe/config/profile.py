@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import Boost, PhysAddr, Rung, VirtAddr
 
 DEFAULT_REGION_SIZE = 16 << 20
 """Room for probes on 44,000 functions needs 4-7 MB; the rest is rings and tables."""
@@ -73,9 +73,10 @@ class RegionConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """What a probe may be; *rungs* are the allowed ones, best first, without repeats."""
+    """What a probe may be; *rungs* are the allowed ones, best first, without repeats. *boost*: what may be boosted."""
 
     rungs: tuple[Rung, ...] = INT3_RUNGS
+    boost: Boost = Boost.RELOCATE
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.model import Refusal, VirtAddr
+from gdb_kprobe.render.check import CheckView, TrialView
 from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, PlaceView, PlanView, ProbeView
+from gdb_kprobe.session.check import Examination
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
@@ -40,7 +43,7 @@ def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:
         plan.patch.new,
         plan.rung,
         plan.slot.code,
-        listing(plan),
+        listing(plan.code, plan.slot.code),
         tuple(
             DeclinedView(rung, f"{refusal.reason}" + (f": {refusal.detail}" if refusal.detail else ""), refusal.hint)
             for rung, refusal in plan.declined
@@ -48,12 +51,50 @@ def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:
     )
 
 
-def listing(plan: Plan) -> tuple[InsnView, ...]:
-    """The slot's code."""
+def listing(code: bytes, at: VirtAddr) -> tuple[InsnView, ...]:
+    """The slot's *code*, which is for the address *at*."""
     try:
-        return tuple(InsnView(insn.addr, insn.raw, str(insn)) for insn in iter_insns(plan.code, plan.slot.code))
+        return tuple(InsnView(insn.addr, insn.raw, str(insn)) for insn in iter_insns(code, at))
     except DecodeError:
-        return (InsnView(plan.slot.code, plan.code, "(data)"),)
+        return (InsnView(at, code, "(data)"),)
+
+
+def check_view(found: Examination) -> CheckView:
+    """An examined place; the guest may run meanwhile."""
+    place, refusal = place_view(found.place), found.refusal
+    best = next((trial.rung for trial in found.rungs if trial.refusal is None), None)
+    answer = f"it can be probed, {best}" if refusal is None else _told(refusal)
+    hint = "" if refusal is None else refusal.hint
+    if found.insn is None:
+        return CheckView(place, answer, hint)
+    kernel = found.kernel
+    return CheckView(
+        place,
+        answer,
+        hint,
+        f"{found.insn} ({found.family})",
+        found.insn.raw,
+        f"yes: instruction {found.number} of the function, decoded from its start",
+        tuple(
+            TrialView(trial.rung, _told(trial.refusal))
+            if trial.refusal is not None
+            else TrialView(trial.rung, str(refusal.reason))
+            if refusal is not None
+            else TrialView(trial.rung, "", () if trial.at is None else listing(trial.code, trial.at))
+            for trial in found.rungs
+        ),
+        found.tables,
+        ()
+        if kernel is None
+        else (
+            f"can_probe ({kernel.rules}): {'yes' if kernel.probe is None else f'no, {kernel.probe}'}",
+            f"can_boost ({kernel.rules}): {'yes' if kernel.boost is None else f'no, {kernel.boost}'}",
+        ),
+    )
+
+
+def _told(refusal: Refusal) -> str:
+    return f"{refusal.reason}: {refusal.detail}" if refusal.detail else str(refusal.reason)
 
 
 def hit_view(hit: Hit, time: float | None) -> HitView:

@@ -12,7 +12,7 @@ from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator, in_reach
-from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, offset
+from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr, offset
 from gdb_kprobe.x86 import families, relocate
 from gdb_kprobe.x86.decode import Insn
 
@@ -84,6 +84,31 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
 def can_optimize(insn: Insn) -> Refusal:
     """The rules of the optimized rung."""
     return Refusal(Reason.NOT_IMPLEMENTED, insn.addr, "jump optimization comes with compiled handlers")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one rung would be: why not, or the code that would be in the slot, for the address *at*."""
+
+    rung: Rung
+    refusal: Refusal | None
+    at: VirtAddr | None = None
+    code: bytes = b""
+
+
+def try_rungs(insn: Insn, facts: Facts, slots: SlotAllocator) -> tuple[Trial, ...]:
+    """Every rung's answer for *insn*, the best rung first; no slot is kept. *insn* is one that can be handled."""
+    trials: list[Trial] = []
+    for rung in reversed(Rung):
+        refusal = _check(rung, insn, facts)
+        prepared = _prepare(rung, insn, slots) if refusal is None else refusal
+        if isinstance(prepared, Refusal):
+            trials.append(Trial(rung, prepared))
+        else:
+            slot, code = prepared
+            slots.discard(slot)
+            trials.append(Trial(rung, None, slot.code, code))
+    return tuple(trials)
 
 
 def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:

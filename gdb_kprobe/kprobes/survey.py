@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
 from gdb_kprobe.kprobes.padding import begins_padding, is_fill
@@ -25,6 +26,24 @@ _ZEROS = b"\0\0"
 _S32 = 1 << 31
 _HEAD = 4
 _NOWHERE = VirtAddr(0)
+
+
+BY_PLACE: Final = frozenset(
+    {
+        Reason.NOINSTR,
+        Reason.ENTRY_TEXT,
+        Reason.JUMP_LABEL,
+        Reason.STATIC_CALL,
+        Reason.STATIC_CALL_TRAMPOLINE,
+        Reason.ALTERNATIVE,
+        Reason.GUEST_KPROBE,
+        Reason.BUG_TABLE,
+        Reason.RAISES_UD,
+        Reason.FOREIGN_INT3,
+        Reason.PADDING,
+    }
+)
+"""Reasons that nobody can do anything about: text that must not trap, that the guest patches, or that is none."""
 
 
 @dataclass
@@ -45,6 +64,20 @@ class Survey:
     @property
     def instructions(self) -> int:
         return self.rungs.total() + self.refused.total()
+
+    @property
+    def refused_otherwise(self) -> int:
+        """Refused for a reason that is not of :data:`BY_PLACE`."""
+        return sum(count for reason, count in self.refused.items() if reason not in BY_PLACE)
+
+    def as_json(self, kernel: str) -> dict[str, object]:
+        """The counts for a file; *kernel* is the kernel's release."""
+        return {
+            "kernel": kernel,
+            "instructions": self.instructions,
+            "rungs": {str(rung): self.rungs[rung] for rung in Rung},
+            "refused": {str(reason): count for reason, count in self.refused.most_common() if count},
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import sys
 
 from gdb_kprobe.config.load import find_profile, load_profile, profile_names
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.launcher import bench, demo, torture
+from gdb_kprobe.launcher import bench, check, demo, torture
 from gdb_kprobe.launcher.paths import CONFIGS, LOADER
 from kprobe_guest import cli as guest_cli
 
@@ -41,6 +41,7 @@ SUBCOMMANDS = (
     guest_cli.Subcommand("attach", "start gdb with the plugin, attached to a guest", _attach_arguments, _attach),
     guest_cli.Subcommand("demo", "put kprobes on a live Debian guest and count them", demo.arguments, demo.run),
     guest_cli.Subcommand("bench", "measure what a hit costs", bench.arguments, bench.run),
+    guest_cli.Subcommand("check", "classify every instruction of a guest's kernel", check.arguments, check.run),
     guest_cli.Subcommand("torture", "probe every instruction of many functions", torture.arguments, torture.run),
 )
 

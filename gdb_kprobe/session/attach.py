@@ -55,7 +55,8 @@ def attach(
         region = _put_region(machine, memory, guest, profile.region, messages)
         undo.callback(region.unmap, machine)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
-        session = Session(machine, guest, region, breakpoints, profile.policy.rungs, interruptible, in_guest)
+        policy = profile.policy
+        session = Session(machine, guest, region, breakpoints, policy.rungs, interruptible, in_guest, policy.boost)
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started)
 

@@ -12,7 +12,7 @@ from gdb_kprobe.kprobes.patch import CodePatch, TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER, Slot
 from gdb_kprobe.language.spec import ProbeSpec
-from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.model import AddressRange, Boost, CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
@@ -54,6 +54,7 @@ class Session:
         rungs: tuple[Rung, ...],
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         in_guest: GuestDispatch | None = None,
+        boost: Boost = Boost.RELOCATE,
     ) -> None:
         """*in_guest* is the dispatcher in the guest; ``None``: every hit stops at the #BP entry for the host."""
         self.machine = machine
@@ -67,7 +68,7 @@ class Session:
         self._breakpoints = breakpoints
         self._sites: dict[VirtAddr, Site] = {}
         self._text = TextMap()
-        self._planner = Planner(guest, self._text, region.slots, rungs)
+        self._planner = Planner(guest, self._text, region.slots, rungs, boost)
         self._listeners: list[Callable[[Hit], None]] = []
         self._in_guest = in_guest
         self._gate: Gate = EntryGate(guest.bp_entry) if in_guest is None else RegionGate(in_guest.gate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gdb_kprobe.gdbext.commands import (
     add,
     attach,
+    check,
     delete,
     detach,
     enable,
@@ -20,5 +21,5 @@ from gdb_kprobe.gdbext.commands import (
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
-    for module in (prefix, attach, detach, add, list_, info, plan, enable, delete, trace, symbols, mi):
+    for module in (prefix, attach, detach, add, list_, info, plan, check, enable, delete, trace, symbols, mi):
         module.register()

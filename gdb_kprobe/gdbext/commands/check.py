@@ -1,0 +1,98 @@
+"""``kprobe check``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import gdb
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.signals import interruptible
+from gdb_kprobe.gdbext.views import check_view
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.render.check import check, survey
+from gdb_kprobe.session.check import examine, text_of
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.session.survey import survey as classify
+from gdb_kprobe.session.survey import take_snapshot
+
+_TOLD_PERCENT = 10
+
+
+class Check(Command):
+    """Say what can be probed, and why not.
+
+    kprobe check SYMBOL[+OFF] | MODULE:SYMBOL[+OFF] | 0xADDR
+    kprobe check --all [--json FILE]
+
+    One place in full: its instruction, each rung with the reason or the code that would be in the slot, what the
+    guest's tables say of it, and what the guest's own kprobes would say. With --all every instruction of the guest's
+    text is classified, and the table by rung and reason shown; it takes half a minute, and Ctrl-C ends it. Nothing in
+    the guest is changed.
+
+    Example:
+      kprobe check vfs_read+5"""
+
+    def run(self, argument: str) -> None:
+        parser = ArgumentParser("check")
+        parser.add_argument("place", nargs="?")
+        parser.add_argument("--all", action="store_true")
+        parser.add_argument("--json", type=Path)
+        options = parser.parse_args(shlex.split(argument))
+        if options.all == (options.place is not None) or (options.json is not None and not options.all):
+            raise KprobeError("kprobe check: one place, or --all?", "for example: kprobe check vfs_read+5")
+        if options.all:
+            _all(options.json)
+        else:
+            _one(options.place)
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return complete.symbols(word)
+
+
+def _one(place: str) -> None:
+    link = plugin.the_plugin().need_link()
+    location = parse_definition(f"p {place}").location
+    session, policy = link.session, link.profile.policy
+    with link.stopped():
+        found = examine(
+            session.guest, text_of(session.armed_sites()), session.region.slots, location, policy.rungs, policy.boost
+        )
+    write(check(check_view(found)))
+
+
+def _all(file: Path | None) -> None:
+    link = plugin.the_plugin().need_link()
+    session, boost = link.session, link.profile.policy.boost
+    guest = session.guest
+    if not isinstance(guest, LinuxGuest):
+        raise KprobeError("only a Linux guest says what its text is", "'kprobe check SYMBOL' checks one place")
+    with link.stopped():
+        guest.refresh()
+        snapshot = take_snapshot(guest, text_of(session.armed_sites()))
+    with interruptible():
+        found = classify(guest, snapshot, session.region.slots.area, boost, _Progress())
+    write(survey(found, guest.description, guest.boost_rules))
+    if file is not None:
+        file.expanduser().write_text(json.dumps(found.as_json(guest.release), indent=2) + "\n")
+
+
+class _Progress:
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, done: int, of: int) -> None:
+        percent = done * 100 // of
+        if percent >= self._told + _TOLD_PERCENT and percent < 100:
+            self._told = percent
+            write(f"{percent} % of {of >> 20} MiB of text")
+            gdb.flush()
+
+
+def register() -> None:
+    Check("check")

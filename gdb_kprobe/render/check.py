@@ -1,0 +1,104 @@
+"""What ``kprobe check`` shows: one place in full, or the table of all text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.survey import BY_PLACE, Survey
+from gdb_kprobe.model import Reason, Rung
+from gdb_kprobe.render.plan import listing, located
+from gdb_kprobe.render.text import WIDTH, hex_bytes, table
+from gdb_kprobe.render.views import InsnView, PlaceView
+
+_LABEL = 13
+
+
+@dataclass(frozen=True, slots=True)
+class TrialView:
+    """One rung: *refusal* is why not, empty for yes; *listing* is what would be in the slot."""
+
+    rung: Rung
+    refusal: str
+    listing: Sequence[InsnView] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckView:
+    """One place; *insn* is empty where no instruction begins. *kernel* are lines about the kernel's own verdict."""
+
+    place: PlaceView
+    answer: str
+    hint: str = ""
+    insn: str = ""
+    raw: bytes = b""
+    boundary: str = ""
+    rungs: Sequence[TrialView] = ()
+    tables: Sequence[str] = ()
+    kernel: Sequence[str] = ()
+
+
+def check(view: CheckView) -> str:
+    """One place in full."""
+    lines = [_field("at", located(view.place)), *_wrapped("answer", view.answer)]
+    if view.hint:
+        lines += _wrapped("", f"hint: {view.hint}")
+    if view.insn:
+        lines += [
+            *_wrapped("boundary", view.boundary),
+            _field("bytes", hex_bytes(view.raw)),
+            _field("instruction", view.insn),
+        ]
+    for rung in view.rungs:
+        lines += _wrapped(rung.rung, f"no: {rung.refusal}" if rung.refusal else "yes, in the slot:")
+        if rung.listing:
+            lines.append(textwrap.indent(listing(rung.listing), "  "))
+    for text in view.tables:
+        lines += _wrapped("table", text)
+    for text in view.kernel:
+        lines += _wrapped("the kernel", text)
+    return "\n".join(lines)
+
+
+def survey(found: Survey, kernel: str, rules: Rules) -> str:
+    """The table of all text of *kernel* (its description), the kernel's own *rules* beside it."""
+    padding = found.refused[Reason.PADDING]
+    base = found.instructions - padding
+    probeable, boosted = found.rungs.total(), found.rungs[Rung.BOOSTED]
+
+    def row(label: str, count: int) -> tuple[str, str, str]:
+        return label, str(count), f"{count / max(base, 1):.3%}"
+
+    rows = []
+    for rung in reversed(Rung):
+        rows.append(row(rung, found.rungs[rung]))
+        if rung is Rung.SINGLE_STEP:
+            rows += [row(f"  not boosted: {reason}", count) for reason, count in found.not_boosted.most_common()]
+    by_place = [(reason, count) for reason, count in found.refused.most_common() if count and reason in BY_PLACE]
+    otherwise = [(reason, count) for reason, count in found.refused.most_common() if count and reason not in BY_PLACE]
+    rows.append(row("refused for what the place is", sum(count for _, count in by_place) - padding))
+    rows += [row(f"  {reason}", count) for reason, count in by_place if reason is not Reason.PADDING]
+    rows.append(row("refused for another reason", found.refused_otherwise))
+    rows += [row(f"  {reason}", count) for reason, count in otherwise]
+    return "\n".join(
+        (
+            f"{kernel}",
+            f"{found.instructions} instructions, {padding} of them {Reason.PADDING}; of the other {base}:",
+            table(("best rung", "instructions", "share"), rows),
+            f"Of the {probeable} that can be probed we boost {boosted} ({boosted / max(probeable, 1):.1%}).",
+            f"The kernel's own rules ({rules}) would take {found.kernel_probes} of them, and boost "
+            f"{found.kernel_boosts} ({found.kernel_boosts / max(probeable, 1):.1%}).",
+        )
+    )
+
+
+def _field(label: str, text: str) -> str:
+    return f"{label:{_LABEL}}{text}"
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """The field, continued under itself where the line would be too long."""
+    parts = textwrap.wrap(text, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
+    return [f"{name:{_LABEL}}{part}" for name, part in zip([label, *[""] * len(parts)], parts, strict=False)]
