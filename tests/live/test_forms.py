@@ -18,7 +18,7 @@ from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.model import Reason, VirtAddr
 from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.rsp import RspSocket
-from gdb_kprobe.testing.proof.bare import SLOTS, TEXT, BareMachine
+from gdb_kprobe.testing.proof.bare import BASE, OPERAND, SLOTS, TEXT, BareMachine, arena_state
 from gdb_kprobe.testing.proof.cases import CASES
 from gdb_kprobe.testing.proof.decoding import check_branch, check_decoding
 from gdb_kprobe.testing.proof.differential import check
@@ -26,7 +26,9 @@ from gdb_kprobe.testing.proof.emulator import Emulator
 from gdb_kprobe.testing.proof.forms import Forms, read_forms
 from gdb_kprobe.testing.proof.privileged import state_for, transplanted
 from gdb_kprobe.testing.proof.prover import MODULE_AREA, Oracle, Prover
-from gdb_kprobe.x86.decode import decode
+from gdb_kprobe.testing.proof.state import State, differences
+from gdb_kprobe.x86 import relocate, step
+from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 from kprobe_guest import GuestSpec, GuestVm
 
@@ -87,6 +89,67 @@ def test_written_cases_are_the_same_when_the_stub_steps(bare: BareMachine, famil
             slot = VirtAddr(SLOTS + rng.randrange(0x1000))
             executed[text] += check(bare, state_for(insn, bare, rng), insn, slot)
     assert [text for text, count in executed.items() if not count] == [], "never executed without a fault"
+
+
+def assert_same_exception(bare: BareMachine, before: State, insn: Insn, slot: VirtAddr) -> int:
+    """Compare what the guest's handler is given: of the original, and of the stepped copy after the fix-up.
+
+    Returns the vector.
+    """
+    repeats = step.most_steps(insn, before.registers)
+    original = bare.run_into(before, {insn.addr: insn.raw}, insn.addr, repeats)
+    state, copy = before.copy(), relocate.copy_for_step(insn, slot)
+    state.registers["rip"] = slot
+    while True:
+        after = bare.run_into(state, {slot: copy}, slot)
+        outcome = step.outcome(insn, slot, state.registers, after.registers, bare.is_exception_entry)
+        if outcome is not step.StepOutcome.PARTIAL:
+            break
+        state = after
+    assert outcome is step.StepOutcome.FAULTED, insn
+    fix = step.fix_up_fault(insn, slot, after.registers, after.read)
+    assert fix.registers == {}
+    for addr, data in fix.memory:
+        after.write(addr, data)
+    assert differences(original, after) == [], insn
+    return bare.vector(original)
+
+
+UNMAPPED = BASE + (1 << 30)  # the first address behind what the bare-metal guest maps
+
+
+@pytest.mark.parametrize(
+    ("text", "registers", "vector"),
+    [
+        ("48 f7 f1", {"rcx": 0}, 0),  # div rcx
+        ("48 8b 01", {"rcx": UNMAPPED}, 14),
+        ("48 8b 01", {"rcx": 1 << 63}, 13),
+        ("89 51 fe", {"rcx": UNMAPPED}, 14),  # across the end
+        ("ff 11", {"rcx": UNMAPPED}, 14),  # call [rcx]
+        ("f3 aa", {"rdi": UNMAPPED - 3, "rcx": 8}, 14),  # rep stosb
+        ("f3 a4", {"rsi": UNMAPPED - 5, "rcx": 8}, 14),  # rep movsb
+        ("f3 48 a5", {"rsi": UNMAPPED - 8, "rcx": 2}, 14),
+        ("f3 a6", {"rsi": UNMAPPED, "rcx": 2}, 14),
+        ("8e d9", {"rcx": 0x1238}, 13),  # mov ds, ecx: no such selector
+        ("0f 33", {}, 6),  # rdpmc, which TCG does not have
+    ],
+)
+def test_fault_of_a_stepped_copy_names_the_original(
+    bare: BareMachine, text: str, registers: dict[str, int], vector: int
+) -> None:
+    before = arena_state(random.Random(text), extended=False)
+    before.registers.update(registers)
+    assert assert_same_exception(bare, before, decode(bytes.fromhex(text), TEXT), SLOTS) == vector
+
+
+@pytest.mark.parametrize(
+    "text", ["90", "55", "75 f0", "eb f0", "e8 f0 ff ff ff", "ff d0", "ff 13", "ff e0", "c3", "f3 aa"]
+)
+def test_trap_flag_of_the_guest_itself_traps_behind_the_original(bare: BareMachine, text: str) -> None:
+    for number in range(STATES):
+        before = arena_state(random.Random(f"{text} {number}"), extended=False)
+        before.registers.update(eflags=before.registers["eflags"] | 0x100, rbx=OPERAND, rcx=1)
+        assert assert_same_exception(bare, before, decode(bytes.fromhex(text), TEXT), SLOTS) == 1
 
 
 @pytest.fixture(

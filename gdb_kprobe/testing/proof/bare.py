@@ -76,6 +76,21 @@ class BareMachine:
         self._put_code(self._xsave, bytes.fromhex("480fae21"))  # xsave64 [rcx]
 
     def run(self, before: State, code: Mapping[int, bytes], start: int, most: int = 1) -> State:
+        after = self.run_into(before, code, start, most)
+        if self.is_exception_entry(after.registers["rip"]):
+            self._take_exception_off(before, after)
+        return after
+
+    def is_exception_entry(self, addr: int) -> bool:
+        """Whether *addr* is in the guest's stubs, which its interrupt descriptors point to."""
+        return addr in self._stubs
+
+    def vector(self, state: State) -> int:
+        """The exception at whose entry *state* is."""
+        return (state.registers["rip"] - self._stubs.start) // 16
+
+    def run_into(self, before: State, code: Mapping[int, bytes], start: int, most: int = 1) -> State:
+        """As :meth:`run`; but an exception stays as the processor has left it, its frame on the stack."""
         for addr, piece in code.items():
             self._put_code(addr, piece)
         for base in range(ARENA, ARENA + ARENA_SIZE, PAGE):
@@ -103,13 +118,11 @@ class BareMachine:
             after.extended = bytes(image)
         for base in range(ARENA, ARENA + ARENA_SIZE, PAGE):
             after.pages[base] = self._read(base, PAGE)
-        if values["rip"] in self._stubs:
-            self._take_exception_off(before, after)
         return after
 
     def _take_exception_off(self, before: State, after: State) -> None:
         """Make *after* the state that the exception interrupted, and take its frame from the stack."""
-        vector = (after.registers["rip"] - self._stubs.start) // 16
+        vector = self.vector(after)
         frame = after.registers["rsp"]
         words = struct.unpack("<6Q", after.read(frame, 48))
         after.fault = f"exception {vector}"
