@@ -153,6 +153,19 @@ def fix_up_fault(insn: Insn, slot: VirtAddr, after: Mapping[str, int], read_stac
     raise StepError(f"the exception raised by {insn} in the slot at {slot:#x} left no frame that names the slot")
 
 
+def overrun(insn: Insn, slot: VirtAddr, after: Mapping[str, int], read_stack: ReadStack) -> StepFixup | None:
+    """The fix-up of a step that has gone on to the int3 behind the copy, or ``None`` when this one has not.
+
+    To be asked when *after* is at the #BP entry. Where QEMU must leave its loop to execute an instruction (``pause``;
+    with several vCPUs a locked one whose operand is not aligned), it forgets that one step was asked for and executes
+    the next instruction as well. The instruction is through then.
+    """
+    rip, _, flags, rsp = (int.from_bytes(read_stack(after["rsp"] + at & _MASK, 8), "little") for at in (0, 8, 16, 24))
+    if insn.is_branch or rip != slot + insn.length + 1:
+        return None
+    return StepFixup({"rip": insn.end, "rsp": rsp, "eflags": flags})
+
+
 def _family(insn: Insn) -> Family:
     family = classify(insn)
     assert isinstance(family, Family), "an instruction without a family is never copied to a slot"

@@ -152,6 +152,19 @@ def test_trap_flag_of_the_guest_itself_traps_behind_the_original(bare: BareMachi
         assert assert_same_exception(bare, before, decode(bytes.fromhex(text), TEXT), SLOTS) == 1
 
 
+def test_step_that_qemu_does_not_end_is_put_right(bare: BareMachine) -> None:
+    """A ``pause`` in a slot, not replaced by a nop: QEMU steps over it and over the int3 behind it."""
+    before = arena_state(random.Random(0), extended=False)
+    pause = decode(b"\xf3\x90", TEXT)
+    after = bare.run_into(before, {SLOTS: pause.raw + b"\xcc"}, SLOTS)
+    if after.registers["rip"] == SLOTS + pause.length:
+        pytest.skip("this QEMU ends the step")
+    assert after.registers["rip"] == bare.bp_entry
+    fix = step.overrun(pause, SLOTS, after.registers, after.read)
+    assert fix is not None
+    assert {**after.registers, **fix.registers} == {**before.registers, "rip": pause.end}
+
+
 @pytest.fixture(
     scope="module",
     params=[

@@ -63,6 +63,7 @@ class BareMachine:
         self._rsp = rsp
         self._ram = ram
         self._stubs = range(symbols["stubs"], symbols["exception"])
+        self.bp_entry = symbols["bp_entry"]
         template = bytearray(bytes.fromhex(rsp.send(b"g").decode()))
         system = dict(zip(_SYSTEM_NAMES, _SYSTEM.unpack_from(template, _GENERAL.size), strict=True))
         system["cr4"] |= _FSGSBASE_AND_PKE

@@ -15,6 +15,7 @@ from gdb_kprobe.x86.step import (
     is_repeating,
     most_steps,
     outcome,
+    overrun,
     stepped,
 )
 
@@ -197,6 +198,18 @@ def test_single_step_trap_of_the_guest_names_where_a_branch_led(text: str, saved
     frame = Stack(STACK - 40, saved, 0x10, 0x102, STACK, 0x18, SLOT + moved.length)
     expected = tuple((STACK + at, word.to_bytes(8, "little")) for at, word in memory.items())
     assert fix_up_fault(moved, SLOT, after(rip=ENTRY, rsp=STACK - 40), frame) == StepFixup({}, expected)
+
+
+def test_step_that_went_on_to_the_int3_behind_the_copy_is_undone_to_there() -> None:
+    frame = Stack(STACK - 40, SLOT + 3, 0x10, 0x246, STACK, 0x18)
+    found = overrun(insn("f3 90"), SLOT, after(rip=ENTRY, rsp=STACK - 40, eflags=0x46), frame)
+    assert found == StepFixup({"rip": ADDR + 2, "rsp": STACK, "eflags": 0x246})
+
+
+@pytest.mark.parametrize(("text", "saved"), [("f3 90", SLOT + 2), ("f3 90", ADDR + 1), ("75 f0", SLOT + 3)])
+def test_another_breakpoint_is_no_overrun(text: str, saved: int) -> None:
+    frame = Stack(STACK - 40, saved, 0x10, 0x246, STACK, 0x18)
+    assert overrun(insn(text), SLOT, after(rip=ENTRY, rsp=STACK - 40), frame) is None
 
 
 def test_exception_frame_of_something_else_is_an_error() -> None:
