@@ -8,7 +8,8 @@
             or   rax = slot, rdx = the word to count a miss in; jmp gate
     gate:        nop                                            (the host's breakpoint is here)
                  count the miss; regs->ip = slot; ret           (nobody was there to handle it)
-    retired:     regs->ip -= 1; ret                             (the int3 was removed meanwhile: take the original)
+    retired:     an int3 is there now?                       -> jmp exc_int3   (it is the guest's own)
+                 regs->ip -= 1; ret                             (ours was removed meanwhile: take the original)
 
 All of it runs before the kernel has entered its NMI-like context, so it calls nothing; interrupts are off. It is a C
 function to its caller: it keeps RBX, RBP, RSP and R12-R15.
@@ -52,14 +53,20 @@ class GateCode:
     code: bytes
 
 
-def emit_gate(at: VirtAddr) -> GateCode:
-    """The gate and what follows when nobody has a breakpoint on it, for the address *at*."""
+def emit_gate(at: VirtAddr, forward: VirtAddr) -> GateCode:
+    """The gate and what follows when nobody has a breakpoint on it, for the address *at*.
+
+    :raises DisplacementError: *forward*, the guest's own handler, is out of reach.
+    """
     asm = Assembler(at)
     asm.raw(b"\x90")  # nop
     asm.raw(b"\xf0\x48\xff\x02")  # lock inc qword ptr [rdx]
     asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
     asm.ret()
     retired = asm.pc
+    asm.raw(b"\x48\x8b\x87" + _IP)  # mov rax, [rdi+ip]
+    asm.raw(b"\x80\x78\xff\xcc")  # cmp byte ptr [rax-1], int3
+    asm.jcc_rel32(_Z, forward)
     asm.raw(b"\x48\xff\x8f" + _IP)  # dec qword ptr [rdi+ip]
     asm.ret()
     return GateCode(at, retired, asm.finish())

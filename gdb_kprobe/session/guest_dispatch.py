@@ -49,7 +49,7 @@ class GuestDispatch:
             self._allocate(before - SLOT_HEADER)
         gate = self._allocate(PAGE_SIZE - SLOT_HEADER)
         self._gate_slot = gate
-        emitted = code.emit_gate(gate.code)
+        emitted = code.emit_gate(gate.code, path.handler)
         self._write(gate, path.call.addr, emitted.code)
         self.gate = emitted.gate
         self._retired = emitted.retired

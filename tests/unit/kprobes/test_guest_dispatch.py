@@ -19,7 +19,8 @@ REGS = STACK + 0x8000
 BITS = 4
 KERNEL_CS, USER_CS = 0x10, 0x33
 KEPT = ("RBX", "RBP", "R12", "R13", "R14", "R15")
-KERNEL = 0xFFFF_FFFF_8100_0000
+KERNEL = 0x7100_0000
+"""Stands for kernel text; unicorn reads the byte at a probed address that is not probed any more."""
 
 
 class Machine:
@@ -27,10 +28,10 @@ class Machine:
 
     def __init__(self) -> None:
         self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
-        for base in (CODE, TABLE, COUNTERS, STACK):
+        for base in (CODE, TABLE, COUNTERS, STACK, KERNEL):
             self.uc.mem_map(base, 0x10_0000)
         self.uc.mem_write(DISPATCHER, code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD))
-        self.gate = code.emit_gate(GATE)
+        self.gate = code.emit_gate(GATE, FORWARD)
         self.uc.mem_write(GATE, self.gate.code)
         self.uc.mem_write(FORWARD, b"\xf4")
         self.uc.mem_write(BACK, b"\xf4")
@@ -134,4 +135,11 @@ def test_a_hit_for_the_host_stops_at_the_gate_and_is_a_miss_when_nobody_is_there
 
 def test_an_int3_that_was_removed_meanwhile_leads_back_to_the_instruction(machine: Machine) -> None:
     machine.enter(KERNEL, machine.gate.retired)
+    machine.uc.mem_write(KERNEL, b"\x55")
     assert machine.hit(KERNEL) == (BACK, KERNEL)
+
+
+def test_an_int3_that_the_guest_has_put_where_ours_was_is_the_guests(machine: Machine) -> None:
+    machine.enter(KERNEL, machine.gate.retired)
+    machine.uc.mem_write(KERNEL, b"\xcc")
+    assert machine.hit(KERNEL, until=FORWARD) == (FORWARD, KERNEL + 1)

@@ -1,0 +1,186 @@
+"""Dispatch inside the guest: hits that cost no stop, exact counts, and the guest's own int3s as before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY = 140
+"""A system call that nothing else in the guest makes."""
+GETEUID = 107
+MILLION = 1_000_000
+TRACING = "/sys/kernel/tracing"
+
+Boot = Callable[[GuestSpec], Any]
+
+on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
+on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
+
+
+def next_boundary(gdb: Any, function: str) -> str:
+    """The second instruction of *function* that is no nop: no place for ftrace, nor for an entry marker."""
+    insns = gdb.console(f"x/4i {int(gdb.command(f'-kprobe-plan {function}')['plan']['addr'], 16):#x}").splitlines()
+    start = int(insns[0].split()[0].rstrip(":"), 16)
+    addrs = [int(line.split()[0].rstrip(":"), 16) for line in insns if "nop" not in line and "endbr" not in line]
+    return f"{function}+{next(addr - start for addr in addrs if addr > start):#x}"
+
+
+COUNT_STOPS = (
+    "python from gdb_kprobe.gdbext import api, plugin; session = plugin.the_plugin().link.session; stops = []; "
+    "handle = session.on_breakpoint; session.on_breakpoint = lambda cpu: (stops.append(cpu), handle(cpu))[1]"
+)
+
+
+def stops(gdb: Any) -> int:
+    """How often the machine stopped for a hit since :data:`COUNT_STOPS`."""
+    return int(gdb.console("python print(len(stops))"))
+
+
+@on_both_counts
+@on_both_kernels
+def test_a_million_hits_are_counted_without_a_stop_and_read_while_the_guest_runs(
+    probed: Boot, kernel: Any, vcpus: int
+) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:entry __x64_sys_getpriority")
+        guest.add(gdb, f"p:inner {next_boundary(gdb, '__x64_sys_getpriority')}")
+        gdb.cont()
+        calls = MILLION // 2 // vcpus
+        jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} {calls}", timeout=60) for _ in range(vcpus)]
+        seen = [0]
+        while seen[-1] < MILLION // 4 and len(seen) < 1000:
+            seen.append(guest.hits(gdb)["entry"])
+            time.sleep(0.01)
+        for job in jobs:
+            assert guest.guest.finish(job, timeout=120)[0] == 0
+        assert guest.hits(gdb) == {"entry": MILLION // 2, "inner": MILLION // 2}, "while it runs"
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 3, "counters were read while they grew"
+        assert stops(gdb) == 0
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"entry": MILLION // 2, "inner": MILLION // 2}
+        gdb.console("kprobe detach")
+
+
+@on_both_counts
+def test_only_hits_that_need_the_host_stop_the_machine(probed: Boot, vcpus: int) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:counted __x64_sys_getpriority")
+        gdb.console("python seen = []")
+        gdb.console("python api.add('p:handled __x64_sys_geteuid', lambda hit: seen.append(hit.hit))")
+        guest.touched.add(int(gdb.command("-kprobe-list")["probes"][1]["addr"], 16))
+        gdb.cont()
+        jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 20000") for _ in range(vcpus)]
+        jobs += [guest.guest.spawn(f"workload syscall {GETEUID} 30") for _ in range(vcpus)]
+        for job in jobs:
+            assert guest.guest.finish(job)[0] == 0
+        gdb.interrupt()
+        hits = guest.hits(gdb)
+        assert hits["counted"] == 20000 * vcpus
+        # The shell of the guest asks for its identity too.
+        assert hits["handled"] >= 30 * vcpus
+        said = gdb.console("python print(seen == list(range(1, len(seen) + 1)), len(seen))")
+        assert said.split() == ["True", str(hits["handled"])]
+        assert stops(gdb) == hits["handled"]
+        gdb.console("kprobe detach")
+
+
+def test_a_trace_takes_the_hits_to_the_host_and_gives_them_back(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:a __x64_sys_getpriority which=%di")
+        for round_ in range(1, 4):
+            gdb.cont()
+            guest.guest.run(f"workload syscall {GETPRIORITY} 1000")
+            gdb.interrupt()
+            assert stops(gdb) == 20 * (round_ - 1)
+            gdb.console("kprobe trace -n 20")  # over MI it returns while the guest runs
+            job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 20")
+            gdb.wait_stop()
+            assert guest.hits(gdb) == {"a": 1020 * round_}
+            gdb.cont()
+            assert guest.guest.finish(job)[0] == 0
+            gdb.interrupt()
+        assert "\n".join(gdb.transcript).count("a: (__x64_sys_getpriority+0x0/") == 60
+        gdb.console("kprobe detach")
+
+
+@on_both_counts
+@on_both_kernels
+def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: int) -> None:
+    """Its own kprobes, its jump labels that are switched, and breakpoints of its programs, all under load."""
+    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:ours __x64_sys_getpriority")
+        theirs = next_boundary(gdb, "__x64_sys_getpriority")
+        gdb.cont()
+        assert vm.run("echo 0 >/proc/sys/debug/kprobes-optimization")[0] == 0
+        assert vm.run(f"echo 'p:theirs {theirs}' >{TRACING}/kprobe_events")[0] == 0
+        assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
+        jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
+        for _ in range(20):
+            vm.run("echo 1 >/proc/sys/kernel/sched_schedstats; echo 0 >/proc/sys/kernel/sched_schedstats")
+            assert vm.run("workload int3") == (0, "workload: SIGTRAP arrived\n")
+        for job in jobs:
+            assert vm.finish(job, timeout=60)[0] == 0
+        profile = vm.run(f"cat {TRACING}/kprobe_profile")[1].split()
+        assert profile[:2] == ["theirs", str(50000 * vcpus)]
+        assert guest.hits(gdb) == {"ours": 50000 * vcpus}
+        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events")
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+
+
+def test_int3_of_the_guests_kprobe_on_a_probed_function_after_ours_is_gone(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        place = next_boundary(gdb, "__x64_sys_getpriority")
+        guest.add(gdb, f"p:ours {place}")
+        gdb.cont()
+        vm.run(f"workload syscall {GETPRIORITY} 100")
+        gdb.interrupt()
+        gdb.console("kprobe delete ours")
+        guest.add(gdb, "p:entry __x64_sys_getpriority")  # the dispatcher stays in place, with the address in its table
+        gdb.cont()
+        assert vm.run("echo 0 >/proc/sys/debug/kprobes-optimization")[0] == 0
+        assert vm.run(f"echo 'p:theirs {place}' >{TRACING}/kprobe_events")[0] == 0
+        assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
+        vm.run(f"workload syscall {GETPRIORITY} 100")
+        assert vm.run(f"cat {TRACING}/kprobe_profile")[1].split()[:2] == ["theirs", "100"]
+        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events")
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"entry": 100}
+        gdb.console("kprobe detach")
+
+
+@on_both_counts
+def test_the_stub_dispatches_when_asked_to(probed: Boot, vcpus: int) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    with guest.gdb(dispatch="stub") as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
+        guest.add(gdb, f"p:stepped {next_boundary(gdb, '__x64_sys_getpriority')}", "single-step")
+        gdb.cont()
+        jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 50") for _ in range(vcpus)]
+        for job in jobs:
+            assert guest.guest.finish(job)[0] == 0
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"boosted": 50 * vcpus, "stepped": 50 * vcpus}
+        assert stops(gdb) == 100 * vcpus
+        gdb.console("kprobe detach")
