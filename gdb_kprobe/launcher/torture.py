@@ -32,14 +32,14 @@ STUB_LIMITS = Limits(executed=10, hits=300, rounds=ROUNDS)
 """Where each hit stops the machine: some 10 ms."""
 
 _SERVE = "mkdir -p /tmp/serve && cd /tmp/serve && workload serve"
-_ASK_TIMEOUT = 300
+_TIMEOUT = 300
 
 Ask = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one function: *executed* are the boundaries that were hit, *least* the fewest hits of one of them.
+    """What came of one function: *executed* are the boundaries that were hit, *often* those with a hit each round.
 
     *wrong* are the differences; empty when all is well.
     """
@@ -48,7 +48,7 @@ class Outcome:
     armed: int
     executed: int
     hits: int
-    least: int
+    often: int
     refused: Counter[str]
     seconds: float
     wrong: tuple[str, ...]
@@ -57,7 +57,7 @@ class Outcome:
         refused = f"; refused: {', '.join(f'{n} {why}' for why, n in self.refused.items())}" if self.refused else ""
         return (
             f"{'FAILED' if self.wrong else 'passed'} {self.function} ({self.function.kind}, {self.function.part}): "
-            f"{self.hits} hits of {self.executed} of {self.armed} boundaries, {self.least} at least, "
+            f"{self.hits} hits of {self.executed} of {self.armed} boundaries, {self.often} with {ROUNDS} or more, "
             f"{self.seconds:.1f} s{refused}"
         )
 
@@ -78,17 +78,19 @@ class Torture:
 
     def choose(self, count: int, limits: Limits, parts: Sequence[str] = PARTS) -> tuple[Function, ...]:
         """Let the workload run without probes, and choose among what it executes."""
-        windows = {}
-        for part in parts:
-            self.work(part, 1)  # what only happens once is over
-            self.guest.stop()
-            self._log.open(one_instruction=False)
-            self.guest.cont()
-            self.work(part, 1)
-            self.guest.stop()
-            windows[part] = self._log.close()
-            self.guest.cont()
+        windows = {part: [self._blocks(part) for _ in range(2 if limits.rounds else 1)] for part in parts}
         return choose_functions(self.kernel, windows, SPIN, limits, count)
+
+    def _blocks(self, part: str) -> Counter[int]:
+        self.work(part, 1)  # what only happens once is over
+        self.guest.stop()
+        self._log.open(one_instruction=False)
+        self.guest.cont()
+        self.work(part, 1)
+        self.guest.stop()
+        blocks = self._log.close()
+        self.guest.cont()
+        return blocks
 
     def work(self, part: str, workers: int) -> None:
         """Run a part of the workload, and see that every call did what it should."""
@@ -105,7 +107,7 @@ class Torture:
         self._log.open(one_instruction=False)
         gdb.cont()
         self.work(function.part, self.guest.spec.vcpus)
-        gdb.interrupt()
+        gdb.interrupt(_TIMEOUT)
         executed = self._log.close(range(function.range.start, function.range.end), self._faults(armed))
         counted = boundaries.counts(gdb)
         for stop in stops:
@@ -117,7 +119,7 @@ class Torture:
             armed=len(armed.rungs),
             executed=len(hit),
             hits=sum(hit.values()),
-            least=min(hit.values(), default=0),
+            often=sum(hits >= ROUNDS for hits in hit.values()),
             refused=Counter(armed.refused.values()),
             seconds=time.monotonic() - started,
             wrong=tuple(differences(function, armed, executed, counted)),
@@ -139,7 +141,7 @@ class Torture:
 @contextmanager
 def torture(guest: GuestVm) -> Iterator[Torture]:
     """Start the workload in *guest*, which was made with ``extra_args=KERNEL_TEXT``."""
-    with guest.dialogue(_SERVE, _ASK_TIMEOUT) as ask:
+    with guest.dialogue(_SERVE, _TIMEOUT) as ask:
         yield Torture(guest, ask)
 
 
@@ -211,11 +213,11 @@ def _summarize(outcomes: Sequence[Outcome], left: Sequence[str]) -> None:
         of_kind = [outcome for outcome in outcomes if outcome.function.kind is kind]
         figures = (len(of_kind), *(sum(values) for values in zip(*map(_figures, of_kind), strict=True)))
         rows.append((str(kind), *map(str, figures)))
-    print(table(("kind", "functions", "boundaries", "of them hit", "hits", "refused"), rows))
+    print(table(("kind", "functions", "boundaries", "of them hit", f"{ROUNDS} times or more", "hits", "refused"), rows))
     reasons = sum((outcome.refused for outcome in outcomes), Counter[str]())
     print(f"Refused: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}")
     print(f"Text and log of the guest: {'; '.join(left) or 'as before, clean'}")
 
 
-def _figures(outcome: Outcome) -> tuple[int, int, int, int]:
-    return outcome.armed, outcome.executed, outcome.hits, outcome.refused.total()
+def _figures(outcome: Outcome) -> tuple[int, int, int, int, int]:
+    return outcome.armed, outcome.executed, outcome.often, outcome.hits, outcome.refused.total()

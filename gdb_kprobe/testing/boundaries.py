@@ -15,17 +15,19 @@ import json
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext.errors import user_errors
 
 def kprobe_arm(addresses):
     armed, refused = {}, {}
-    session = plugin.the_plugin().need_link().session
-    for addr in addresses:
-        try:
-            probe = api.add(f"p:b_{addr:x} {addr:#x}")
-        except RefusedError as error:
-            refused[addr] = str(error.refusal.reason)
-        else:
-            armed[addr] = str(session.site_of(probe).plan.rung)
+    with user_errors():
+        session = plugin.the_plugin().need_link().session
+        for addr in addresses:
+            try:
+                probe = api.add(f"p:b_{addr:x} {addr:#x}")
+            except RefusedError as error:
+                refused[addr] = str(error.refusal.reason)
+            else:
+                armed[addr] = str(session.site_of(probe).plan.rung)
     print(json.dumps([armed, refused]))
 
 def kprobe_counts():
@@ -57,7 +59,10 @@ def prepare(gdb: GdbMi) -> None:
 
 
 def arm(gdb: GdbMi, addresses: Iterable[VirtAddr], strategy: str) -> Armed:
-    """Probe each of *addresses* with *strategy* (``set kprobe strategy``)."""
+    """Probe each of *addresses* with *strategy* (``set kprobe strategy``).
+
+    :raises GdbCommandError: one could not be probed for another reason than a rule.
+    """
     gdb.console(f"set kprobe strategy {strategy}")
     armed, refused = json.loads(gdb.console(f"python kprobe_arm({list(addresses)})", _TIMEOUT))
     return Armed(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
@@ -59,8 +59,8 @@ class Limits:
     """What is asked of a function to be chosen.
 
     It has at most *insns* instructions, of which at least *executed* run, all together at most *hits* times a window.
-    With *rounds* each must run in each of so many rounds of the workload equally often, and the function not by itself:
-    no interrupts, no scheduler.
+    With *rounds* each must run in each of so many rounds of the workload equally often, in every window, and the
+    function not by itself: no interrupts, no scheduler.
     """
 
     insns: int = 250
@@ -68,22 +68,26 @@ class Limits:
     hits: int = 20_000
     rounds: int = 0
 
-    def admit(self, kind: Kind, interrupts: bool, executed: Mapping[VirtAddr, int]) -> bool:
-        """Whether a function is to be chosen that ran so in one window."""
+    def admit(
+        self, kind: Kind, interrupts: bool, executed: Mapping[VirtAddr, int], others: Iterable[Mapping[VirtAddr, int]]
+    ) -> bool:
+        """Whether a function is to be chosen that ran so in one window, and like that in the *others* of the part."""
         if len(executed) < self.executed or sum(executed.values()) > self.hits:
             return False
         if not self.rounds:
             return True
         by_itself = interrupts or kind in (Kind.SCHEDULER, Kind.INTERRUPT)
-        return not by_itself and all(times % self.rounds == 0 for times in executed.values())
+        steady = all(times % self.rounds == 0 for times in executed.values())
+        return steady and not by_itself and all(other == executed for other in others)
 
 
 def choose_functions(
-    guest: LinuxGuest, windows: Mapping[str, Counter[int]], spin: str, limits: Limits, count: int
+    guest: LinuxGuest, windows: Mapping[str, Sequence[Counter[int]]], spin: str, limits: Limits, count: int
 ) -> tuple[Function, ...]:
     """Choose *count* functions of all kinds, of each kind the ones first that were entered most often.
 
-    *windows* are the blocks that each part of the workload entered, by address; the part *spin* makes no system calls.
+    *windows* are, for each part of the workload, one or more counts of the blocks that it entered, by address; the part
+    *spin* makes no system calls.
     Fewer are returned when there are not so many.
     """
     by_kind: dict[Kind, list[Function]] = {kind: [] for kind in Kind}
@@ -97,11 +101,11 @@ def choose_functions(
 
 
 def _for_each_function(
-    guest: LinuxGuest, windows: Mapping[str, Counter[int]], spin: str, limits: Limits
+    guest: LinuxGuest, windows: Mapping[str, Sequence[Counter[int]]], spin: str, limits: Limits
 ) -> Iterable[Function]:
     entered: dict[VirtAddr, list[str]] = {}
-    for part, blocks in windows.items():
-        for addr in blocks:
+    for part, counts in windows.items():
+        for addr in counts[0]:
             found = guest.kallsyms.symbol_at(addr)
             if found is not None and found[1] == 0:
                 entered.setdefault(VirtAddr(addr), []).append(part)
@@ -111,9 +115,10 @@ def _for_each_function(
         if place.symbol is None or not 1 < len(insns) <= limits.insns or _is_forbidden(guest, insns):
             continue
         interrupts = spin in parts
-        runs = {part: executions(insns, windows[part]) for part in parts}
+        runs = {part: executions(insns, windows[part][0]) for part in parts}
+        others = {part: [executions(insns, blocks) for blocks in windows[part][1:]] for part in parts}
         kinds = {part: _kind_of(guest, place.symbol, insns, run, interrupts) for part, run in runs.items()}
-        choices = [part for part in parts if limits.admit(kinds[part], interrupts, runs[part])]
+        choices = [part for part in parts if limits.admit(kinds[part], interrupts, runs[part], others[part])]
         if not choices:
             continue
         # An interrupt's function is seen where nothing else is; else where it costs least.
@@ -124,7 +129,7 @@ def _for_each_function(
             insns=insns,
             kind=kinds[part],
             part=part,
-            entries=windows[part][start],
+            entries=windows[part][0][start],
         )
 
 

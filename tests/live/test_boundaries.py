@@ -81,4 +81,4 @@ def test_hits_by_the_stub_are_what_was_executed(
         outcomes = check(found, gdb, functions, "stub", strategy)
     record_property("summary", [str(outcome) for outcome in outcomes])
     assert [difference for outcome in outcomes for difference in outcome.wrong] == []
-    assert all(outcome.least >= 5 for outcome in outcomes)
+    assert all(outcome.often for outcome in outcomes)

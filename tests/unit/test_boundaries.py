@@ -86,10 +86,11 @@ def test_what_no_block_leads_to_was_not_executed() -> None:
 def test_what_runs_by_itself_or_not_in_each_round_is_not_admitted_by_rounds() -> None:
     steady, unsteady = {PUSH: 10, JE: 5}, {PUSH: 10, JE: 6}
     limits = Limits(executed=2, hits=15, rounds=5)
-    assert limits.admit(Kind.LOOP, False, steady)
-    assert not limits.admit(Kind.LOOP, False, unsteady)
-    assert not limits.admit(Kind.LOOP, True, steady)
-    assert not limits.admit(Kind.SCHEDULER, False, steady)
-    assert Limits(executed=2, hits=16).admit(Kind.SCHEDULER, True, unsteady)
-    assert not Limits(executed=2, hits=14).admit(Kind.LOOP, False, steady)
-    assert not Limits(executed=3, hits=15).admit(Kind.LOOP, False, steady)
+    assert limits.admit(Kind.LOOP, False, steady, [steady])
+    assert not limits.admit(Kind.LOOP, False, steady, [steady, {PUSH: 5, JE: 5}])
+    assert not limits.admit(Kind.LOOP, False, unsteady, [])
+    assert not limits.admit(Kind.LOOP, True, steady, [])
+    assert not limits.admit(Kind.SCHEDULER, False, steady, [])
+    assert Limits(executed=2, hits=16).admit(Kind.SCHEDULER, True, unsteady, [steady])
+    assert not Limits(executed=2, hits=14).admit(Kind.LOOP, False, steady, [])
+    assert not Limits(executed=3, hits=15).admit(Kind.LOOP, False, steady, [])
