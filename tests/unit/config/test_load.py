@@ -19,7 +19,7 @@ from gdb_kprobe.config.profile import (
     SharedMemory,
 )
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import Boost, PhysAddr, Rung, VirtAddr
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -101,6 +101,12 @@ shared_memory: /dev/shm/ram
 def test_rungs_are_best_first_however_they_are_written(write: Write) -> None:
     path = write("gdbstub: :1\nregion: {source: ivshmem}\npolicy: {rungs: [single-step, boosted]}\n")
     assert load_profile(path).policy.rungs == (Rung.BOOSTED, Rung.SINGLE_STEP)
+
+
+@pytest.mark.parametrize("boost", Boost)
+def test_what_is_boosted_may_be_said_without_rungs(write: Write, boost: Boost) -> None:
+    path = write(f"gdbstub: :1\nregion: {{source: ivshmem}}\npolicy: {{boost: {boost}}}\n")
+    assert load_profile(path).policy == PolicyConfig((Rung.BOOSTED, Rung.SINGLE_STEP), boost)
 
 
 def test_virtual_auto_is_no_placement(write: Write) -> None:

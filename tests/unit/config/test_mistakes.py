@@ -109,6 +109,7 @@ def test_not_a_profile(tmp_path: Path, text: str | bytes, line: int, message: st
         (changed("boosted", "optimized"), 9, "not implemented yet: rung 'optimized'"),
         (changed("boosted", "single-step"), 9, "rung 'single-step' is there twice"),
         (changed("[boosted, single-step]", "[]"), 9, "'policy.rungs' is empty: no probe could be placed"),
+        (changed("  rungs:", "  boost: never\n  rungs:"), 9, "'policy.boost' cannot be 'never'"),
         (changed("memory: auto", "memory: yes"), 10, "'shared_memory' cannot be 'yes'"),
         (changed("localhost:1234", "host"), 1, "'gdbstub' is neither host:port nor the path of a socket: 'host'"),
         (changed("localhost:1234", "'1234'"), 1, "'gdbstub' is neither host:port nor the path of a socket: '1234'"),

@@ -1,0 +1,106 @@
+"""What a refusal says, and that its hint leads to a place where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import Boost, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.session.check import examine, text_of
+from gdb_kprobe.session.function_text import FunctionText, without_kprobes
+
+RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
+
+
+def refused(toy: Any, place: str) -> Refusal:
+    with pytest.raises(RefusedError) as caught:
+        toy.add(f"p:bad {place}")
+    return caught.value.refusal
+
+
+@pytest.mark.parametrize(
+    ("place", "reason", "nearest"),
+    [
+        ("f_push+2", Reason.NOT_A_BOUNDARY, "f_push+0x1"),
+        ("f_jmp+2", Reason.RAISES_UD, "f_jmp+0x0"),  # as near as f_jmp+4: the one in front
+        ("f_int3", Reason.FOREIGN_INT3, "f_int3+0x1"),
+        ("f_nop+0x20", Reason.PADDING, "f_nop+0xf"),  # its ret
+    ],
+)
+def test_the_hint_names_the_nearest_place_that_can_be_probed(
+    toy: Any, place: str, reason: Reason, nearest: str
+) -> None:
+    refusal = refused(toy, place)
+    assert refusal.reason is reason
+    assert refusal.hint == f"the nearest instruction that can be probed is {nearest}"
+    toy.add(f"p:good {nearest}")
+
+
+def test_where_nothing_can_be_probed_another_function_is_the_hint(toy: Any) -> None:
+    assert refused(toy, "bp_entry").hint == "no instruction of bp_entry can be probed: choose another function"
+
+
+def test_a_place_that_is_no_text_keeps_its_own_hint(toy: Any) -> None:
+    assert "nearest" not in refused(toy, "0xffffffff90000000").hint
+
+
+def test_the_guests_own_kprobe_is_refused_and_read_through(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its int3 is over the first byte of f_push's second instruction, mov rbp, rsp."""
+    at = toy.addr("f_push", 1)
+    toy.machine.write_physical(toy.guest.memory.translate(at), b"\xcc")
+    monkeypatch.setattr(toy.guest, "own_kprobes", lambda: {at: b"\x48"}, raising=False)
+    insns = FunctionText(toy.guest, TextMap(), toy.guest.place_of(at)).whole()
+    assert [str(insn) for insn in insns[:3]] == ["push rbp", "mov rbp, rsp", "push rbx"]
+    refusal = refused(toy, "f_push+1")
+    assert refusal.reason is Reason.GUEST_KPROBE
+    assert refusal.detail == "the guest has put one at f_push+0x1"
+    assert refusal.hint == "the nearest instruction that can be probed is f_push+0x0"
+
+
+def test_what_a_jump_of_the_guest_has_overwritten() -> None:
+    text = bytes.fromhex("55e910203040c3")
+    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0x1001): bytes.fromhex("4889e55390")}).hex() == (
+        "554889e55390c3"
+    )
+    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0x1001): b"", VirtAddr(0x2000): b"\x90"}) == text
+    # One that begins in front of what was read.
+    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0xFFF): b"\x90\x91"})[:2] == b"\x91\xe9"
+
+
+def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Any) -> None:
+    for place, rung in (("f_call", Rung.SINGLE_STEP), ("f_push", Rung.BOOSTED)):
+        found = examine(
+            toy.guest, TextMap(), toy.region.slots, parse_definition(f"p {place}").location, RUNGS, Boost.KERNEL
+        )
+        assert next(trial.rung for trial in found.rungs if trial.refusal is None) is rung
+
+
+def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Any) -> None:
+    toy.add("f_push")
+    used = toy.region.slots.used
+    location = parse_definition("p f_push+1").location
+    found = examine(toy.guest, text_of(toy.session.armed_sites()), toy.region.slots, location, RUNGS, Boost.RELOCATE)
+    assert (str(found.insn), found.number, found.family) == ("mov rbp, rsp", 2, "plain")
+    assert found.refusal is None
+    assert [(trial.rung, trial.refusal is None) for trial in found.rungs] == [
+        (Rung.OPTIMIZED, False),
+        (Rung.BOOSTED, True),
+        (Rung.SINGLE_STEP, True),
+    ]
+    assert found.rungs[2].code == bytes.fromhex("4889e5")
+    assert toy.region.slots.used == used
+
+
+def test_an_examination_of_what_faults_names_the_fixup(toy: Any) -> None:
+    toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
+    location = parse_definition("p f_load").location
+    found = examine(toy.guest, TextMap(), toy.region.slots, location, RUNGS, Boost.RELOCATE)
+    assert found.tables == ("exception table: after a fault it goes on at fixup+0x0",)
+    assert [trial.refusal.reason for trial in found.rungs if trial.refusal is not None] == [
+        Reason.NOT_IMPLEMENTED,
+        Reason.EX_TABLE,
+    ]
