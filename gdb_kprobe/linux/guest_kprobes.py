@@ -22,6 +22,7 @@ _BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
 _MOST: Final = 1 << 16
 _OPTIMIZED: Final = 4  # KPROBE_FLAG_OPTIMIZED
 _ON_FTRACE: Final = 8  # KPROBE_FLAG_FTRACE
+_JMP_REL32: Final = b"\xe9"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,10 @@ def _kprobe(memory: Memory, probe: Struct) -> GuestKprobe:
     flags = probe.uint("flags")
     if flags & _ON_FTRACE:
         return GuestKprobe(probe.pointer("addr"), b"")
-    original = bytes((probe.uint("opcode"),))
-    if flags & _OPTIMIZED and probe.btf.has_member("optimized_kprobe", "optinsn.copied_insn"):
+    addr, original = probe.pointer("addr"), bytes((probe.uint("opcode"),))
+    # The flag comes first: the bytes are saved when the jump is written, up to some ticks later.
+    if flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
         member = probe.btf.member("optimized_kprobe", "optinsn.copied_insn")
         start = probe.addr - probe.btf.offset_of("optimized_kprobe", "kp") + member.offset
         original += memory.read(VirtAddr(start), member.size)
-    return GuestKprobe(probe.pointer("addr"), original)
+    return GuestKprobe(addr, original)

@@ -1,0 +1,122 @@
+"""``kprobe check`` of one place as a user types it, on a live guest; and the guest's own kprobes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+EVENTS = "/sys/kernel/debug/tracing/kprobe_events"
+OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
+ENABLE = "/sys/kernel/debug/tracing/events/kprobes/enable"
+
+
+def words(text: str) -> str:
+    """*text* on one line: the fields are wrapped."""
+    return " ".join(text.split())
+
+
+def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
+    guest = probed(GuestSpec())
+    with guest.gdb() as gdb:
+        entry = words(gdb.console("kprobe check vfs_read"))
+        inside = words(gdb.console("kprobe check vfs_read+1"))
+        trap = words(gdb.console("kprobe check exc_int3"))
+        init = words(gdb.console("kprobe check start_kernel"))
+        gdb.console("kprobe detach")
+    assert "(vfs_read+0x0) answer it can be probed, boosted boundary yes: instruction 1 of the function" in entry
+    assert "bytes 0f 1f 44 00 00 instruction nop dword ptr [rax + rax] (nop)" in entry
+    assert "optimized no: not implemented yet" in entry
+    assert "boosted yes, in the slot: 0x" in entry
+    assert "single-step yes, in the slot: 0x" in entry
+    assert "table ftrace site, by its looks" in entry
+    assert "the kernel can_probe (6.1): yes the kernel can_boost (6.1): yes" in entry
+    assert "answer not an instruction boundary: it is inside the instruction at vfs_read+0x0" in inside
+    assert "hint: the nearest instruction that can be probed is vfs_read+0x0" in inside
+    assert "instruction" not in inside.partition("hint:")[2].replace("the nearest instruction", "")
+    assert "answer on the #BP path: exc_int3+0x0: an int3 there would trap for ever" in trap
+    assert "boosted no: on the #BP path single-step no: on the #BP path" in trap
+    assert "the kernel can_probe (6.1): no, on the #BP path" in trap
+    assert "answer init text, freed after boot" in init
+    assert "rung" not in init
+
+
+def test_an_exception_table_place_names_its_fixup(probed: Callable[[GuestSpec], Any]) -> None:
+    guest = probed(GuestSpec())
+    kernel = guest.snapshot.guest
+    facts = kernel.text_facts()
+    at = next(at for at in facts.tables.ex_table if facts.reason_at(at, 1) is None)
+    place = kernel.place_of(at)
+    with guest.gdb() as gdb:
+        shown = words(gdb.console(f"kprobe check {place.symbol.name}+{place.offset:#x}"))
+        gdb.console("kprobe detach")
+    assert "answer it can be probed, single-step" in shown
+    assert "boosted no: exception table instruction: a fault must be seen at the original address" in shown
+    assert f"exception table: after a fault it goes on at {kernel.place_of(facts.fixup_of(at))}" in shown
+    assert "can_boost (6.1): no, it is in the exception table" in shown
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["int3", "jump"])
+def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
+    probed: Callable[[GuestSpec], Any], optimized: bool
+) -> None:
+    guest = probed(GuestSpec())
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        before = words(gdb.console("kprobe check vfs_read+5"))
+        length = len(before.partition("bytes ")[2].partition(" instruction")[0].split())
+        following = f"vfs_read+{5 + length:#x}"
+        expected = words(gdb.console(f"kprobe check {following}"))
+        gdb.cont()
+        vm.check_output(f"echo p:own vfs_read+5 > {EVENTS} && echo 1 > {ENABLE}")
+        try:
+            gdb.interrupt()
+            with pytest.raises(GdbCommandError) as caught:
+                gdb.console("kprobe p:x vfs_read+5")
+            own = words(gdb.console("kprobe check vfs_read+5"))
+            after = words(gdb.console(f"kprobe check {following}"))
+            gdb.cont()
+        finally:
+            vm.check_output(f"echo 0 > {ENABLE}; echo > {EVENTS}; echo 1 > {OPTIMIZE}")
+        gdb.interrupt()
+        again = words(gdb.console("kprobe check vfs_read+5"))
+        gdb.console("kprobe detach")
+    assert "a kprobe of the guest's own: the guest has put one at vfs_read+0x5" in words(str(caught.value))
+    assert "hint: the nearest instruction that can be probed is vfs_read+0x" in words(str(caught.value))
+    assert "answer a kprobe of the guest's own" in own
+    assert "table a kprobe of the guest's own at vfs_read+0x5" in own
+    # The bytes are those under the guest's int3.
+    assert before.partition("bytes ")[2].partition(" optimized")[0] in own
+    assert (
+        after.partition("boundary")[2].partition("optimized")[0]
+        == (expected.partition("boundary")[2].partition("optimized")[0])
+    )
+    assert again == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "hint"),
+    [
+        ("kprobe check", "one place, or --all?", "kprobe check vfs_read+5"),
+        ("kprobe check vfs_read --all", "one place, or --all?", "kprobe check vfs_read+5"),
+        ("kprobe check vfs_read --json x", "one place, or --all?", "kprobe check vfs_read+5"),
+        ("kprobe check vfs_raed", "no such symbol: vfs_raed is not in kallsyms", "did you mean vfs_read"),
+        ("kprobe check jiffies", "not kernel text: jiffies is data", "name a function"),
+        ("kprobe check vfs_read+0x10000", "offset is outside the symbol", "offsets 0 to 0x"),
+        ("kprobe check --fast", "unrecognized arguments: --fast", "help kprobe check"),
+    ],
+)
+def test_wrong_arguments(probed: Callable[[GuestSpec], Any], command: str, said: str, hint: str) -> None:
+    with probed(GuestSpec()).gdb() as gdb:
+        with pytest.raises(GdbCommandError) as caught:
+            gdb.console(command)
+        assert "example" in gdb.console("help kprobe check").lower()
+        gdb.console("kprobe detach")
+    assert said in str(caught.value)
+    assert hint in str(caught.value)
