@@ -100,10 +100,13 @@ class Torture:
     def check(self, gdb: GdbMi, function: Function, strategy: str) -> Outcome:
         """Probe all boundaries of *function*, run its part of the workload on every vCPU, compare, and disarm."""
         started = time.monotonic()
-        armed = boundaries.arm(gdb, (insn.addr for insn in function.insns), strategy)
+        addresses = [insn.addr for insn in function.insns]
+        fixups = {self.kernel.fixup_of(addr) for addr in addresses}
+        # These first: a probe that watches a fixup leaves no choice of the rung there.
+        armed = boundaries.arm(gdb, sorted(addresses, key=lambda addr: addr not in fixups), strategy)
         self.touched.update(armed.rungs)
         # An instruction that has no int3 is in one block with the next one, which has no line of its own then.
-        stops = _one_instruction_a_block(gdb, function) if armed.refused else []
+        stops = _one_instruction_a_block(gdb, function) if armed.refused or armed.failed else []
         self._log.open(one_instruction=False)
         gdb.cont()
         self.work(function.part, self.guest.spec.vcpus)
@@ -153,12 +156,17 @@ def differences(
     for addr in sorted(executed):
         if addr not in insns:
             yield f"{function}+{addr - function.range.start:#x} was executed, and is no boundary"
+
+    def name(addr: VirtAddr) -> str:
+        return f"{function}+{addr - function.range.start:#x} {insns[addr].raw.hex(' ')} {insns[addr]}"
+
+    for addr, error in armed.failed.items():
+        yield f"{name(addr)}: cannot be probed: {error}"
     for addr, rung in armed.rungs.items():
         if counted[addr] != boundaries.Counts(executed[addr], 0):
-            insn = insns[addr]
             yield (
-                f"{function}+{addr - function.range.start:#x} {insn.raw.hex(' ')} {insn} ({rung}): executed "
-                f"{executed[addr]} times, counted {counted[addr].hits}, missed {counted[addr].missed}"
+                f"{name(addr)} ({rung}): executed {executed[addr]} times, counted {counted[addr].hits}, "
+                f"missed {counted[addr].missed}"
             )
 
 

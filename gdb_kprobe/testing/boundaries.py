@@ -15,20 +15,20 @@ import json
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.gdbext import api, plugin
-from gdb_kprobe.gdbext.errors import user_errors
 
 def kprobe_arm(addresses):
-    armed, refused = {}, {}
-    with user_errors():
-        session = plugin.the_plugin().need_link().session
-        for addr in addresses:
-            try:
-                probe = api.add(f"p:b_{addr:x} {addr:#x}")
-            except RefusedError as error:
-                refused[addr] = str(error.refusal.reason)
-            else:
-                armed[addr] = str(session.site_of(probe).plan.rung)
-    print(json.dumps([armed, refused]))
+    armed, refused, failed = {}, {}, {}
+    session = plugin.the_plugin().need_link().session
+    for addr in addresses:
+        try:
+            probe = api.add(f"p:b_{addr:x} {addr:#x}")
+        except RefusedError as error:
+            refused[addr] = str(error.refusal.reason)
+        except Exception as error:
+            failed[addr] = f"{type(error).__name__}: {error}"
+        else:
+            armed[addr] = str(session.site_of(probe).plan.rung)
+    print(json.dumps([armed, refused, failed]))
 
 def kprobe_counts():
     print(json.dumps({probe.place.addr: [probe.hits, probe.missed] for probe in api.probes()}))
@@ -39,10 +39,11 @@ _TIMEOUT = 120
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """What became of the addresses that were to be probed: the rung of each, or the reason of its refusal."""
+    """What became of the addresses that were to be probed: the rung of each, the reason of its refusal, or an error."""
 
     rungs: Mapping[VirtAddr, Rung]
     refused: Mapping[VirtAddr, str]
+    failed: Mapping[VirtAddr, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,13 @@ def prepare(gdb: GdbMi) -> None:
 
 
 def arm(gdb: GdbMi, addresses: Iterable[VirtAddr], strategy: str) -> Armed:
-    """Probe each of *addresses* with *strategy* (``set kprobe strategy``).
-
-    :raises GdbCommandError: one could not be probed for another reason than a rule.
-    """
+    """Probe each of *addresses* with *strategy* (``set kprobe strategy``)."""
     gdb.console(f"set kprobe strategy {strategy}")
-    armed, refused = json.loads(gdb.console(f"python kprobe_arm({list(addresses)})", _TIMEOUT))
+    armed, refused, failed = json.loads(gdb.console(f"python kprobe_arm({list(addresses)})", _TIMEOUT))
     return Armed(
         {VirtAddr(int(addr)): Rung(rung) for addr, rung in armed.items()},
         {VirtAddr(int(addr)): reason for addr, reason in refused.items()},
+        {VirtAddr(int(addr)): error for addr, error in failed.items()},
     )
 
 

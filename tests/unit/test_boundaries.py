@@ -31,7 +31,9 @@ def function() -> Function:
     )
 
 
-ARMED = Armed({PUSH: Rung.BOOSTED, JE: Rung.BOOSTED, POP: Rung.BOOSTED, RET: Rung.BOOSTED}, {NOP: "jump label site"})
+ARMED = Armed(
+    {PUSH: Rung.BOOSTED, JE: Rung.BOOSTED, POP: Rung.BOOSTED, RET: Rung.BOOSTED}, {NOP: "jump label site"}, {}
+)
 COUNTED = {PUSH: Counts(5, 0), JE: Counts(5, 0), POP: Counts(5, 0), RET: Counts(5, 0)}
 EXECUTED: Counter[int] = Counter({PUSH: 5, JE: 5, NOP: 2, POP: 5, RET: 5})
 
@@ -52,6 +54,13 @@ def test_a_miss_is_told() -> None:
     counted = {**COUNTED, POP: Counts(5, 1)}
     assert list(differences(function(), ARMED, EXECUTED, counted)) == [
         "f+0x4 5b pop rbx (boosted): executed 5 times, counted 5, missed 1"
+    ]
+
+
+def test_an_error_is_told() -> None:
+    armed = Armed(ARMED.rungs, {}, {NOP: "RecursionError: too deep"})
+    assert list(differences(function(), armed, EXECUTED, COUNTED)) == [
+        "f+0x3 90 nop: cannot be probed: RecursionError: too deep"
     ]
 
 
