@@ -256,6 +256,8 @@ class StubDispatcher:
         if after is None:
             # The guest takes the int3 again, which is the same hit and not another one.
             fix, faulted = step.StepFixup({"rip": site.addr}), True
+        elif after["rip"] == self._guest.bp_entry and (done := step.overrun(insn, slot, after, read_stack)) is not None:
+            fix, faulted = done, False
         elif step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
             # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,

@@ -119,6 +119,7 @@ class ToyMachine:
         self.cr0 = 0x8001_0011
         self.idt_limit = 16 * 32 - 1
         self.unmoved_steps = 0
+        self.overrunning_steps = 0
         """How many of the next steps come back with nothing executed, as one in 500 of QEMU's does."""
         self.changes_left: int | None = None
         """After so many changes of anything the connection is lost, as when gdb is killed."""
@@ -332,6 +333,9 @@ class ToyMachine:
             self.unmoved_steps -= 1
         else:
             self.execute(cpu)
+            if self.overrunning_steps:
+                self.overrunning_steps -= 1
+                self.execute(cpu)
 
     def drop_breakpoints(self) -> None:
         self.breakpoints.clear()

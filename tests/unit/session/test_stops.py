@@ -186,6 +186,15 @@ def test_a_fault_is_fixed_up_at_the_original_address_and_is_one_hit(faulting: An
     assert (probe.hits, post) == (4, [4])
 
 
+def test_a_step_that_runs_on_into_the_int3_behind_the_copy_is_through(toy: Any) -> None:
+    post: list[int] = []
+    probe = toy.add("f_push", rung=Rung.SINGLE_STEP, post=lambda hit: post.append(hit.regs.ip - toy.addr("f_push")))
+    toy.machine.overrunning_steps = 1
+    toy.call("f_push")
+    assert toy.machine.overrunning_steps == 0
+    assert (probe.hits, post, toy.count("f_push")) == (1, [1], 1)
+
+
 def test_a_page_that_is_faulted_in_is_one_hit(faulting: Any) -> None:
     post: list[int] = []
     probe = faulting.add("f_load", post=lambda hit: post.append(hit.hit))
