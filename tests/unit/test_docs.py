@@ -191,5 +191,5 @@ def test_readme_lists_every_key_of_a_profile_and_no_other() -> None:
                 groups[name] = ast.literal_eval(node.value)
     keys = {key for key in groups["_PROFILE_KEYS"] if key not in ("kernel", "region", "policy")}
     keys |= {f"kernel.{key}" for key in groups["_KERNEL_KEYS"]} | {f"region.{key}" for key in groups["_REGION_KEYS"]}
-    keys |= {"policy.rungs"}
+    keys |= {f"policy.{key}" for key in groups["_POLICY_KEYS"]}
     assert set(first_cells(section("README.md", "Profiles"))) == keys
