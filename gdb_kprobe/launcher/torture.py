@@ -1,230 +1,132 @@
 """``gdb-kprobe torture boundaries``: every instruction of many functions of a live kernel probed, every hit compared.
 
-A guest boots. A workload shows, by QEMU's execution log, which functions it runs; of these some are chosen. Then, one
-function after another, all its instruction boundaries are probed at once, the workload runs, and the hits of each
-boundary are compared with the log, in which an int3 is executed as often as it is hit, whatever leads there. In the end
-the guest's text must be what it was, and its log clean.
+A guest boots, functions that its workload runs are chosen, and one after another all their instructions are probed
+(:mod:`gdb_kprobe.launcher.boundary_check`). In the end the guest's text must be what it was, and its log clean.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.model import PAGE_SIZE, Dispatch, VirtAddr
+from gdb_kprobe.launcher.boundary_check import ROUNDS, STUB_LIMITS, Outcome, boundary_check
+from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.text import table
-from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.testing import GdbMi, TextSnapshot, boundaries
-from gdb_kprobe.testing.functions import Function, Limits, choose_functions
+from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTimeoutError, boundaries
+from gdb_kprobe.testing.functions import Limits
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.build.workload import PARTS, SPIN
-from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog, Faults
+from kprobe_guest.errors import GuestError
+from kprobe_guest.execution_log import KERNEL_TEXT
+from kprobe_guest.spec import KernelKind
 
-ROUNDS = 5
-"""Of the workload's part, for each function: as many hits at least of a boundary that each round reaches."""
-
-STUB_LIMITS = Limits(executed=10, hits=300, rounds=ROUNDS)
-"""Where each hit stops the machine: some 10 ms."""
-
-_SERVE = "mkdir -p /tmp/serve && cd /tmp/serve && workload serve"
-_TIMEOUT = 300
-
-Ask = Callable[[str], str]
+KERNELS: tuple[KernelKind, ...] = ("debian", "newest")
+STRATEGIES = ("boosted", "single-step")
+IN_GUEST, BY_STUB = 200, 20
+"""Functions of a run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one function: *executed* are the boundaries that were hit, *often* those with a hit each round.
+class Run:
+    """One guest and one way to probe; *only* is a pattern for names of functions."""
 
-    *wrong* are the differences; empty when all is well.
-    """
-
-    function: Function
-    armed: int
-    executed: int
-    hits: int
-    often: int
-    refused: Counter[str]
-    seconds: float
-    wrong: tuple[str, ...]
+    dispatch: Dispatch
+    strategy: str
+    kernel: KernelKind
+    cpus: int
+    count: int
+    only: str = ""
 
     def __str__(self) -> str:
-        refused = f"; refused: {', '.join(f'{n} {why}' for why, n in self.refused.items())}" if self.refused else ""
-        return (
-            f"{'FAILED' if self.wrong else 'passed'} {self.function} ({self.function.kind}, {self.function.part}): "
-            f"{self.hits} hits of {self.executed} of {self.armed} boundaries, {self.often} with {ROUNDS} or more, "
-            f"{self.seconds:.1f} s{refused}"
-        )
-
-
-class Torture:
-    """A guest with a workload that waits to be asked, and what is known of it before there is any probe."""
-
-    def __init__(self, guest: GuestVm, ask: Ask) -> None:
-        self.guest = guest
-        self.before = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
-        self.touched: set[int] = set()
-        self._ask = ask
-        self._log = ExecutionLog(guest)
-
-    @property
-    def kernel(self) -> LinuxGuest:
-        return self.before.guest
-
-    def choose(self, count: int, limits: Limits, parts: Sequence[str] = PARTS) -> tuple[Function, ...]:
-        """Let the workload run without probes, and choose among what it executes."""
-        windows = {part: [self._blocks(part) for _ in range(2 if limits.rounds else 1)] for part in parts}
-        return choose_functions(self.kernel, windows, SPIN, limits, count)
-
-    def _blocks(self, part: str) -> Counter[int]:
-        self.work(part, 1)  # what only happens once is over
-        self.guest.stop()
-        self._log.open(one_instruction=False)
-        self.guest.cont()
-        self.work(part, 1)
-        self.guest.stop()
-        blocks = self._log.close()
-        self.guest.cont()
-        return blocks
-
-    def work(self, part: str, workers: int) -> None:
-        """Run a part of the workload, and see that every call did what it should."""
-        answer = self._ask(f"{part} {ROUNDS} {workers}")
-        assert answer == f"workload: {ROUNDS} rounds done, 0 calls wrong", f"{part}: {answer}"
-
-    def check(self, gdb: GdbMi, function: Function, strategy: str) -> Outcome:
-        """Probe all boundaries of *function*, run its part of the workload on every vCPU, compare, and disarm."""
-        started = time.monotonic()
-        addresses = [insn.addr for insn in function.insns]
-        fixups = {self.kernel.fixup_of(addr) for addr in addresses}
-        # These first: a probe that watches a fixup leaves no choice of the rung there.
-        armed = boundaries.arm(gdb, sorted(addresses, key=lambda addr: addr not in fixups), strategy)
-        self.touched.update(armed.rungs)
-        # An instruction that has no int3 is in one block with the next one, which has no line of its own then.
-        stops = _one_instruction_a_block(gdb, function) if armed.refused or armed.failed else []
-        self._log.open(one_instruction=False)
-        gdb.cont()
-        self.work(function.part, self.guest.spec.vcpus)
-        gdb.interrupt(_TIMEOUT)
-        executed = self._log.close(range(function.range.start, function.range.end), self._faults(armed))
-        counted = boundaries.counts(gdb)
-        for stop in stops:
-            gdb.command(f"-break-delete {stop}")
-        boundaries.disarm(gdb)
-        hit = {addr: executed[addr] for addr in armed.rungs if executed[addr]}
-        return Outcome(
-            function=function,
-            armed=len(armed.rungs),
-            executed=len(hit),
-            hits=sum(hit.values()),
-            often=sum(hits >= ROUNDS for hits in hit.values()),
-            refused=Counter(armed.refused.values()),
-            seconds=time.monotonic() - started,
-            wrong=tuple(differences(function, armed, executed, counted)),
-        )
-
-    def _faults(self, armed: boundaries.Armed) -> Faults | None:
-        """Where a user's page is not there the instruction is executed again, which is the same hit.
-
-        That it goes on at its fixup instead does not happen: no call of the workload has a bad address.
-        """
-        may_fault = frozenset(addr for addr in armed.rungs if self.kernel.fixup_of(addr) is not None)
-        return Faults(self.kernel.kallsyms.address("asm_exc_page_fault"), may_fault) if may_fault else None
-
-    def leftovers(self) -> list[str]:
-        """What is not as it was before: bytes of text, lines of the guest's log."""
-        return [*self.before.leftovers(self.touched), *self.guest.dmesg_problems()]
-
-
-@contextmanager
-def torture(guest: GuestVm) -> Iterator[Torture]:
-    """Start the workload in *guest*, which was made with ``extra_args=KERNEL_TEXT``."""
-    with guest.dialogue(_SERVE, _TIMEOUT) as ask:
-        yield Torture(guest, ask)
-
-
-def differences(
-    function: Function, armed: boundaries.Armed, executed: Counter[int], counted: dict[VirtAddr, boundaries.Counts]
-) -> Iterator[str]:
-    """What the plugin counted and QEMU did not see, or the other way round; one line for each instruction."""
-    insns = {insn.addr: insn for insn in function.insns}
-    for addr in sorted(executed):
-        if addr not in insns:
-            yield f"{function}+{addr - function.range.start:#x} was executed, and is no boundary"
-
-    def name(addr: VirtAddr) -> str:
-        return f"{function}+{addr - function.range.start:#x} {insns[addr].raw.hex(' ')} {insns[addr]}"
-
-    for addr, error in armed.failed.items():
-        yield f"{name(addr)}: cannot be probed: {error}"
-    for addr, rung in armed.rungs.items():
-        if counted[addr] != boundaries.Counts(executed[addr], 0):
-            yield (
-                f"{name(addr)} ({rung}): executed {executed[addr]} times, counted {counted[addr].hits}, "
-                f"missed {counted[addr].missed}"
-            )
-
-
-def _one_instruction_a_block(gdb: GdbMi, function: Function) -> list[str]:
-    """Set a breakpoint in each page of *function*, within an instruction: never reached. Returns their numbers."""
-    inside: dict[int, int] = {}
-    for insn in function.insns:
-        if insn.length > 1:
-            inside.setdefault((insn.addr + 1) // PAGE_SIZE, insn.addr + 1)
-    return [gdb.command(f"-break-insert -h *{addr:#x}")["bkpt"]["number"] for addr in inside.values()]
+        where = "in the guest" if self.dispatch is Dispatch.GUEST else "by the stub"
+        return f"{self.count} functions, {self.strategy}, dispatched {where}, kernel {self.kernel}, {self.cpus} vCPUs"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("what", choices=["boundaries"])
-    parser.add_argument("-n", type=int, default=200, metavar="N", help="functions (200)")
+    parser.add_argument("--all", action="store_true", help="both kernels, 1 and 2 vCPUs, both dispatchers; an hour")
+    parser.add_argument("-n", type=int, metavar="N", help=f"functions ({IN_GUEST}; by the stub {BY_STUB})")
     parser.add_argument("--dispatch", type=Dispatch, choices=[Dispatch.GUEST, Dispatch.STUB], default=Dispatch.GUEST)
-    parser.add_argument("--strategy", choices=["boosted", "single-step"], default="boosted")
-    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="boosted")
+    parser.add_argument("--kernel", choices=KERNELS, default="debian")
     parser.add_argument("--cpus", type=int, default=1, metavar="N")
-    parser.add_argument("--only", metavar="REGEX", help="of the chosen functions only those whose name matches")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only functions whose name matches")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    spec = GuestSpec(kernel=options.kernel, vcpus=options.cpus, extra_args=KERNEL_TEXT)
-    limits = STUB_LIMITS if options.dispatch is Dispatch.STUB else Limits()
+    passed = failed = 0
+    for one in _runs(options):
+        ok, wrong = _run(one)
+        passed, failed = passed + ok, failed + wrong
+    print(f"In {time.monotonic() - started:.0f} s:\n{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def _runs(options: argparse.Namespace) -> Iterator[Run]:
+    if options.all:
+        for kernel, cpus in product(KERNELS, (1, 2)):
+            yield Run(Dispatch.GUEST, "boosted", kernel, cpus, options.n or IN_GUEST)
+            for strategy in STRATEGIES:
+                yield Run(Dispatch.STUB, strategy, kernel, cpus, options.n or BY_STUB)
+        return
+    count = options.n or (IN_GUEST if options.dispatch is Dispatch.GUEST else BY_STUB)
+    yield Run(options.dispatch, options.strategy, options.kernel, options.cpus, count, options.only)
+
+
+def _run(one: Run) -> tuple[int, int]:
+    """Returns how many functions have passed and failed; what belongs to none counts as one more that has failed."""
+    print(f"\n{one}", flush=True)
     outcomes: list[Outcome] = []
-    with GuestVm(spec) as guest:
-        with torture(guest) as tortured:
-            functions = tortured.choose(options.n, limits)
-            print(f"{tortured.kernel.description}: {len(functions)} functions of {options.n} asked for", flush=True)
+    problems: list[str] = []
+    try:
+        problems += _check(one, outcomes)
+    except (GuestError, GdbCommandError, GdbDiedError, GdbTimeoutError, AssertionError) as error:
+        problems.append(f"after {outcomes[-1].function if outcomes else 'the start'}: {error}")
+    _summarize(outcomes)
+    for problem in problems:
+        print(f"FAILED: {problem}", flush=True)
+    wrong = sum(bool(outcome.wrong) for outcome in outcomes)
+    return len(outcomes) - wrong, wrong + len(problems)
+
+
+def _check(one: Run, outcomes: list[Outcome]) -> list[str]:
+    """Check the functions of one run, one after another; returns what is wrong beside them."""
+    limits = STUB_LIMITS if one.dispatch is Dispatch.STUB else Limits()
+    with GuestVm(GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_args=KERNEL_TEXT)) as guest:
+        with boundary_check(guest) as check:
+            functions = check.choose(None if one.only else one.count, limits)
+            functions = tuple(function for function in functions if re.search(one.only, str(function)))[: one.count]
+            print(check.kernel.description, flush=True)
             with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
-                print(gdb.console(f"kprobe attach --dispatch {options.dispatch} debian"), flush=True)
+                gdb.console(f"kprobe attach --dispatch {one.dispatch} debian")
                 boundaries.prepare(gdb)
                 for function in functions:
-                    outcomes.append(tortured.check(gdb, function, options.strategy))
+                    outcomes.append(check.check(gdb, function, one.strategy))
                     print(outcomes[-1], *outcomes[-1].wrong, sep="\n    ", flush=True)
                 gdb.console("kprobe detach")
-        left = tortured.leftovers()
-    _summarize(outcomes, left)
-    failed = sum(bool(outcome.wrong) for outcome in outcomes)
-    print(f"In {time.monotonic() - started:.0f} s: {len(outcomes) - failed} passed, {failed} failed")
-    return 1 if failed or left or len(outcomes) < options.n else 0
+        left = check.leftovers()
+    print(f"Text and log of the guest: {'; '.join(left) or 'as before, clean'}")
+    if len(functions) < one.count and not one.only:
+        left.append(f"the workload runs only {len(functions)} functions of the kind asked for, not {one.count}")
+    return left
 
 
-def _summarize(outcomes: Sequence[Outcome], left: Sequence[str]) -> None:
-    kinds = {outcome.function.kind for outcome in outcomes}
+def _summarize(outcomes: Sequence[Outcome]) -> None:
     rows = []
-    for kind in sorted(kinds):
+    for kind in sorted({outcome.function.kind for outcome in outcomes}):
         of_kind = [outcome for outcome in outcomes if outcome.function.kind is kind]
         figures = (len(of_kind), *(sum(values) for values in zip(*map(_figures, of_kind), strict=True)))
         rows.append((str(kind), *map(str, figures)))
     print(table(("kind", "functions", "boundaries", "of them hit", f"{ROUNDS} times or more", "hits", "refused"), rows))
     reasons = sum((outcome.refused for outcome in outcomes), Counter[str]())
     print(f"Refused: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common()) or 'none'}")
-    print(f"Text and log of the guest: {'; '.join(left) or 'as before, clean'}")
 
 
 def _figures(outcome: Outcome) -> tuple[int, int, int, int, int]:

@@ -82,9 +82,9 @@ class Limits:
 
 
 def choose_functions(
-    guest: LinuxGuest, windows: Mapping[str, Sequence[Counter[int]]], spin: str, limits: Limits, count: int
+    guest: LinuxGuest, windows: Mapping[str, Sequence[Counter[int]]], spin: str, limits: Limits, count: int | None
 ) -> tuple[Function, ...]:
-    """Choose *count* functions of all kinds, of each kind the ones first that were entered most often.
+    """Choose *count* functions (``None``: all) of all kinds, of each kind the ones first that were entered most often.
 
     *windows* are, for each part of the workload, one or more counts of the blocks that it entered, by address; the part
     *spin* makes no system calls.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from gdb_kprobe.launcher.torture import STUB_LIMITS, Outcome, Torture, torture
+from gdb_kprobe.launcher.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
 from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Function, Kind, Limits
 from kprobe_guest import GuestSpec, GuestVm
@@ -36,15 +36,17 @@ RUNTIME = 1800 if FULL else 300
 
 
 @contextmanager
-def tortured(booted_guest: BootedGuest, kernel: KernelKind, vcpus: int) -> Iterator[tuple[Torture, GdbMi]]:
+def tortured(booted_guest: BootedGuest, kernel: KernelKind, vcpus: int) -> Iterator[tuple[BoundaryCheck, GdbMi]]:
     """A guest with its workload, and a gdb that is not attached yet; afterwards, the proof that nothing is left."""
     guest = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=KERNEL_TEXT))
-    with torture(guest) as found, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+    with boundary_check(guest) as found, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
         yield found, gdb
     assert found.leftovers() == []
 
 
-def check(found: Torture, gdb: GdbMi, functions: tuple[Function, ...], dispatch: str, strategy: str) -> list[Outcome]:
+def check(
+    found: BoundaryCheck, gdb: GdbMi, functions: tuple[Function, ...], dispatch: str, strategy: str
+) -> list[Outcome]:
     gdb.console(f"kprobe attach --dispatch {dispatch} debian")
     boundaries.prepare(gdb)
     outcomes = [found.check(gdb, function, strategy) for function in functions]

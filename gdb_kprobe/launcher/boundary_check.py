@@ -1,0 +1,176 @@
+"""Every instruction of a function probed at once on a live guest, and every hit accounted for.
+
+The workload runs, and the hits of each boundary are compared with QEMU's execution log, in which an int3 is executed as
+often as it is hit, whatever leads there. Which functions the workload runs is seen in the log as well, before there is
+any probe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.model import PAGE_SIZE, VirtAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import GdbMi, TextSnapshot, boundaries
+from gdb_kprobe.testing.functions import Function, Limits, choose_functions
+from kprobe_guest import GuestVm
+from kprobe_guest.build.workload import PARTS, SPIN
+from kprobe_guest.execution_log import ExecutionLog, Faults
+
+ROUNDS = 5
+"""Of the workload's part, for each function: as many hits at least of a boundary that each round reaches."""
+
+STUB_LIMITS = Limits(executed=10, hits=300, rounds=ROUNDS)
+"""Where each hit stops the machine: some 10 ms."""
+
+_SERVE = "mkdir -p /tmp/serve && cd /tmp/serve && workload serve"
+_TIMEOUT = 300
+
+Ask = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one function: *executed* are the boundaries that were hit, *often* those with a hit each round.
+
+    *wrong* are the differences; empty when all is well.
+    """
+
+    function: Function
+    armed: int
+    executed: int
+    hits: int
+    often: int
+    refused: Counter[str]
+    seconds: float
+    wrong: tuple[str, ...]
+
+    def __str__(self) -> str:
+        refused = f"; refused: {', '.join(f'{n} {why}' for why, n in self.refused.items())}" if self.refused else ""
+        return (
+            f"{'FAILED' if self.wrong else 'passed'} {self.function} ({self.function.kind}, {self.function.part}): "
+            f"{self.hits} hits of {self.executed} of {self.armed} boundaries, {self.often} with {ROUNDS} or more, "
+            f"{self.seconds:.1f} s{refused}"
+        )
+
+
+class BoundaryCheck:
+    """A guest with a workload that waits to be asked, and what is known of it before there is any probe."""
+
+    def __init__(self, guest: GuestVm, ask: Ask) -> None:
+        self.guest = guest
+        self.before = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self.touched: set[int] = set()
+        self._ask = ask
+        self._log = ExecutionLog(guest)
+
+    @property
+    def kernel(self) -> LinuxGuest:
+        return self.before.guest
+
+    def choose(self, count: int | None, limits: Limits, parts: Sequence[str] = PARTS) -> tuple[Function, ...]:
+        """Let the workload run without probes, and choose *count* functions (all) of those that it executes."""
+        windows = {part: [self._blocks(part) for _ in range(2 if limits.rounds else 1)] for part in parts}
+        return choose_functions(self.kernel, windows, SPIN, limits, count)
+
+    def _blocks(self, part: str) -> Counter[int]:
+        self.work(part, 1)  # what only happens once is over
+        self.guest.stop()
+        self._log.open(one_instruction=False)
+        self.guest.cont()
+        self.work(part, 1)
+        self.guest.stop()
+        blocks = self._log.close()
+        self.guest.cont()
+        return blocks
+
+    def work(self, part: str, workers: int) -> None:
+        """Run a part of the workload, and see that every call did what it should."""
+        answer = self._ask(f"{part} {ROUNDS} {workers}")
+        assert answer == f"workload: {ROUNDS} rounds done, 0 calls wrong", f"{part}: {answer}"
+
+    def check(self, gdb: GdbMi, function: Function, strategy: str) -> Outcome:
+        """Probe all boundaries of *function*, run its part of the workload on every vCPU, compare, and disarm."""
+        started = time.monotonic()
+        addresses = [insn.addr for insn in function.insns]
+        fixups = {self.kernel.fixup_of(addr) for addr in addresses}
+        # These first: a probe that watches a fixup leaves no choice of the rung there.
+        armed = boundaries.arm(gdb, sorted(addresses, key=lambda addr: addr not in fixups), strategy)
+        self.touched.update(armed.rungs)
+        # An instruction that has no int3 is in one block with the next one, which has no line of its own then.
+        stops = _one_instruction_a_block(gdb, function) if armed.refused or armed.failed else []
+        self._log.open(one_instruction=False)
+        gdb.cont()
+        self.work(function.part, self.guest.spec.vcpus)
+        gdb.interrupt(_TIMEOUT)
+        executed = self._log.close(range(function.range.start, function.range.end), self._faults(armed))
+        counted = boundaries.counts(gdb)
+        for stop in stops:
+            gdb.command(f"-break-delete {stop}")
+        boundaries.disarm(gdb)
+        hit = {addr: executed[addr] for addr in armed.rungs if executed[addr]}
+        return Outcome(
+            function=function,
+            armed=len(armed.rungs),
+            executed=len(hit),
+            hits=sum(hit.values()),
+            often=sum(hits >= ROUNDS for hits in hit.values()),
+            refused=Counter(armed.refused.values()),
+            seconds=time.monotonic() - started,
+            wrong=tuple(differences(function, armed, executed, counted)),
+        )
+
+    def _faults(self, armed: boundaries.Armed) -> Faults | None:
+        """Where a user's page is not there the instruction is executed again, which is the same hit.
+
+        That it goes on at its fixup instead does not happen: no call of the workload has a bad address.
+        """
+        may_fault = frozenset(addr for addr in armed.rungs if self.kernel.fixup_of(addr) is not None)
+        return Faults(self.kernel.kallsyms.address("asm_exc_page_fault"), may_fault) if may_fault else None
+
+    def leftovers(self) -> list[str]:
+        """What is not as it was before: bytes of text, lines of the guest's log."""
+        return [*self.before.leftovers(self.touched), *self.guest.dmesg_problems()]
+
+
+@contextmanager
+def boundary_check(guest: GuestVm) -> Iterator[BoundaryCheck]:
+    """Start the workload in *guest*, which was made with ``extra_args=KERNEL_TEXT``."""
+    with guest.dialogue(_SERVE, _TIMEOUT) as ask:
+        yield BoundaryCheck(guest, ask)
+
+
+def differences(
+    function: Function, armed: boundaries.Armed, executed: Counter[int], counted: dict[VirtAddr, boundaries.Counts]
+) -> Iterator[str]:
+    """What the plugin counted and QEMU did not see, or the other way round; one line for each instruction."""
+    insns = {insn.addr: insn for insn in function.insns}
+    for addr in sorted(executed):
+        if addr not in insns:
+            yield f"{function}+{addr - function.range.start:#x} was executed, and is no boundary"
+
+    def name(addr: VirtAddr) -> str:
+        return f"{function}+{addr - function.range.start:#x} {insns[addr].raw.hex(' ')} {insns[addr]}"
+
+    for addr, error in armed.failed.items():
+        yield f"{name(addr)}: cannot be probed: {error}"
+    for addr, rung in armed.rungs.items():
+        if counted[addr] != boundaries.Counts(executed[addr], 0):
+            yield (
+                f"{name(addr)} ({rung}): executed {executed[addr]} times, counted {counted[addr].hits}, "
+                f"missed {counted[addr].missed}"
+            )
+
+
+def _one_instruction_a_block(gdb: GdbMi, function: Function) -> list[str]:
+    """Set a breakpoint in each page of *function*, within an instruction: never reached. Returns their numbers."""
+    inside: dict[int, int] = {}
+    for insn in function.insns:
+        if insn.length > 1:
+            inside.setdefault((insn.addr + 1) // PAGE_SIZE, insn.addr + 1)
+    return [gdb.command(f"-break-insert -h *{addr:#x}")["bkpt"]["number"] for addr in inside.values()]
