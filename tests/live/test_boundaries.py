@@ -7,12 +7,13 @@ takes 200 in the guest, and 20 by the stub.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from gdb_kprobe.launcher.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Function, Kind, Limits
 from kprobe_guest import GuestSpec, GuestVm
@@ -84,3 +85,22 @@ def test_hits_by_the_stub_are_what_was_executed(
     record_property("summary", [str(outcome) for outcome in outcomes])
     assert [difference for outcome in outcomes for difference in outcome.wrong] == []
     assert all(outcome.often for outcome in outcomes)
+
+
+@pytest.mark.timeout(RUNTIME)
+def test_a_hit_that_is_not_counted_is_noticed(booted_guest: BootedGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = boundaries.arm
+    silent: list[VirtAddr] = []
+
+    def arm_all_but_the_first(gdb: GdbMi, addresses: Iterable[VirtAddr], strategy: str) -> boundaries.Armed:
+        armed = arm(gdb, addresses, strategy)
+        silent.append(min(armed.rungs))
+        gdb.console(f"kprobe disable b_{silent[0]:x}")
+        return armed
+
+    monkeypatch.setattr(boundaries, "arm", arm_all_but_the_first)
+    with tortured(booted_guest, "debian", 1) as (found, gdb):
+        (function,) = found.choose(1, STUB_LIMITS, ("pipes", SPIN))
+        (outcome,) = check(found, gdb, (function,), "guest", "boosted")
+    assert [line.partition(" ")[0] for line in outcome.wrong] == [f"{function}+{silent[0] - function.range.start:#x}"]
+    assert outcome.wrong[0].endswith(", counted 0, missed 0")
