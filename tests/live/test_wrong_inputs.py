@@ -20,7 +20,11 @@ JUMP_LABEL = "a jump label site"
 WRONG: tuple[tuple[str, str, str], ...] = (
     ("kprobe p:x vfs_raed", "no such symbol: vfs_raed is not in kallsyms", "did you mean vfs_read"),
     ("kprobe p:x vfs_read+0x10000", "offset is outside the symbol: vfs_read is", "offsets 0 to 0x"),
-    ("kprobe p:x vfs_read+1", "not an instruction boundary: it is inside the instruction at", "the nearest instruction that can be probed is vfs_read+0x0"),
+    (
+        "kprobe p:x vfs_read+1",
+        "not an instruction boundary: it is inside the instruction at",
+        "the nearest instruction that can be probed is vfs_read+0x0",
+    ),
     ("kprobe p:x exc_int3", "on the #BP path", "no instruction of exc_int3 can be probed: choose another function"),
     ("kprobe p:x exc_page_fault", "noinstr text", "choose another function"),
     (f"kprobe p:x {JUMP_LABEL}", "jump label site", "the nearest instruction that can be probed is "),
