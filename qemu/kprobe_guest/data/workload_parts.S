@@ -4,8 +4,8 @@
 # A round leaves everything as it was (files are gone, children have ended), so that each is the same calls again. What
 # a call must return is part of its step: the program counts those that returned something else.
 #
-# A step is nine quads: the number of the call, six arguments, an address that the result is kept at (0: nowhere), and
-# what must come back: 0 is no error, E a certain error, ANY anything. Some steps are no calls, see below.
+# A step is nine quads: the number of the call, six arguments, an address that the result is kept at unless it is 0 (0:
+# nowhere), and what must come back: 0 is no error, E a certain error, ANY anything. Some steps are no calls, see below.
 
         .intel_syntax noprefix
 
@@ -203,6 +203,8 @@ steps:  mov     rax, [rbx]
         mov     r15, rax
         mov     rcx, [rbx + 56]
         test    rcx, rcx
+        jz      1f
+        test    rax, rax                        # a child in the same memory leaves alone what its parent keeps
         jz      1f
         mov     [rcx], rax
 1:      mov     rcx, [rbx + 64]
