@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER, Slot
+from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import ProbeSpec
 from gdb_kprobe.model import AddressRange, Boost, CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Record
-from gdb_kprobe.session.leave import BpCode, step_off_path, step_out
+from gdb_kprobe.session.leave import step_out
 from gdb_kprobe.session.planner import Planner
-from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Service, Site, State
+from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.region import Region
+from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.transaction import apply, verify, write_verified
-from gdb_kprobe.session.traps import EntryGate, Gate, RegionGate
 from gdb_kprobe.target.protocols import Breakpoints, Machine
 
 _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
@@ -70,14 +70,13 @@ class Session:
         self._text = TextMap()
         self._planner = Planner(guest, self._text, region.slots, rungs, boost)
         self._listeners: list[Callable[[Hit], None]] = []
-        self._in_guest = in_guest
-        self._gate: Gate = EntryGate(guest.bp_entry) if in_guest is None else RegionGate(in_guest.gate)
-        self._gate_open = False
-        self._hooked = False
+        self._routes = Routes(
+            machine, guest.memory, region, breakpoints, guest.bp_entry, self._sites, self._bring_out, in_guest
+        )
         self._lifted = False
         self._ways: dict[CpuId, Slot] = {}
         self._dispatcher = StubDispatcher(
-            machine, guest, self._sites, self._tell, self._way_to, self._gate, interruptible
+            machine, guest, self._sites, self._tell, self._way_to, self._routes.gate, interruptible
         )
 
     # -- probes -------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ class Session:
             site.probes.insert(at, probe)
             raise
         self.probes.remove(probe)
-        self._free_counter(probe)
+        self._routes.free_counter(probe)
         self._drop_unused(site)
 
     def site_of(self, probe: Probe) -> Site | None:
@@ -165,11 +164,11 @@ class Session:
     @property
     def gate(self) -> VirtAddr:
         """Where hits that the host handles stop."""
-        return self._gate.addr
+        return self._routes.gate.addr
 
     @property
     def dispatches_in_guest(self) -> bool:
-        return self._in_guest is not None
+        return self._routes.in_guest is not None
 
     # -- stops --------------------------------------------------------------------------------------------------
 
@@ -193,8 +192,7 @@ class Session:
         """
         self._look()
         for cpu in self.machine.cpus():
-            if self._in_guest is not None:
-                step_off_path(self.machine, cpu, self._bp_code())
+            self._routes.step_off(cpu)
             self._dispatcher.dispatch(cpu)
             step_out(self.machine, cpu, self.region.header.code)
         self._drop_failed()
@@ -209,8 +207,7 @@ class Session:
             for site in self.armed_sites():
                 if self._holds_ours(site):
                     apply(self.guest.memory, [site.plan.patch.inverse])
-            if self._hooked and self._in_guest is not None and self._holds_hook(self._in_guest):
-                apply(self.guest.memory, [self._in_guest.hook.inverse])
+            self._routes.lift()
             self._lifted = True
 
     def lower(self) -> tuple[str, ...]:
@@ -223,10 +220,7 @@ class Session:
         self._check_boot()
         problems: list[str] = []
         self._serve_all()
-        if self._in_guest is not None:
-            self._in_guest.forget_retired()
-            if self._hooked:
-                apply(self.guest.memory, [self._in_guest.hook])
+        self._routes.lower()
         self._lifted = False
         for site in self.armed_sites():
             try:
@@ -263,7 +257,7 @@ class Session:
         )
         if still_armed:
             return Detached(restored, False, tuple(problems), still_armed)
-        self._match_gate()
+        self._routes.tidy()
         for probe in self.probes:
             probe.take_counter()
         unmapped = False
@@ -333,9 +327,9 @@ class Session:
             self._mark_disarmed(site)
         for probe in site.probes:
             probe.gone = True
-            self._free_counter(probe)
+            self._routes.free_counter(probe)
         self._free_slots(site)
-        self._match_gate()
+        self._routes.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 
@@ -354,13 +348,12 @@ class Session:
         site.probes.append(probe)
         probe.place = place
         try:
-            if self._in_guest is not None:
-                probe.counter = self._in_guest.counters.allocate()
+            self._routes.allocate_counter(probe)
             self._match_text(site)
         except BaseException:
             site.probes.remove(probe)
             probe.place = None
-            self._free_counter(probe)
+            self._routes.free_counter(probe)
             self._drop_unused(site)
             raise
 
@@ -375,14 +368,7 @@ class Session:
 
     def _free_slots(self, site: Site) -> None:
         self.region.slots.free(site.plan.slot)
-        if site.service is not None:
-            self.region.slots.free(site.service.handler)
-            site.service = None
-
-    def _free_counter(self, probe: Probe) -> None:
-        counter = probe.take_counter()
-        if counter is not None and self._in_guest is not None:
-            self._in_guest.counters.free(counter)
+        self._routes.free(site)
 
     def _watch_fixup(self, site: Site) -> None:
         """Arm a site where a fault of *site*'s instruction is fixed up: a hit there ends the one that faulted.
@@ -450,8 +436,8 @@ class Session:
         elif not site.wanted and site.armed:
             self._disarm(site)
         elif site.armed:
-            self._serve(site)
-        self._match_gate()
+            self._routes.serve(site)
+        self._routes.tidy()
 
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
@@ -463,9 +449,9 @@ class Session:
             undo.callback(self.region.store.remove, site.addr)
             found = self.guest.memory.read(plan.slot.start, plan.slot.size)
             write_verified(self.guest.memory, CodePatch(plan.slot.start, found, plan.slot_image))
-            self._serve(site)
-            undo.callback(self._match_gate)
-            self._open_gates(site)
+            undo.callback(self._routes.tidy)
+            undo.callback(self._routes.close, site)
+            self._routes.open(site)
             # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
             # the session must know of it.
             self._text.add(plan.patch)
@@ -495,8 +481,7 @@ class Session:
             return
         self._text.remove(site.plan.patch)
         site.armed = False
-        if self._in_guest is not None:
-            self._in_guest.retire(site.addr)
+        self._routes.close(site)
         self._dispatcher.forget(site)
         if not keep_record:
             self.region.store.remove(site.addr)
@@ -509,100 +494,20 @@ class Session:
                 raise
             return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
 
-    # -- private: dispatch --------------------------------------------------------------------------------------
-
-    def _serve(self, site: Site) -> None:
-        """Have the guest's dispatcher do with hits of *site* what its probes want."""
-        if self._in_guest is None:
-            return
-        probes = tuple(probe for probe in site.probes if probe.enabled)
-        counters = tuple(probe.counter for probe in probes if probe.counter is not None)
-        stops = (
-            bool(self._listeners)
-            or site.plan.rung is Rung.SINGLE_STEP
-            or bool(site.watchers)
-            or any(probe.needs_host for probe in probes)
-        )
-        old = site.service
-        if old is None or (old.stops, old.counters, old.plan) != (stops, counters, site.plan):
-            if stops:
-                boosted = site.plan.slot.code if site.plan.rung is Rung.BOOSTED else None
-                handler = self._in_guest.make_stopping(site.plan.insn, next(iter(counters), None), boosted)
-            else:
-                handler = self._in_guest.make_counting(site.addr, counters, site.plan.slot.code)
-            site.service = Service(handler, stops, counters, site.plan)
-            if old is not None:
-                self.region.slots.free(old.handler)
-        assert site.service is not None
-        self._in_guest.serve(site.addr, site.service.handler)
+    # -- private: vCPUs, the region, failures -------------------------------------------------------------------
 
     def _serve_all(self) -> None:
+        self._routes.listened = bool(self._listeners)
         for site in self.armed_sites():
-            self._serve(site)
-        self._match_gate()
-
-    def _open_gates(self, site: Site) -> None:
-        """Before *site* is armed: what its int3 leads to."""
-        if self._in_guest is not None and not self._hooked:
-            self.region.store.describe_entry_text(self._in_guest.path.entry_text)
-            self.region.store.add(self._in_guest.hook_record, self.region.slots.high_water)
-            self._hooked = True
-            if self._lifted:
-                verify(self.guest.memory, [self._in_guest.hook])
-            else:
-                apply(self.guest.memory, [self._in_guest.hook])
-        if self._stops_for_host(site):
-            self._open_gate()
-
-    def _match_gate(self) -> None:
-        """The hook and the breakpoint are there exactly as long as a site needs them."""
-        armed = self.armed_sites()
-        if any(self._stops_for_host(site) for site in armed):
-            self._open_gate()
-        elif self._gate_open:
-            self._breakpoints.remove(self._gate.addr)
-            self._gate_open = False
-        if self._hooked and not armed:
-            self._unhook()
-
-    def _unhook(self) -> None:
-        assert self._in_guest is not None
-        if not self._lifted:
-            # Whoever is between our int3 and the hook must not get to the guest's own handler.
-            self._bring_out()
-            if self._holds_hook(self._in_guest):
-                apply(self.guest.memory, [self._in_guest.hook.inverse])
-        self._hooked = False
-        self.region.store.remove(self._in_guest.hook.addr)
-
-    def _holds_hook(self, in_guest: GuestDispatch) -> bool:
-        return self._holds(in_guest.hook.addr, in_guest.hook.new)
+            self._routes.serve(site)
 
     def _bring_out(self) -> None:
         """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
         for cpu in self.machine.cpus():
             self._dispatcher.undo_trap(cpu)
-            if self._in_guest is not None and not step_off_path(self.machine, cpu, self._bp_code()):
+            if not self._routes.step_off(cpu):
                 self._dispatcher.undo_trap(cpu)
             step_out(self.machine, cpu, self.region.header.code)
-
-    def _stops_for_host(self, site: Site) -> bool:
-        return site.service.stops if site.service is not None else self._in_guest is None
-
-    def _bp_code(self) -> BpCode:
-        assert self._in_guest is not None
-        code = self.region.header.code
-        return BpCode(self._in_guest.path.entry_text, code, self._in_guest.gate, self._is_ours)
-
-    def _is_ours(self, ip: int) -> bool:
-        return ip - 1 in self._sites or (ip in self.region.header.code and ip % SLOT_ALIGN == SLOT_HEADER)
-
-    def _open_gate(self) -> None:
-        if not self._gate_open:
-            self._breakpoints.insert(self._gate.addr)
-            self._gate_open = True
-
-    # -- private: the region, failures --------------------------------------------------------------------------
 
     def _stack_words(self) -> list[int] | None:
         pointers = {cpu: self.machine.read_register(cpu, "rsp") for cpu in self.machine.cpus()}
