@@ -19,13 +19,15 @@ Every function raises :class:`~gdb_kprobe.errors.KprobeError` for what cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
+from gdb_kprobe.language.spec import Location, default_name
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
 from gdb_kprobe.session.context import Handler, HitContext
@@ -39,8 +41,10 @@ __all__ = [
     "HitContext",
     "Probe",
     "add",
+    "add_matching",
     "attach",
     "delete",
+    "delete_many",
     "detach",
     "get",
     "named",
@@ -80,6 +84,28 @@ def add(definition: str, pre: Handler | None = None, post: Handler | None = None
         return new
     with the_plugin.link.stopped():
         return the_plugin.link.session.add(new, new.strategy)
+
+
+def add_matching(
+    pattern: str, progress: Callable[[int, int], None] = lambda done, of: None
+) -> tuple[list[Probe], list[tuple[Probe, KprobeError]]]:
+    """Add a probe at the entry of every function whose name matches ``[MODULE:]GLOB``; they have default names.
+
+    Returns those that are armed, and those that cannot be, each with the reason. *progress* is told how many of how
+    many were tried; what it raises ends it, and none is added.
+    """
+    link = plugin.the_plugin().need_link()
+    strategy = settings.settings().strategy
+    with link.stopped():
+        link.session.guest.refresh()
+        places = tuple(link.session.guest.functions(pattern))
+        names = Counter(str(place) for place in places)
+        new = [Probe(_at_entry(place, by_address=names[str(place)] > 1), strategy=strategy) for place in places]
+        if not new:
+            raise KprobeError(f"no function's name matches {pattern}", "'kprobe add PREFIX<TAB>' completes symbols")
+        refused = link.session.add_many(new, strategy, lambda done: progress(done, len(new)))
+    not_added = {id(probe) for probe, _ in refused}
+    return [probe for probe in new if id(probe) not in not_added], refused
 
 
 def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:
@@ -147,12 +173,31 @@ def delete(probe: Probe) -> None:
         link.session.delete(probe)
 
 
+def delete_many(probes: Iterable[Probe]) -> None:
+    """Delete *probes*."""
+    the_plugin = plugin.the_plugin()
+    names = {probe.name for probe in probes}
+    the_plugin.pending = [probe for probe in the_plugin.pending if probe.name not in names]
+    if the_plugin.link is not None:
+        with the_plugin.link.stopped():
+            session = the_plugin.link.session
+            session.delete_many(probe for probe in session.probes if probe.name in names)
+
+
 def on_hit(listener: Callable[[Hit], None]) -> Callable[[], None]:
     """Have *listener* called at each hit, before the probe's handler; returns the function that ends it."""
     link = plugin.the_plugin().need_link()
     with link.stopped():
         link.session.listen(listener)
     return lambda: link.session.unlisten(listener)
+
+
+def _at_entry(place: Place, *, by_address: bool) -> ProbeSpec:
+    """A definition without arguments; *by_address* where several functions have the name."""
+    assert place.symbol is not None
+    symbol = place.symbol
+    location = Location(address=place.addr) if by_address else Location(symbol.name, symbol.module)
+    return ProbeSpec(default_name(location), location, text=f"p {location}")
 
 
 def _parse(definition: str) -> ProbeSpec:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from gdb_kprobe.model import VirtAddr, offset
 
+MAX_PATCH = 16
+"""Bytes of text that one patch replaces, at the most."""
+
 
 @dataclass(frozen=True, slots=True)
 class CodePatch:
@@ -45,6 +48,7 @@ class TextMap:
 
     def add(self, patch: CodePatch) -> None:
         assert patch.addr not in self._patches, f"{patch.addr:#x} is patched twice"
+        assert len(patch.old) <= MAX_PATCH, f"{len(patch.old)} bytes of text at {patch.addr:#x}"
         self._patches[patch.addr] = patch
 
     def remove(self, patch: CodePatch) -> None:
@@ -52,7 +56,10 @@ class TextMap:
 
     def original(self, addr: VirtAddr, current: bytes) -> bytes:
         """Return *current*, the bytes now at *addr*, as they were before our patches."""
-        return recover(addr, current, self._patches.values())
+        if len(self._patches) <= len(current):
+            return recover(addr, current, self._patches.values())
+        near = range(addr - MAX_PATCH + 1, addr + len(current))
+        return recover(addr, current, [self._patches[VirtAddr(at)] for at in near if at in self._patches])
 
 
 def recover(addr: VirtAddr, current: bytes, patches: Iterable[CodePatch]) -> bytes:

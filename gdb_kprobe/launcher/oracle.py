@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from gdb_kprobe.model import PhysAddr
 from kprobe_guest import GuestVm
 
@@ -24,6 +26,9 @@ class GuestRam:
 
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         raise AssertionError("an observer does not write")
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class GuestMonitor:

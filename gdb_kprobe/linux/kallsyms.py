@@ -61,8 +61,7 @@ class Kallsyms:
     def lookup(self, name: str) -> tuple[Symbol, ...]:
         """Return all symbols called *name*, the core kernel's first; names need not be unique."""
         found = [_symbol(self.tables[0], index) for index in self._core_index.get(name, ())]
-        for table in self.tables[1:]:
-            found += [_symbol(table, index) for index, other in enumerate(table.names) if other == name]
+        found += [_symbol(table, index) for table, index in self._modules_index.get(name, ())]
         return tuple(found)
 
     def find(self, name: str) -> VirtAddr | None:
@@ -133,6 +132,14 @@ class Kallsyms:
             else:
                 index[name] = [position]
         return index
+
+    @cached_property
+    def _modules_index(self) -> dict[str, list[tuple[SymbolTable, int]]]:
+        found: dict[str, list[tuple[SymbolTable, int]]] = {}
+        for table in self.tables[1:]:
+            for position, name in enumerate(table.names):
+                found.setdefault(name, []).append((table, position))
+        return found
 
     @cached_property
     def _core_sorted(self) -> _Sorted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules
@@ -94,6 +95,11 @@ class BareGuest:
 
     def match(self, prefix: str) -> Iterable[str]:
         return sorted(name for name in self._names if name.startswith(prefix))
+
+    def functions(self, pattern: str) -> Iterable[Place]:
+        named = zip(self._addrs, self._names, strict=True)
+        found = {addr: self.place_of(addr) for addr, name in named if fnmatchcase(name, pattern)}
+        return tuple(found.values())
 
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         return None

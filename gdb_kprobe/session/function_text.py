@@ -30,6 +30,7 @@ class FunctionText:
         """Where decoding ended early."""
         self._guest = guest
         self._insns: list[Insn] = []
+        self._fill = (0, -1, False)
         self._rest = iter_insns(self._read(text), place.start)
 
     def up_to(self, addr: VirtAddr) -> list[Insn]:
@@ -69,17 +70,22 @@ class FunctionText:
     def _is_padding(self, index: int) -> bool:
         if not is_fill(self._insns[index]):
             return False
+        first, last, padding = self._fill
+        if not first <= index <= last:
+            first, last, padding = self._fill = self._fill_around(index)
+        return padding
+
+    def _fill_around(self, index: int) -> tuple[int, int, bool]:
+        """The first and the last instruction of the fill that *index* is part of, and whether it is padding."""
         first = index
         while first and is_fill(self._insns[first - 1]):
             first -= 1
-        if not begins_padding(self._insns[first - 1] if first else None, self._insns[first]):
-            return False
         last = index
-        while (following := self._at(last + 1)) is not None:
-            if not is_fill(following):
-                return False
+        while (following := self._at(last + 1)) is not None and is_fill(following):
             last += 1
-        return self.error is None
+        if following is not None or self.error is not None:
+            return first, last, False
+        return first, last, begins_padding(self._insns[first - 1] if first else None, self._insns[first])
 
     def _at(self, index: int) -> Insn | None:
         if index == len(self._insns):

@@ -89,6 +89,9 @@ class Guest(Protocol):
     def match(self, prefix: str) -> Iterable[str]:
         """Names of functions that begin with *prefix*, for completion."""
 
+    def functions(self, pattern: str) -> Iterable[Place]:
+        """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""
+
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found."""
 

@@ -5,9 +5,9 @@ the guest's memory alone what was patched, with what, and whether it still is. A
 
     +0x0000  header (one page)
     +0x1000  records, one of 64 bytes for each patched place
-    1/16     the table of dispatch inside the guest
-    2/16     counters, 16 bytes for each probe
-    4/16     code: slots, handlers, the dispatcher
+    3/16     the table of dispatch inside the guest
+    4/16     counters, 16 bytes for each probe
+    5/16     code: slots, handlers, the dispatcher
     tables   the page tables that map the region (not mapped themselves)
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.patch import MAX_PATCH, CodePatch
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.paging import PMD_SIZE
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, offset
@@ -32,7 +32,6 @@ _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16s")
 RECORD_SIZE = 64
 RECORD_OFFSET = PAGE_SIZE
-MAX_PATCH = 16
 
 NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
 
@@ -52,17 +51,17 @@ class Layout:
     @property
     def table_start(self) -> int:
         """Start of the table of probed addresses, and end of the records."""
-        return self.size // 16
+        return self.size // 16 * 3
 
     @property
     def counters_start(self) -> int:
         """Start of the counters, and end of the table."""
-        return self.size // 8
+        return self.size // 16 * 4
 
     @property
     def data_end(self) -> int:
         """End of header, records and data, and start of the code."""
-        return self.size // 4
+        return self.size // 16 * 5
 
     @property
     def code_end(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from gdb_kprobe.errors import GuestStateError, RefusedError
@@ -136,6 +136,16 @@ class LinuxGuest:
 
     def match(self, prefix: str) -> Iterable[str]:
         return self.kallsyms.complete(prefix)
+
+    def functions(self, pattern: str) -> Iterator[Place]:
+        module, colon, glob = pattern.rpartition(":")
+        seen: set[VirtAddr] = set()
+        for symbol in self.kallsyms.match(glob):
+            if symbol.addr in seen or not symbol.is_text or (colon and symbol.module != module):
+                continue
+            if self._facts.is_live_text(symbol.addr):
+                seen.add(symbol.addr)
+                yield Place(symbol.addr, symbol.addr, self.kallsyms.end(symbol), symbol)
 
     def text_ranges(self) -> Iterable[AddressRange]:
         """Live text: the core kernel's and each live module's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
@@ -102,14 +102,37 @@ class Session:
         :raises KprobeError: its name is taken, or the guest does not hold what it should; nothing was changed.
         """
         self._look()
-        place = self.guest.resolve(probe.spec.location)
-        self.probes.add(probe)
-        try:
-            self._attach_to_site(probe, place, strategy)
-        except BaseException:
-            self.probes.remove(probe)
-            raise
+        self._add(probe, strategy)
         return probe
+
+    def add_many(
+        self, probes: Iterable[Probe], strategy: Rung | None = None, progress: Callable[[int], None] = lambda done: None
+    ) -> list[tuple[Probe, KprobeError]]:
+        """Arm *probes*; returns those that cannot be, with the reason. *progress* is told how many were tried.
+
+        Cut off by an error of another kind or a Ctrl-C, it has added none.
+        """
+        self._look()
+        added: list[Probe] = []
+        refused: list[tuple[Probe, KprobeError]] = []
+        # The text is not ours while the machine is stopped for the user, and nothing else that is written is in use.
+        with self.region.memory.batch() if self._lifted else contextlib.nullcontext():
+            try:
+                for done, probe in enumerate(probes):
+                    progress(done)
+                    try:
+                        self._add(probe, strategy)
+                    except ConnectionLostError:
+                        raise
+                    except KprobeError as error:
+                        refused.append((probe, error))
+                    else:
+                        added.append(probe)
+            except BaseException:
+                for probe in reversed(added):
+                    self._delete(probe)
+                raise
+        return refused
 
     def set_enabled(self, probe: Probe, enabled: bool) -> None:
         """Enable or disable *probe*. A site whose last probe is disabled gets its original text back."""
@@ -125,20 +148,14 @@ class Session:
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
         self._look()
-        if probe.gone:
-            self.probes.remove(probe)
-            return
-        site = self._site_of(probe)
-        at = site.probes.index(probe)
-        site.probes.remove(probe)
-        try:
-            self._match_text(site)
-        except BaseException:
-            site.probes.insert(at, probe)
-            raise
-        self.probes.remove(probe)
-        self._routes.free_counter(probe)
-        self._drop_unused(site)
+        self._delete(probe)
+
+    def delete_many(self, probes: Iterable[Probe]) -> None:
+        """Take *probes* away."""
+        self._look()
+        with self.region.memory.batch() if self._lifted else contextlib.nullcontext():
+            for probe in probes:
+                self._delete(probe)
 
     def site_of(self, probe: Probe) -> Site | None:
         """The site of *probe*; ``None`` when it has none (yet, or any more)."""
@@ -204,9 +221,10 @@ class Session:
         step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
         """
         if not self._lifted:
-            for site in self.armed_sites():
-                if self._holds_ours(site):
-                    apply(self.guest.memory, [site.plan.patch.inverse])
+            with self.region.memory.batch():
+                for site in self.armed_sites():
+                    if self._holds_ours(site):
+                        apply(self.guest.memory, [site.plan.patch.inverse])
             self._routes.lift()
             self._lifted = True
 
@@ -222,14 +240,15 @@ class Session:
         self._serve_all()
         self._routes.lower()
         self._lifted = False
-        for site in self.armed_sites():
-            try:
-                apply(self.guest.memory, [site.plan.patch])
-            except ConnectionLostError:
-                raise
-            except KprobeError as error:
-                self._mark_disarmed(site)
-                problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
+        with self.region.memory.batch():
+            for site in self.armed_sites():
+                try:
+                    apply(self.guest.memory, [site.plan.patch])
+                except ConnectionLostError:
+                    raise
+                except KprobeError as error:
+                    self._mark_disarmed(site)
+                    problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
         return tuple(problems)
 
     def moved(self) -> None:
@@ -306,10 +325,12 @@ class Session:
 
     def _is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
+        if not site.owner:
+            return False  # the core kernel's stays
         if self.guest.owner_of(site.addr) != site.owner:
             return True
         patch = site.plan.patch
-        return bool(site.owner) and site.armed and not self._holds(site.addr, patch.old if self._lifted else patch.new)
+        return site.armed and not self._holds(site.addr, patch.old if self._lifted else patch.new)
 
     def _holds_ours(self, site: Site) -> bool:
         return self._holds(site.addr, site.plan.patch.new)
@@ -332,6 +353,31 @@ class Session:
         self._routes.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
+
+    def _add(self, probe: Probe, strategy: Rung | None) -> None:
+        place = self.guest.resolve(probe.spec.location)
+        self.probes.add(probe)
+        try:
+            self._attach_to_site(probe, place, strategy)
+        except BaseException:
+            self.probes.remove(probe)
+            raise
+
+    def _delete(self, probe: Probe) -> None:
+        if probe.gone:
+            self.probes.remove(probe)
+            return
+        site = self._site_of(probe)
+        at = site.probes.index(probe)
+        site.probes.remove(probe)
+        try:
+            self._match_text(site)
+        except BaseException:
+            site.probes.insert(at, probe)
+            raise
+        self.probes.remove(probe)
+        self._routes.free_counter(probe)
+        self._drop_unused(site)
 
     def _attach_to_site(self, probe: Probe, place: Place, strategy: Rung | None) -> None:
         site = self._sites.get(place.addr)

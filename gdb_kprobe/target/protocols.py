@@ -7,6 +7,7 @@ packets (gdb's own connection and our socket client), one implementation of ever
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
@@ -43,6 +44,12 @@ class PhysicalMemory(Protocol):
         """Write *data*; translated code of the page is thrown away, so text may be written.
 
         :raises TargetError: there is no RAM there.
+        """
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        """Around many writes, whose order does not matter: they may all be made at the end, in fewer packets.
+
+        :raises TargetError: at the end; the guest holds something else than what was written.
         """
 
 

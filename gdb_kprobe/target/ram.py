@@ -6,16 +6,24 @@ Only ever for data. Text is written through the stub: a write past QEMU's back l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from gdb_kprobe.errors import TargetError
-from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.model import PAGE_SIZE, PhysAddr
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
+
+_GRAIN = 8
+"""Bytes that are compared at once to find out what a batch has changed."""
+
+_NEAR = 128
+"""Two changes that are no further apart are one packet: its cost is that of some hundred bytes."""
 
 _RAM_LINE = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): (\S+)(?: @([0-9a-f]+))?", re.M)
 
@@ -90,11 +98,94 @@ class RamView:
     def __init__(self, stub: PhysicalMemory, shared: SharedRam | None) -> None:
         self._stub = stub
         self._shared = shared
+        self._batch: _Batch | None = None
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        return self._read(addr, size) if self._batch is None else self._batch.read(addr, size)
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        if self._batch is None:
+            self._stub.write_physical(addr, data)
+        else:
+            self._batch.write(addr, data)
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Keep writes back until the end; reads see them. Also when an error ends it: what undoes is a write too."""
+        if self._batch is not None:
+            yield
+            return
+        self._batch = _Batch(self._read)
+        try:
+            yield
+        finally:
+            batch, self._batch = self._batch, None
+            self._flush(batch)
+
+    def _read(self, addr: PhysAddr, size: int) -> bytes:
         if self._shared is not None and self._shared.covers(addr, size):
             return self._shared.read_physical(addr, size)
         return self._stub.read_physical(addr, size)
 
-    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
-        self._stub.write_physical(addr, data)
+    def _flush(self, batch: _Batch) -> None:
+        with self._stub.batch():
+            changes = tuple(batch.changes())
+            for addr, data in changes:
+                self._stub.write_physical(addr, data)
+            for addr, data in changes:
+                if self._read(addr, len(data)) != data:
+                    raise TargetError(f"{len(data)} bytes were written to physical {addr:#x}, and are not there")
+
+
+class _Batch:
+    """Writes that were not made yet, as pages that hold them."""
+
+    def __init__(self, read: Callable[[PhysAddr, int], bytes]) -> None:
+        self._read = read
+        self._before: dict[int, bytes] = {}
+        self._after: dict[int, bytearray] = {}
+
+    def read(self, addr: PhysAddr, size: int) -> bytes:
+        if not any(page in self._after for page in _pages(addr, size)):
+            return self._read(addr, size)
+        return b"".join(
+            bytes(self._after[page][start:end])
+            if page in self._after
+            else self._read(PhysAddr(page + start), end - start)
+            for page, start, end in _pieces(addr, size)
+        )
+
+    def write(self, addr: PhysAddr, data: bytes) -> None:
+        done = 0
+        for page, start, end in _pieces(addr, len(data)):
+            if page not in self._after:
+                self._before[page] = self._read(PhysAddr(page), PAGE_SIZE)
+                self._after[page] = bytearray(self._before[page])
+            self._after[page][start:end] = data[done : done + end - start]
+            done += end - start
+
+    def changes(self) -> Iterator[tuple[PhysAddr, bytes]]:
+        """What is to be written, in ascending order; between two changes that are near each other, what is there."""
+        for page in sorted(self._after):
+            before, after = self._before[page], self._after[page]
+            start = end = -1
+            for at in range(0, PAGE_SIZE, _GRAIN):
+                if before[at : at + _GRAIN] == after[at : at + _GRAIN]:
+                    continue
+                if start >= 0 and at - end > _NEAR:
+                    yield PhysAddr(page + start), bytes(after[start:end])
+                    start = -1
+                start = at if start < 0 else start
+                end = at + _GRAIN
+            if start >= 0:
+                yield PhysAddr(page + start), bytes(after[start:end])
+
+
+def _pages(addr: int, size: int) -> range:
+    return range(addr & -PAGE_SIZE, addr + size, PAGE_SIZE)
+
+
+def _pieces(addr: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(page, first byte in it, end in it) of each page that the bytes are in."""
+    for page in _pages(addr, size):
+        yield page, max(addr - page, 0), min(addr + size - page, PAGE_SIZE)

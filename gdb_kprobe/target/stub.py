@@ -157,6 +157,9 @@ class QemuStub:
                 packet = b"M%x,%x:%b" % (start, count, chunk.hex().encode())
                 self._expect_ok(packet, f"write {count} bytes at physical {start:#x}")
 
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return self.physical_mode()
+
     # -- Monitor ------------------------------------------------------------------------------------------------
 
     def monitor(self, command: str) -> str:

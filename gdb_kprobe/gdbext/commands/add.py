@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 
-from gdb_kprobe.errors import KprobeError
+import gdb
+
+from gdb_kprobe.errors import KprobeError, RefusedError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.gdbext.signals import interruptible
+
+_PATTERN = re.compile(r"(?:\w+:)?[\w.]*[*?\[][\w.*?\[\]!-]*")
+_MANY = 2000
+"""From that many functions on, progress is shown."""
 
 
 class Add(Command):
@@ -19,8 +28,15 @@ class Add(Command):
     A condition is a C expression over registers and the probe's arguments.
     Before 'kprobe attach' the probe is only noted; it is armed when the guest is there.
 
+    kprobe add [MODULE:]GLOB
+    kprobe add --all-functions
+
+    A shell pattern, or all: a probe at the entry of every function of that name. Those that cannot be probed are
+    counted by reason. Ctrl-C undoes it.
+
     Example:
-      kprobe add p:open do_sys_openat2 dfd=%di:s32 how=%dx if dfd != -100"""
+      kprobe add p:open do_sys_openat2 dfd=%di:s32 how=%dx if dfd != -100
+      kprobe add 'vfs_*'"""
 
     def run(self, argument: str) -> None:
         enabled = True
@@ -28,8 +44,18 @@ class Add(Command):
             enabled, argument = False, argument.split(maxsplit=1)[1] if " " in argument else ""
         if not argument:
             raise KprobeError("kprobe add: where? nothing was given", "'help kprobe add' has an example")
+        if argument == "--all-functions" and enabled:
+            add_matching("*")
+            return
         if argument.split()[0].startswith("--"):
-            raise KprobeError(f"kprobe add: unknown option {argument.split()[0]}", "only --disabled is known")
+            hint = "--disabled and --all-functions are known, one of them"
+            raise KprobeError(f"kprobe add: unknown option {argument.split()[0]}", hint)
+        pattern = argument.strip("'\"")
+        if _PATTERN.fullmatch(pattern):
+            if not enabled:
+                raise KprobeError("kprobe add: --disabled is for one probe", "'kprobe disable' afterwards")
+            add_matching(pattern)
+            return
         add_definition(argument, enabled=enabled)
 
     def complete(self, text: str, word: str) -> list[str]:
@@ -49,6 +75,37 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
     assert site is not None
     state = f"armed, {site.plan.rung}" if probe.enabled else "disabled"
     write(f"{probe.name}: {probe.place} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
+
+
+def add_matching(pattern: str) -> None:
+    """Add probes at the functions that match, and say what became of them."""
+    started = time.monotonic()
+    armed, refused = api.add_matching(pattern, _Progress())
+    taken = time.monotonic() - started
+    each = taken * 1000 / (len(armed) + len(refused))
+    write(f"{len(armed)} of {len(armed) + len(refused)} functions armed in {taken:.1f} s ({each:.2f} ms each).")
+    reasons = Counter(
+        str(error.refusal.reason) if isinstance(error, RefusedError) else error.message.split(":")[0]
+        for _, error in refused
+    )
+    for reason, count in reasons.most_common():
+        write(f"  {count:6} refused: {reason}")
+
+
+class _Progress:
+    """Tells every tenth, and hears a Ctrl-C."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def __call__(self, done: int, of: int) -> None:
+        if done % 64 == 0:
+            with interruptible():
+                pass
+        if of >= _MANY and done * 10 // of > self._told:
+            self._told = done * 10 // of
+            write(f"{done} of {of} functions")
+            gdb.flush()
 
 
 def register() -> None:

@@ -6,6 +6,9 @@ from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 
+_TOLD = 20
+"""Of more probes than that only the sum is told."""
+
 
 class Delete(Command):
     """Delete probes: the guest's text is restored.
@@ -24,9 +27,13 @@ class Delete(Command):
 
 def delete_named(argument: str) -> None:
     """Delete the probes that *argument* names."""
-    for probe in api.named(argument, "kprobe delete"):
-        api.delete(probe)
-        write(f"{probe.name}: deleted after {probe.hits} hit(s).")
+    found = api.named(argument, "kprobe delete")
+    api.delete_many(found)
+    if len(found) <= _TOLD:
+        for probe in found:
+            write(f"{probe.name}: deleted after {probe.hits} hit(s).")
+    else:
+        write(f"{len(found)} probes deleted after {sum(probe.hits for probe in found)} hit(s).")
 
 
 def register() -> None:

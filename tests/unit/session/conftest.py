@@ -7,6 +7,7 @@ What a guest's kernel does in C, its exception handlers, is done in Python: :met
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import struct
@@ -336,6 +337,9 @@ class ToyMachine:
             if self.overrunning_steps:
                 self.overrunning_steps -= 1
                 self.execute(cpu)
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def drop_breakpoints(self) -> None:
         self.breakpoints.clear()

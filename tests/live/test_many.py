@@ -1,0 +1,86 @@
+"""Many probes at once: by pattern, and on every function of a running kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY = 140
+CALLS = 5000
+ADDRESSES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
+
+Boot = Callable[[GuestSpec], Any]
+
+
+def armed_of(answer: str) -> tuple[int, int]:
+    found = re.search(r"(\d+) of (\d+) functions armed", answer)
+    assert found is not None, answer
+    return int(found[1]), int(found[2])
+
+
+def touched(gdb: Any) -> set[int]:
+    return {int(addr, 16) for addr in re.findall(r"^([0-9a-f]{16}) ", gdb.console("kprobe list"), re.M)}
+
+
+def test_a_pattern_arms_what_the_guest_calls_so(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    vm = guest.guest
+    listed = vm.run("grep -c ' [tT] vfs_' /proc/kallsyms")[1]
+    with guest.gdb() as gdb:
+        armed, of = armed_of(gdb.console("kprobe add 'vfs_*'"))
+        assert of == int(listed)
+        assert armed == of == len(gdb.command("-kprobe-list")["probes"])
+        guest.touched |= touched(gdb)
+        assert len(guest.touched) == armed
+        gdb.cont()
+        assert guest.probed_bytes() == guest.touched
+        before = guest.hits(gdb)
+        vm.run("for i in 1 2 3; do cat /etc/passwd /proc/version >/dev/null; done")
+        assert guest.hits(gdb)["p_vfs_read_0"] > before["p_vfs_read_0"]
+        gdb.interrupt()
+        with pytest.raises(GdbCommandError, match="no function's name matches nothing_like_"):
+            gdb.console("kprobe add 'nothing_like_*'")
+        again = gdb.console("kprobe add 'vfs_*'")
+        assert armed_of(again) == (0, of)
+        assert f"{of} refused: there is a probe named" in " ".join(again.split())
+        assert f"{armed} probes deleted" in gdb.console("kprobe delete all")
+        assert guest.snapshot.differences() == ()
+        module_armed, module_of = armed_of(gdb.console("kprobe add 'loop:loop_*'"))
+        assert 0 < module_armed <= module_of
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_every_function_at_once(probed: Boot, vcpus: int) -> None:
+    """The guest does all kinds of work with a probe on every function that can have one; then it is as it was."""
+    guest = probed(GuestSpec(vcpus=vcpus))
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        answer = gdb.console("kprobe add --all-functions", timeout=240)
+        armed, of = armed_of(answer)
+        print(answer)
+        assert armed > 40_000
+        assert armed / of > 0.95
+        hits = "python from gdb_kprobe.gdbext import api; print(api.get('p___x64_sys_getpriority_0').hits)"
+        sites = gdb.console(f"python from gdb_kprobe.gdbext import plugin; print(*({ADDRESSES}))")
+        guest.touched |= set(map(int, sites.split()))
+        assert len(guest.touched) == armed
+        gdb.cont()
+        jobs = [vm.spawn(f"workload syscall {GETPRIORITY} {CALLS}", timeout=120) for _ in range(vcpus)]
+        vm.check_output(
+            "ls -lR /etc /proc/self >/dev/null; cat /proc/kallsyms | grep -c vfs; sleep 0.2 & wait", timeout=120
+        )
+        for job in jobs:
+            assert vm.finish(job, timeout=120)[0] == 0
+        assert int(gdb.console(hits)) == CALLS * vcpus
+        assert vm.dmesg_problems() == []
+        gdb.interrupt()
+        gdb.console("kprobe detach", timeout=120)
