@@ -34,6 +34,10 @@ class RefusedError(KprobeError):
         self.refusal = refusal
 
 
+class NameTakenError(KprobeError):
+    """There is a probe of that name already."""
+
+
 class TargetError(KprobeError):
     """The gdbstub or the guest's memory did not do what was asked."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import KprobeError, NameTakenError
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
@@ -151,9 +151,9 @@ class ProbeTable:
         return len(self._probes)
 
     def add(self, probe: Probe) -> None:
-        """:raises KprobeError: the name is taken."""
+        """:raises NameTakenError: the name is taken."""
         if probe.name in self._probes:
-            raise KprobeError(
+            raise NameTakenError(
                 f"there is a probe named {probe.name} already ({self._probes[probe.name].spec})",
                 f"give another name (p:NAME ...), or 'kprobe delete {probe.name}' first",
             )

@@ -8,7 +8,7 @@ from collections import Counter
 
 import gdb
 
-from gdb_kprobe.errors import KprobeError, RefusedError
+from gdb_kprobe.errors import KprobeError, NameTakenError, RefusedError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
@@ -84,12 +84,19 @@ def add_matching(pattern: str) -> None:
     taken = time.monotonic() - started
     each = taken * 1000 / (len(armed) + len(refused))
     write(f"{len(armed)} of {len(armed) + len(refused)} functions armed in {taken:.1f} s ({each:.2f} ms each).")
-    reasons = Counter(
-        str(error.refusal.reason) if isinstance(error, RefusedError) else error.message.split(":")[0]
-        for _, error in refused
-    )
+    reasons = Counter(_reason(error) for _, error in refused)
     for reason, count in reasons.most_common():
         write(f"  {count:6} refused: {reason}")
+
+
+def _reason(error: KprobeError) -> str:
+    match error:
+        case RefusedError():
+            return str(error.refusal.reason)
+        case NameTakenError():
+            return "a probe of that name is there already"
+        case _:
+            return error.message.split(":")[0]
 
 
 class _Progress:
