@@ -126,7 +126,8 @@ run_tests() {
     check 'ruff format' "$bin/ruff" format --check .
     check 'mypy' "$bin/mypy"
     check 'import layers' "$bin/lint-imports"
-    check 'tests' "$bin/python" -m pytest
+    # Much of a live test is waiting: two at a time take little more than half of the time.
+    check 'tests' "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal
     local seconds=$((SECONDS - begin))
     printf '\n=== %d min %02d s\n' $((seconds / 60)) $((seconds % 60))
     [ ${#failed[@]} = 0 ] || fail "failed: $(printf '%s; ' "${failed[@]}")"

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.cli import boot_command
+
+# A machine that is busy with guests is slow at times; how long an example takes proves nothing.
+settings.register_profile("guests", deadline=None)
+settings.load_profile("guests")
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
