@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gdb_kprobe.launcher.boundary_check import ROUNDS, STUB_LIMITS, Outcome, boundary_check
+from gdb_kprobe.launcher.boundary_check import GUEST_ARGS, ROUNDS, STUB_LIMITS, Outcome, boundary_check
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.text import table
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTimeoutError, boundaries
 from gdb_kprobe.testing.functions import Limits
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.errors import GuestError
-from kprobe_guest.execution_log import KERNEL_TEXT
 from kprobe_guest.spec import KernelKind
 
 KERNELS: tuple[KernelKind, ...] = ("debian", "newest")
@@ -99,7 +98,7 @@ def _run(one: Run) -> tuple[int, int]:
 def _check(one: Run, outcomes: list[Outcome]) -> list[str]:
     """Check the functions of one run, one after another; returns what is wrong beside them."""
     limits = STUB_LIMITS if one.dispatch is Dispatch.STUB else Limits()
-    with GuestVm(GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_args=KERNEL_TEXT)) as guest:
+    with GuestVm(GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_args=GUEST_ARGS)) as guest:
         with boundary_check(guest) as check:
             functions = check.choose(None if one.only else one.count, limits)
             functions = tuple(function for function in functions if re.search(one.only, str(function)))[: one.count]
