@@ -261,20 +261,32 @@ class Session:
         problems: list[str] = []
         self._dispatcher.complete()
         self._bring_out()
+        was_lifted = self._lifted
+        # All text first, and only then what tells of it.
+        try:
+            self.lift()
+        except ConnectionLostError:
+            raise
+        except KprobeError:
+            pass  # what is not restored is told below, site by site
         restored = 0
-        for site in reversed(tuple(self._sites.values())):
-            if site.armed:
-                try:
-                    self._disarm(site)
-                    restored += 1
-                except ConnectionLostError:
-                    raise
-                except KprobeError as error:
-                    problems.append(f"{self.guest.place_of(site.addr)}: {error.message}")
+        with self.region.memory.batch():
+            for site in reversed(tuple(self._sites.values())):
+                if site.armed:
+                    try:
+                        self._disarm(site, trapped=False)
+                        restored += 1
+                    except ConnectionLostError:
+                        raise
+                    except KprobeError as error:
+                        problems.append(f"{self.guest.place_of(site.addr)}: {error.message}")
         still_armed = tuple(
             str(self.guest.place_of(site.addr)) for site in self.armed_sites() if self._holds_ours(site)
         )
         if still_armed:
+            if not was_lifted:
+                self._routes.lower()
+                self._lifted = False
             return Detached(restored, False, tuple(problems), still_armed)
         self._routes.tidy()
         for probe in self.probes:
@@ -509,10 +521,13 @@ class Session:
                 apply(self.guest.memory, [plan.patch])
             undo.pop_all()
 
-    def _disarm(self, site: Site) -> None:
-        """Text first; a vCPU that has taken the int3 already is sent back to the instruction."""
+    def _disarm(self, site: Site, *, trapped: bool = True) -> None:
+        """Text first; a vCPU that has taken the int3 already is sent back to the instruction.
+
+        *trapped*: there may be one. It is not, when all were brought out and the machine has not run since.
+        """
         patch = site.plan.patch
-        for cpu in self.machine.cpus():
+        for cpu in self.machine.cpus() if trapped else ():
             trap = self._dispatcher.trap_of(cpu)
             if trap is not None and self._dispatcher.site_of(trap) is site:
                 self._dispatcher.undo_trap(cpu)

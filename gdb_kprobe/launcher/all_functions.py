@@ -1,0 +1,86 @@
+"""``gdb-kprobe torture all-functions``: a probe on every function of a kernel that does all kinds of work.
+
+The workload's parts run on every vCPU, over and over, as long as was asked for. One system call that nothing else makes
+is made a known number of times meanwhile; its probe's count must be that. In the end the text must be what it was, and
+the log clean.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.testing import GdbMi, TextSnapshot
+from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.build.workload import PARTS, SPIN
+from kprobe_guest.spec import KernelKind
+
+SCHED_GETSCHEDULER = 145
+"""A system call that nothing else in the guest makes."""
+_COUNTED = "p___x64_sys_sched_getscheduler_0"
+_CALLS = 1000
+_TIMEOUT = 600
+
+_SITES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
+_SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
+
+
+@dataclass(frozen=True, slots=True)
+class AllFunctions:
+    """One guest, and how long it works; *options* are for its kernel's command line."""
+
+    kernel: KernelKind
+    cpus: int
+    minutes: float
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        more = f", {' '.join(self.options)}" if self.options else ""
+        return f"every function, {self.minutes:g} minutes, kernel {self.kernel}, {self.cpus} vCPUs{more}"
+
+
+def check_all_functions(one: AllFunctions) -> list[str]:
+    """Do it, and tell what happens; returns what went wrong."""
+    spec = GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_cmdline=one.options)
+    with GuestVm(spec) as guest:
+        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+            print(gdb.console("kprobe attach debian"), end="")
+            print(gdb.console("kprobe add --all-functions", timeout=_TIMEOUT), end="", flush=True)
+            gdb.console("python from gdb_kprobe.gdbext import api, plugin")
+            touched = set(map(int, gdb.console(f"python print(*({_SITES}))").split()))
+            gdb.cont()
+            rounds = sum(1 for _ in _work(guest, one))
+            guest.check()
+            counted = int(gdb.console(f"python print(api.get('{_COUNTED}').hits)"))
+            hits, missed = map(int, gdb.console(f"python print(*({_SUMS}))", timeout=_TIMEOUT).split())
+            print(f"{rounds} rounds of all work on each vCPU, {hits} hits, {missed} missed", flush=True)
+            gdb.interrupt()
+            print(re.sub(r"\n+", "\n", gdb.console("kprobe detach", timeout=_TIMEOUT)), end="")
+        problems = [*guest.dmesg_problems(), *snapshot.leftovers(touched)]
+    if counted != _CALLS * one.cpus * rounds:
+        problems.append(f"{_COUNTED} was hit {counted} times, not {_CALLS * one.cpus * rounds}")
+    if missed:
+        problems.append(f"{missed} hits were missed")
+    print(f"Text and log of the guest: {'; '.join(problems) or 'as before, clean'}", flush=True)
+    return problems
+
+
+def _work(guest: GuestVm, one: AllFunctions) -> Iterator[None]:
+    """Have every vCPU do each part, and again until the time is over; yields after each round."""
+    parts = "; ".join(f"workload part {part} 20" for part in PARTS if part != SPIN)
+    each = f"{parts}; workload syscall {SCHED_GETSCHEDULER} {_CALLS}"
+    end = time.monotonic() + one.minutes * 60
+    while True:
+        # Each in a directory of its own: the parts make files by name.
+        places = [f"mkdir -p /tmp/work{cpu}; cd /tmp/work{cpu}" for cpu in range(one.cpus)]
+        jobs = [guest.spawn(f"set -e; {place}; {each}", timeout=_TIMEOUT) for place in places]
+        for job in jobs:
+            status, output = guest.finish(job, timeout=_TIMEOUT)
+            assert status == 0, f"a workload failed: {output}"
+        yield
+        if time.monotonic() >= end:
+            return
