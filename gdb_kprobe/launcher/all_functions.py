@@ -18,9 +18,9 @@ from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
 from kprobe_guest.spec import KernelKind
 
-SCHED_GETSCHEDULER = 145
+SCHED_GET_PRIORITY_MAX = 146
 """A system call that nothing else in the guest makes."""
-_COUNTED = "p___x64_sys_sched_getscheduler_0"
+_COUNTED = "p___x64_sys_sched_get_priority_max_0"
 _CALLS = 1000
 _TIMEOUT = 600
 
@@ -72,7 +72,7 @@ def check_all_functions(one: AllFunctions) -> list[str]:
 def _work(guest: GuestVm, one: AllFunctions) -> Iterator[None]:
     """Have every vCPU do each part, and again until the time is over; yields after each round."""
     parts = "; ".join(f"workload part {part} 20" for part in PARTS if part != SPIN)
-    each = f"{parts}; workload syscall {SCHED_GETSCHEDULER} {_CALLS}"
+    each = f"{parts}; workload syscall {SCHED_GET_PRIORITY_MAX} {_CALLS}"
     end = time.monotonic() + one.minutes * 60
     while True:
         # Each in a directory of its own: the parts make files by name.

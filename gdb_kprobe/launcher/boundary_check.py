@@ -20,21 +20,13 @@ from gdb_kprobe.testing import GdbMi, TextSnapshot, boundaries
 from gdb_kprobe.testing.functions import Function, Limits, choose_functions
 from kprobe_guest import GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
-from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog, Faults
+from kprobe_guest.execution_log import ExecutionLog, Faults
 
 ROUNDS = 5
 """Of the workload's part, for each function: as many hits at least of a boundary that each round reaches."""
 
 STUB_LIMITS = Limits(executed=10, hits=300, rounds=ROUNDS)
 """Where each hit stops the machine: some 10 ms."""
-
-GUEST_ARGS = (*KERNEL_TEXT, "-cpu", "max,-cx16")
-"""What a guest needs (``GuestSpec.extra_args``).
-
-Without cmpxchg16b: QEMU before 8.0 computes its flags from a stale kind of operation, and where that was "the flags
-themselves" (after an iret or a stop) the low bits of an operand become RFLAGS, TF among them. A vCPU that is stopped or
-interrupted right behind it keeps them. Linux 6.12 has it in kmem_cache_alloc().
-"""
 
 _SERVE = "mkdir -p /tmp/serve && cd /tmp/serve && workload serve"
 _TIMEOUT = 300
@@ -148,7 +140,7 @@ class BoundaryCheck:
 
 @contextmanager
 def boundary_check(guest: GuestVm) -> Iterator[BoundaryCheck]:
-    """Start the workload in *guest*, which was made with :data:`GUEST_ARGS`."""
+    """Start the workload in *guest*, which was made with :data:`KERNEL_TEXT` (``GuestSpec.extra_args``)."""
     with guest.dialogue(_SERVE, _TIMEOUT) as ask:
         yield BoundaryCheck(guest, ask)
 

@@ -394,7 +394,9 @@ class Session:
     def _attach_to_site(self, probe: Probe, place: Place, strategy: Rung | None) -> None:
         site = self._sites.get(place.addr)
         if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
-            self._replan(site, place)
+            self._replan(site, place, True, None)
+        elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
+            self._replan(site, place, False, strategy)  # it is only a fixup that is watched: any rung will do
         if site is None:
             plan = self._make_plan(place, probe.post is not None, strategy)
             site = self._sites[place.addr] = self._new_site(plan)
@@ -417,7 +419,9 @@ class Session:
 
     def _new_site(self, plan: Plan) -> Site:
         addr = plan.insn.addr
-        return Site(plan, fixup=self.guest.fixup_of(addr), owner=self.guest.owner_of(addr))
+        fixup = self.guest.fixup_of(addr)
+        # Some are fixed up by being executed again, with another operand: nothing to watch.
+        return Site(plan, fixup=None if fixup == addr else fixup, owner=self.guest.owner_of(addr))
 
     def _drop_unused(self, site: Site) -> None:
         if not site.in_use:
@@ -460,9 +464,9 @@ class Session:
             self._match_text(watch)
             self._drop_unused(watch)
 
-    def _replan(self, site: Site, place: Place) -> None:
-        """A post-handler came to a boosted site: it needs the single step."""
-        plan, old, armed = self._make_plan(place, True, None), site.plan, site.armed
+    def _replan(self, site: Site, place: Place, needs_post: bool, strategy: Rung | None) -> None:
+        """Give *site* another rung, as a probe that comes to it needs: a post-handler needs the single step."""
+        plan, old, armed = self._make_plan(place, needs_post, strategy), site.plan, site.armed
         try:
             if armed:
                 self._disarm(site)

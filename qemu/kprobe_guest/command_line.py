@@ -87,7 +87,10 @@ def qemu_command(spec: GuestSpec, boot: BootFiles, paths: GuestPaths, gdb_port: 
         machine_option = machine
     command += ["-machine", machine_option, "-m", f"{spec.memory_mb}M", "-smp", str(spec.vcpus)]
     if spec.cpu != "default":
-        command += ["-cpu", spec.cpu]
+        # Without cmpxchg16b: QEMU before 8.0 computes its flags from a stale kind of operation, and where that was "the
+        # flags themselves" (after an iret or a stop) the low bits of an operand become RFLAGS, TF among them. A vCPU
+        # that is stopped or interrupted right behind it keeps them. Linux 6.12 has it in kmem_cache_alloc().
+        command += ["-cpu", spec.cpu if spec.kernel == "bare" else f"{spec.cpu},-cx16"]
     if spec.region == "ivshmem":
         command += [
             "-object", f"memory-backend-file,id=region,size={spec.region_mb}M,mem-path={paths.region},share=on",

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from gdb_kprobe.launcher.boundary_check import GUEST_ARGS, STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
+from gdb_kprobe.launcher.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Function, Kind, Limits
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
+from kprobe_guest.execution_log import KERNEL_TEXT
 from kprobe_guest.spec import KernelKind
 
 pytestmark = pytest.mark.live
@@ -38,7 +39,7 @@ RUNTIME = 1800 if FULL else 300
 @contextmanager
 def tortured(booted_guest: BootedGuest, kernel: KernelKind, vcpus: int) -> Iterator[tuple[BoundaryCheck, GdbMi]]:
     """A guest with its workload, and a gdb that is not attached yet; afterwards, the proof that nothing is left."""
-    guest = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=GUEST_ARGS))
+    guest = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=KERNEL_TEXT))
     with boundary_check(guest) as found, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
         yield found, gdb
     assert found.leftovers() == []

@@ -186,6 +186,25 @@ def test_a_fault_is_fixed_up_at_the_original_address_and_is_one_hit(faulting: An
     assert (probe.hits, post) == (4, [4])
 
 
+def test_an_instruction_whose_fixup_is_itself_needs_no_watch(toy: Any) -> None:
+    toy.machine.fixups[toy.addr("f_load")] = toy.addr("f_load")
+    probe = toy.add("f_load")
+    assert toy.session.site_of(probe).plan.rung is Rung.SINGLE_STEP
+    assert sorted(toy.changed_text()) == [toy.addr("f_load")]
+    assert toy.call("f_load", rdi=toy.addr("constant")) == 0x1234
+    assert probe.hits == 1
+    toy.session.delete(probe)
+    toy.assert_idle()
+
+
+def test_a_fixup_that_is_watched_takes_a_probe_of_any_rung(faulting: Any) -> None:
+    faulting.add("p:load f_load")
+    at_fixup = faulting.add("p:at fixup", rung=Rung.SINGLE_STEP)
+    assert faulting.session.site_of(at_fixup).plan.rung is Rung.SINGLE_STEP
+    assert faulting.call("f_load", rdi=0x10) == EFAULT
+    assert at_fixup.hits == 1
+
+
 def test_a_step_that_runs_on_into_the_int3_behind_the_copy_is_through(toy: Any) -> None:
     post: list[int] = []
     probe = toy.add("f_push", rung=Rung.SINGLE_STEP, post=lambda hit: post.append(hit.regs.ip - toy.addr("f_push")))
