@@ -70,7 +70,7 @@ def relocate(insn: Insn, slot: VirtAddr) -> bytes:
     """
     asm = Assembler(slot)
     try:
-        _emit(asm, insn)
+        emit(asm, insn, return_to=insn.end, falls_to=insn.end)
     except DisplacementError as error:
         raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
     return asm.finish()
@@ -104,44 +104,54 @@ def _family(insn: Insn) -> Family:
     return family
 
 
-def _emit(asm: Assembler, insn: Insn) -> None:
+def emit(asm: Assembler, insn: Insn, return_to: VirtAddr, falls_to: VirtAddr | None = None) -> None:
+    """Emit what does the same as *insn*.
+
+    :param return_to: what a call pushes.
+    :param falls_to: where to go on when *insn* falls through; ``None``: to what is emitted next.
+    :raises RelocateError: the family is not handled.
+    :raises DisplacementError: something that *insn* refers to is out of reach.
+    """
     target = insn.branch_target
     match _family(insn):
         case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE | Family.REPEATED | Family.PUSH_FLAGS:
             asm.raw(_moved(insn, asm.pc))
-            asm.jmp_rel32(insn.end)
+            if falls_to is not None:
+                asm.jmp_rel32(falls_to)
         case Family.JCC:
             assert target is not None
             assert insn.condition is not None
             asm.jcc_rel32(insn.condition, target)
-            asm.jmp_rel32(insn.end)
+            if falls_to is not None:
+                asm.jmp_rel32(falls_to)
         case Family.JMP:
             assert target is not None
             asm.jmp_rel32(target)
         case Family.CALL_REL:
             assert target is not None
-            asm.push_imm64(insn.end)
+            asm.push_imm64(return_to)
             asm.jmp_rel32(target)
         case Family.CALL_INDIRECT if _reads_stack_or_memory(insn):
             # The target is read first, as the call does: before RSP moves, before anything is stored, and so that a
             # fault leaves everything as it was. Then: the return address under it, and go there.
             asm.raw(_with_reg(_moved(insn, asm.pc), insn, 6))  # push r/m64
             asm.push_stack_top()
-            asm.store_qword_at_rsp(8, insn.end)
+            asm.store_qword_at_rsp(8, return_to)
             asm.ret()
         case Family.CALL_INDIRECT:
-            asm.push_imm64(insn.end)
+            asm.push_imm64(return_to)
             asm.raw(_with_reg(insn.raw, insn, 4))  # jmp r64
         case Family.JMP_INDIRECT | Family.RET:
             asm.raw(_moved(insn, asm.pc))
         case Family.LOOP:
             # There is no long form: hop over the jump that is taken when the loop is left.
             assert target is not None
-            taken = Label("taken")
+            taken, left = Label("taken"), Label("left")
             asm.raw(insn.raw[:-1] + bytes((JMP_REL32_SIZE,)))  # loop taken
-            asm.jmp_rel32(insn.end)
+            asm.jmp_rel32(left if falls_to is None else falls_to)
             asm.bind(taken)
             asm.jmp_rel32(target)
+            asm.bind(left)
 
 
 def _push_size(value: int) -> int:

@@ -1,0 +1,57 @@
+"""The instructions that a jump has displaced, elsewhere: code that does what they do and goes on behind them.
+
+As :mod:`gdb_kprobe.x86.relocate` does it with one: no register and no flag is used but those of the instructions, and
+what a call pushes is an address of the original text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.x86.assemble import JMP_REL32_SIZE, Assembler, DisplacementError
+from gdb_kprobe.x86.decode import Insn
+from gdb_kprobe.x86.relocate import RelocateError, emit
+
+
+def displaced(insns: Sequence[Insn], slot: VirtAddr, end: VirtAddr, jump_end: VirtAddr) -> bytes:
+    """The code at *slot* that stands in for *insns*, which follow one another.
+
+    A call is the last that is executed here. Where its return address is below *jump_end*, only nops may follow it, and
+    it pushes *end* in its place. Behind an unconditional jump or a return nothing is emitted.
+
+    :param end: where the window ends.
+    :param jump_end: the first byte behind the jump that is put over the window.
+    :raises RelocateError: an instruction is not handled, or something that it refers to is out of reach of *slot*.
+    """
+    asm = Assembler(slot)
+    for insn in insns:
+        behind = end if insn.is_call and insn.end < jump_end else insn.end
+        try:
+            emit(asm, insn, return_to=behind)
+        except DisplacementError as error:
+            raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+        if insn.is_call or not insn.falls_through:
+            return asm.finish()
+    try:
+        asm.jmp_rel32(end)
+    except DisplacementError as error:
+        raise RelocateError(Reason.OUT_OF_REACH, f"the window's end {end:#x}: {error.message}") from None
+    return asm.finish()
+
+
+def displaced_size(insns: Sequence[Insn]) -> int:
+    """How many bytes :func:`displaced` gives at most, wherever the slot is.
+
+    :raises RelocateError: an instruction's family is not handled.
+    """
+    return sum(len(_alone(insn, insns[0].addr)) for insn in insns) + JMP_REL32_SIZE
+
+
+def _alone(insn: Insn, slot: VirtAddr) -> bytes:
+    asm = Assembler(slot)
+    try:
+        emit(asm, insn, return_to=insn.end)
+    except DisplacementError as error:
+        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+    return asm.finish()
