@@ -138,6 +138,11 @@ class Reason(StrEnum):
     KERNEL_BOOST = "not boostable by the kernel's rules"
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"
     REGION_FULL = "region is full"
+    WINDOW_OUTSIDE = "the function ends within the jump's 5 bytes"
+    WINDOW_TARGET = "a branch goes into the jump's 5 bytes"
+    WINDOW_CALL = "a call returns into the jump's 5 bytes"
+    WINDOW_UNREACHED = "instructions of unknown use behind a jump"
+    INDIRECT_JUMP = "an indirect jump may go into the jump's 5 bytes"
     NOT_IMPLEMENTED = "not implemented yet"
 
 

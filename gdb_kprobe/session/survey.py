@@ -53,7 +53,7 @@ def survey(
     """Classify all of *snapshot*; *area* is where the slots are. Pure computation: it takes seconds, and no guest."""
     surveyor = Surveyor(area, guest.boost_rules, by_kernel_rules=boost is Boost.KERNEL)
     done, told = 0, 0
-    for piece in _pieces(guest, snapshot):
+    for piece in pieces(guest, snapshot):
         surveyor.count(piece)
         done += len(piece.code)
         if done - told >= snapshot.size // _STEPS:
@@ -63,7 +63,7 @@ def survey(
     return surveyor.survey
 
 
-def _pieces(guest: LinuxGuest, snapshot: Snapshot) -> Iterator[Piece]:
+def pieces(guest: LinuxGuest, snapshot: Snapshot) -> Iterator[Piece]:
     """The text, cut at every symbol: there decoding begins."""
     addrs = sorted({addr for table in guest.kallsyms.tables for addr in table.addrs})
     for start, code in snapshot.windows:

@@ -1,0 +1,304 @@
+"""Which instructions a 5-byte jump may replace: ours (``can_optimize``), and what the kernel's own rules say. Pure.
+
+A window is the fewest whole instructions from the probed one on that hold the jump. One instruction of 5 bytes or more
+needs no proof that nothing else enters it. Of several, none but the first may be entered in any way: by a branch, by a
+return, by the guest's tables, by an indirect jump.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
+from gdb_kprobe.kprobes.padding import is_fill
+from gdb_kprobe.kprobes.slots import in_reach
+from gdb_kprobe.kprobes.survey import Piece
+from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
+from gdb_kprobe.x86.decode import DecodeError, Insn, decode
+from gdb_kprobe.x86.encoding import EncodingError, parse
+from gdb_kprobe.x86.families import Family, Unhandled, classify
+from gdb_kprobe.x86.shadow import parted
+
+JUMP_SIZE: Final = 5
+_S32: Final = 1 << 31
+_ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
+_NOWHERE: Final = VirtAddr(0)
+_HEAD: Final = 4
+_FTRACE_NOP: Final = bytes.fromhex("0f1f440000")
+_FTRACE_NOP_SIZE: Final = len(_FTRACE_NOP)
+_BEFORE_FTRACE_NOP: Final = (_ENDBR64, bytes.fromhex("660f1f00"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """What the bytes of an instruction say at any address; *insn* is decoded at address 0.
+
+    *reach* is where what it refers to is, from its own address.
+    """
+
+    insn: Insn
+    length: int
+    refused: Unhandled | None
+    is_nop: bool
+    is_fill: bool
+    is_call: bool
+    leaves: bool
+    masks: bool
+    reach: int | None
+
+
+class Forms:
+    """Text has millions of instructions, but few hundred thousand that are different: each is looked at once."""
+
+    def __init__(self) -> None:
+        self._forms: dict[bytes, Form | None] = {}
+        self._lengths: dict[bytes, int] = {}
+
+    def length_at(self, code: bytes, at: int) -> int:
+        """How many bytes the instruction at *at* in *code* has; 0: none is there."""
+        head = code[at : at + _HEAD]
+        length = self._lengths.get(head, 0)
+        if not length:
+            try:
+                encoding = parse(code, at)
+            except EncodingError:
+                return 0
+            length = encoding.length
+            size = encoding.opcode_offset + 1 + (encoding.modrm is not None) + (encoding.sib is not None)
+            if size <= len(head) == _HEAD:
+                self._lengths[head] = length
+        return length if at + length <= len(code) else 0
+
+    def of(self, raw: bytes) -> Form | None:
+        """The form of exactly these bytes; ``None`` when they are no instruction."""
+        if raw not in self._forms:
+            self._forms[raw] = _form(raw)
+        return self._forms[raw]
+
+
+def _form(raw: bytes) -> Form | None:
+    try:
+        insn = decode(raw, _NOWHERE)
+    except DecodeError:
+        return None
+    family = classify(insn)
+    reach: int | None = None
+    if insn.encoding.relative:
+        assert insn.immediate is not None
+        reach = insn.length + insn.immediate
+    elif insn.is_rip_relative and family is not Family.NOP and 0x67 not in insn.prefixes:
+        assert insn.displacement is not None
+        reach = insn.length + insn.displacement
+    return Form(
+        insn,
+        insn.length,
+        family if isinstance(family, Unhandled) else None,
+        family is Family.NOP and raw != _ENDBR64,
+        is_fill(insn),
+        insn.is_call,
+        not insn.falls_through,
+        not insn.encoding.space and not insn.opcode_map and insn.opcode in (0xFB, 0x8E),
+        reach,
+    )
+
+
+@dataclass(frozen=True)
+class Function:
+    """The text of one symbol, up to the next symbol, and what the guest says of it.
+
+    *addrs* and *forms* are its instructions, as far as it can be decoded; *end* is where the symbol ends. *sites* are
+    (address, bytes, reason) of what the guest patches or knows by address, *extable* what may fault, *ftrace* the
+    5-byte nop of the guest's ftrace.
+    """
+
+    addrs: Sequence[int]
+    forms: Sequence[Form]
+    end: int
+    sites: Sequence[tuple[int, int, Reason]] = ()
+    extable: Collection[int] = ()
+    ftrace: int | None = None
+
+    @property
+    def range(self) -> AddressRange:
+        return AddressRange(VirtAddr(self.addrs[0]) if self.addrs else VirtAddr(self.end), VirtAddr(self.end))
+
+    @property
+    def is_whole(self) -> bool:
+        """All of it could be decoded."""
+        return bool(self.addrs) and self.addrs[-1] + self.forms[-1].length == self.end
+
+    @cached_property
+    def jump_targets(self) -> list[int]:
+        """Where its own direct jumps go."""
+        pairs = zip(self.addrs, self.forms, strict=True)
+        return sorted(
+            addr + form.reach
+            for addr, form in pairs
+            if form.reach is not None and form.insn.encoding.relative and not form.is_call
+        )
+
+
+def read_function(piece: Piece, forms: Forms) -> Function:
+    """Decode *piece* up to its end, or to the first place that is no instruction."""
+    code, at = piece.code, 0
+    addrs: list[int] = []
+    found: list[Form] = []
+    while at < len(code):
+        length = forms.length_at(code, at)
+        form = forms.of(code[at : at + length]) if length else None
+        if form is None:
+            break
+        addrs.append(piece.addr + at)
+        found.append(form)
+        at += length
+    return Function(addrs, found, piece.addr + len(code), piece.sites, piece.extable, _ftrace_nop(piece))
+
+
+def _ftrace_nop(piece: Piece) -> int | None:
+    """The nop that ftrace turns into a call, by its looks; also one that is a call now is a nop in *piece*."""
+    at = _HEAD if piece.code.startswith(_BEFORE_FTRACE_NOP) else 0
+    return piece.addr + at if piece.code.startswith(_FTRACE_NOP, at) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Bytes *start* to *end* that a jump may replace, the first five of them.
+
+    *interior* are the instruction boundaries that the jump hides: no CPU and no task may be there when it is written.
+    *old_return*, when it is not ``None``, is one of them that a call of the original text returned to; the displaced
+    call returns to *end*. *borrowed*: a nop of the guest's ftrace is in it, which must be told.
+    """
+
+    start: VirtAddr
+    end: VirtAddr
+    interior: tuple[VirtAddr, ...] = ()
+    old_return: VirtAddr | None = None
+    borrowed: bool = False
+
+    @property
+    def range(self) -> AddressRange:
+        return AddressRange(self.start, self.end)
+
+    @property
+    def jump_end(self) -> VirtAddr:
+        """The first byte behind the jump."""
+        return VirtAddr(self.start + JUMP_SIZE)
+
+
+def can_optimize(function: Function, index: int, references: CodeReferences, area: AddressRange) -> Window | Refusal:
+    """The window of the instruction *index* of *function*, or why it has none.
+
+    That the instruction may be probed at all is not asked here.
+
+    :param area: where the detours are, or may be.
+    """
+    addrs, forms = function.addrs, function.forms
+    start = addrs[index]
+    jump_end = start + JUMP_SIZE
+    at, last = start, index
+    over: int | None = None  # where execution leaves the window for good: behind a call, a jump, a return
+    returns: int | None = None
+    while at < jump_end:
+        if last >= len(forms):
+            return _no(Reason.WINDOW_OUTSIDE, start, f"{function.end - start} bytes are left of it")
+        form = forms[last]
+        if returns is not None and not form.is_nop:
+            return _no(Reason.WINDOW_CALL, start, f"to {returns:#x}, where {form.insn} is")
+        if over is not None and not form.is_fill:
+            return _no(Reason.WINDOW_UNREACHED, start, f"{form.insn} at {at:#x}")
+        if over is None or returns is not None:
+            refusal = _refused(function, form, at, start, area)
+            if refusal is not None:
+                return refusal
+        at += form.length
+        last += 1
+        if over is None and (form.is_call or form.leaves):
+            over = at
+            if form.is_call and at < jump_end:
+                returns = at
+    for site, size, reason in function.sites:
+        if site < at and start < site + size:
+            return _no(reason, start, f"at {site:#x}")
+    if last - index > 1:
+        if references.targets.any_in(start + 1, jump_end) or any(
+            forms[i].insn.raw == _ENDBR64 for i in range(index + 1, last)
+        ):
+            return _no(Reason.WINDOW_TARGET, start)
+        if references.is_unresolved(function.range):
+            return _no(Reason.INDIRECT_JUMP, start)
+    shadow = _parted(forms, index, last)
+    if shadow is not None:
+        return _no(shadow.reason, start, shadow.detail)
+    if not in_reach(area, AddressRange(VirtAddr(start), VirtAddr(at))):
+        return _no(Reason.OUT_OF_REACH, start)
+    return Window(
+        VirtAddr(start),
+        VirtAddr(at),
+        tuple(VirtAddr(addr) for addr in addrs[index + 1 : last]),
+        None if returns is None else VirtAddr(returns),
+        _has_ftrace_nop(function, start, at),
+    )
+
+
+def _no(reason: Reason, addr: int, detail: str = "") -> Refusal:
+    return Refusal(reason, VirtAddr(addr), detail)
+
+
+def _refused(function: Function, form: Form, at: int, start: int, area: AddressRange) -> Refusal | None:
+    """Why the instruction at *at*, which is to be executed elsewhere, cannot be."""
+    if form.refused is not None:
+        return _no(form.refused.reason, start, form.refused.detail)
+    if at in function.extable:
+        return _no(Reason.EX_TABLE, start, f"a fault must be seen at {at:#x}")
+    if form.reach is not None:
+        target = at + form.reach
+        if not (target - area.end >= -_S32 and target - area.start < _S32):
+            return _no(Reason.OUT_OF_REACH, start, f"{form.insn} at {at:#x}")
+    return None
+
+
+def _parted(forms: Sequence[Form], index: int, last: int) -> Unhandled | None:
+    """Whether the window's start or end comes between two instructions that belong together."""
+    if index and forms[index - 1].masks:
+        found = parted(None, forms[index - 1].insn, forms[index].insn)
+        if found is not None:
+            return found
+    if last < len(forms) and forms[last - 1].masks:
+        return parted(None, forms[last - 1].insn, forms[last].insn)
+    return None
+
+
+def _has_ftrace_nop(function: Function, start: int, end: int) -> bool:
+    return function.ftrace is not None and function.ftrace < end and start < function.ftrace + _FTRACE_NOP_SIZE
+
+
+def kernel_optimizes(function: Function, index: int, references: CodeReferences, rules: Rules) -> bool:
+    """What the kernel's own rules say of it.
+
+    They are ``can_optimize``, ``copy_optimized_instructions`` and ``arch_prepare_optimized_kprobe`` of
+    arch/x86/kernel/kprobes/opt.c; a probe on a nop of ftrace is not optimized there.
+    """
+    forms, start = function.forms, function.addrs[index]
+    if function.extable or not function.is_whole or function.end - start < JUMP_SIZE:
+        return False
+    if rules is not Rules.LINUX_6_12 and references.indirect.any_in(function.addrs[0], function.end):
+        return False  # later rules know that a kernel with retpolines has no jump tables
+    at, last = start, index
+    while at < start + JUMP_SIZE:
+        if last >= len(forms) or boost_refusal(forms[last].insn, rules, in_extable=False) is not None:
+            return False
+        at += forms[last].length
+        last += 1
+    if probe_refusal(forms[index].insn, rules) is not None or _has_ftrace_nop(function, start, at):
+        return False
+    if any(site < at and start < site + size for site, size, why in function.sites if why is not Reason.BUG_TABLE):
+        return False
+    # The end is inclusive: one byte stricter than it need be.
+    targets = function.jump_targets
+    found = bisect_right(targets, start)
+    return not (found < len(targets) and targets[found] <= start + JUMP_SIZE)
