@@ -156,7 +156,9 @@ def read_function(piece: Piece, forms: Forms) -> Function:
         addrs.append(piece.addr + at)
         found.append(form)
         at += length
-    return Function(addrs, found, piece.addr + len(code), piece.sites, piece.extable, _ftrace_nop(piece))
+    # Zeros behind a module's text are padding, two bytes an instruction.
+    end = at if code[at:] == b"\0" else len(code)
+    return Function(addrs, found, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
 
 
 def _ftrace_nop(piece: Piece) -> int | None:
