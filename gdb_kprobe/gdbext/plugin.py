@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from gdb_kprobe.target.stub import QemuStub
 
 _MOVING_REGISTERS = (7, 16)
 """gdb's numbers of rsp and rip (amd64-tdep.h)."""
+
+_PATIENCE = 0.5
+"""Seconds in which a client of the stub that is leaving is gone."""
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -374,6 +378,10 @@ def connect(profile: Profile) -> None:
     """
     if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
         return
+    # A connection that was ended a moment ago, perhaps our own, is QEMU's until it has looked.
+    deadline = time.monotonic() + _PATIENCE
+    while is_served(profile.gdbstub) and time.monotonic() < deadline:
+        time.sleep(0.01)
     if is_served(profile.gdbstub):
         raise ConnectionLostError(
             f"the gdbstub at {profile.gdbstub} has a client already, and serves only one",
