@@ -126,8 +126,7 @@ run_tests() {
     check 'ruff format' "$bin/ruff" format --check .
     check 'mypy' "$bin/mypy"
     check 'import layers' "$bin/lint-imports"
-    # Much of a live test is waiting: two at a time take little more than half of the time.
-    check 'tests' "$bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal
+    check 'tests' "$bin/python" -m pytest
     local seconds=$((SECONDS - begin))
     printf '\n=== %d min %02d s\n' $((seconds / 60)) $((seconds % 60))
     [ ${#failed[@]} = 0 ] || fail "failed: $(printf '%s; ' "${failed[@]}")"

@@ -189,6 +189,10 @@ class GuestVm(GuestCommands):
             self._monitor.connect()
             self._channel = CommandChannel(self.paths.channel)
         except (OSError, QMPError) as error:
+            # It has ended, most often, and is not quite gone: then its own words say why.
+            assert self._process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
             self._require_running("while starting")
             raise LaunchError(f"QEMU does not answer; its command line is in {self.paths.command}: {error}") from error
 
