@@ -6,11 +6,11 @@ nothing (int3, nops; zeros at the end of a module), up to the end, behind one th
 
 from __future__ import annotations
 
+from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.model import Reason
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 
-_INT3 = b"\xcc"
 _ZEROS = b"\0\0"
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
 _ENDING = (Reason.RAISES_UD, Reason.FAR_TRANSFER)
@@ -18,7 +18,7 @@ _ENDING = (Reason.RAISES_UD, Reason.FAR_TRANSFER)
 
 def is_fill(insn: Insn) -> bool:
     """Whether padding may consist of *insn*."""
-    if insn.raw in (_INT3, _ZEROS):
+    if insn.raw in (INT3, _ZEROS):
         return True
     return classify(insn) is Family.NOP and insn.raw != _ENDBR64
 
@@ -36,4 +36,4 @@ def begins_padding(before: Insn | None, first: Insn) -> bool:
 
     *before* is ``None`` at the function's start: there only int3 and zeros are, for nops may be all of a function.
     """
-    return first.raw in (_INT3, _ZEROS) if before is None else may_end(before)
+    return first.raw in (INT3, _ZEROS) if before is None else may_end(before)

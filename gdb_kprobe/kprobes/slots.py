@@ -19,6 +19,7 @@ from gdb_kprobe.model import AddressRange, VirtAddr, offset
 SLOT_ALIGN = 64
 SLOT_HEADER = 8
 INT3 = b"\xcc"
+_S32 = 1 << 31
 S32_REACH = 0x7FFF_FFFF - 0x1000
 """How far a rel32 goes, less a page: the displacement counts from the end of an instruction."""
 
@@ -69,12 +70,12 @@ class SlotAllocator:
         """End of all that was ever given out."""
         return self._next
 
-    def allocate(self, code_size: int, near: AddressRange) -> Slot | None:
-        """Return a slot for *code_size* bytes with every byte of *near* in s32 reach of it, or ``None``."""
+    def allocate(self, code_size: int, near: AddressRange | None = None) -> Slot | None:
+        """Return a slot for *code_size* bytes with every byte of *near* (if any) in s32 reach of it, or ``None``."""
         size = -(-(code_size + SLOT_HEADER) // SLOT_ALIGN) * SLOT_ALIGN
         free = self._free.get(size)
         slot = free.pop() if free else Slot(self._next, size)
-        if slot.end > self.area.end or not in_reach(slot.range, near):
+        if slot.end > self.area.end or (near is not None and not in_reach(slot.range, near)):
             if free is not None and slot.start != self._next:
                 free.append(slot)
             return None
@@ -104,6 +105,11 @@ class SlotAllocator:
             self._quarantine.remove(slot)
             self._free.setdefault(slot.size, []).append(slot)
         return len(clean)
+
+
+def reaches(area: AddressRange, target: int) -> bool:
+    """Whether a rel32 anywhere in *area* reaches *target*, which is not cut to 64 bits."""
+    return target - area.end >= -_S32 and target - area.start < _S32
 
 
 def in_reach(one: AddressRange, other: AddressRange) -> bool:

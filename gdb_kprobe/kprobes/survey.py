@@ -1,7 +1,7 @@
 """Every instruction of a piece of text, by the best rung it can have or by the reason why it has none. Pure: bytes.
 
-Text has millions of instructions, but few hundred thousand that are different. What the bytes alone decide is found out
-once for each of those; what the place decides (sites, padding, neighbours, reach) is put on top.
+What the bytes alone decide is found out once for each instruction that is different (:mod:`gdb_kprobe.kprobes.forms`);
+what the place decides (sites, padding, neighbours, reach) is put on top.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
-from gdb_kprobe.kprobes.padding import begins_padding, is_fill
-from gdb_kprobe.kprobes.slots import in_reach
+from gdb_kprobe.kprobes.forms import Form, Forms
+from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.padding import begins_padding
+from gdb_kprobe.kprobes.slots import INT3, in_reach, reaches
 from gdb_kprobe.model import AddressRange, Reason, Rung, VirtAddr
-from gdb_kprobe.x86.decode import DecodeError, Insn, decode
-from gdb_kprobe.x86.encoding import Encoding, EncodingError, parse
-from gdb_kprobe.x86.families import Family, Unhandled, classify
+from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.shadow import parted
 
-_INT3 = b"\xcc"
 _ZEROS = b"\0\0"
-_S32 = 1 << 31
-_HEAD = 4
-_NOWHERE = VirtAddr(0)
-
 
 BY_PLACE: Final = frozenset(
     {
@@ -95,24 +89,7 @@ class Piece:
     extable: Collection[int] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Form:
-    """What the bytes of an instruction say at any address.
-
-    *reach* is where what it refers to is, from its own address; ``None`` where it refers to nothing that must be in
-    reach. *masks*: what follows may have to stay with it.
-    """
-
-    insn: Insn
-    refused: Reason | None
-    kernel_probes: bool
-    kernel_boosts: bool
-    fill: bool
-    masks: bool
-    reach: int | None
-
-
-_Found = tuple[int, _Form | None]
+_Found = tuple[int, Form | None]
 
 
 class Surveyor:
@@ -126,10 +103,8 @@ class Surveyor:
     def __init__(self, area: AddressRange, rules: Rules, *, by_kernel_rules: bool = False) -> None:
         self.survey = Survey()
         self._area = area
-        self._rules = rules
         self._by_kernel_rules = by_kernel_rules
-        self._forms: dict[bytes, _Form | None] = {}
-        self._lengths: dict[bytes, int] = {}
+        self._forms = Forms(rules)
 
     def count(self, piece: Piece) -> None:
         """Count all instructions of *piece*."""
@@ -153,7 +128,7 @@ class Surveyor:
             elif index >= padding:
                 refused[Reason.PADDING] += 1
             elif form.refused is not None:
-                refused[form.refused] += 1
+                refused[form.refused.reason] += 1
             elif index in parted_at:
                 refused[Reason.INTERRUPT_SHADOW] += 1
             elif out_of_reach:
@@ -168,9 +143,9 @@ class Surveyor:
         self.survey.kernel_probes += probed
         self.survey.kernel_boosts += kernel_boosted
 
-    def _count_rung(self, form: _Form, addr: int, *, in_extable: bool) -> None:
+    def _count_rung(self, form: Form, addr: int, *, in_extable: bool) -> None:
         survey = self.survey
-        in_reach_of_slots = form.reach is None or self._reaches(addr + form.reach)
+        in_reach_of_slots = form.reach is None or reaches(self._area, addr + form.reach)
         if in_extable:
             why = Reason.EX_TABLE
         elif self._by_kernel_rules and not form.kernel_boosts:
@@ -192,45 +167,20 @@ class Surveyor:
             survey.kernel_probes += form.kernel_probes
             survey.kernel_boosts += form.kernel_boosts and not in_extable
 
-    def _reaches(self, target: int) -> bool:
-        """Whether a rel32 anywhere in the slots reaches *target*, which is not cut to 64 bits."""
-        return target - self._area.end >= -_S32 and target - self._area.start < _S32
-
     def _decode(self, piece: Piece) -> tuple[list[_Found], int]:
         """The instructions, and how many int3 follow them to the end.
 
         From the first place that is no instruction on, each byte counts as one that is not known.
         """
-        code, forms, lengths, addr = piece.code, self._forms, self._lengths, piece.addr
-        found: list[_Found] = []
+        code, addr = piece.code, piece.addr
         # A site may be in what looks like padding: then all is decoded.
-        at, end = 0, len(code) if piece.sites else len(code.rstrip(_INT3))
-        while at < end:
-            head = code[at : at + _HEAD]
-            length = lengths.get(head, 0)
-            if not length:
-                try:
-                    encoding = parse(code, at)
-                except EncodingError:
-                    break
-                length = encoding.length
-                if _head_size(encoding) <= len(head) == _HEAD:
-                    lengths[head] = length
-            raw = code[at : at + length]
-            if len(raw) < length:
-                break
-            if raw in forms:
-                form = forms[raw]
-            else:
-                form = forms[raw] = _form(raw, self._rules)
-            if form is None:
-                break
-            found.append((addr + at, form))
-            at += length
+        end = len(code) if piece.sites else len(code.rstrip(INT3))
+        known, at = self._forms.read(addr, code, end)
+        found: list[_Found] = [*known]
         if at >= end:
             return found, len(code) - at
         if not any(code[at:]):
-            found.append((addr + at, _form(_ZEROS, self._rules)))  # an odd number of zeros
+            found.append((addr + at, self._forms.of(_ZEROS)))  # an odd number of zeros
             return found, 0
         found += [(addr + rest, None) for rest in range(at, len(code))]
         return found, 0
@@ -238,7 +188,7 @@ class Surveyor:
     def _padding(self, found: list[_Found], tail: int) -> tuple[int, Reason]:
         """The index of the first instruction of the padding at the end, and what the int3 behind them are."""
         first = len(found)
-        while first and (form := found[first - 1][1]) is not None and form.fill:
+        while first and (form := found[first - 1][1]) is not None and form.is_fill:
             first -= 1
         before = found[first - 1][1] if first else None
         if first < len(found):
@@ -253,38 +203,8 @@ class Surveyor:
         return len(found), Reason.FOREIGN_INT3
 
 
-def _form(raw: bytes, rules: Rules) -> _Form | None:
-    try:
-        insn = decode(raw, _NOWHERE)
-    except DecodeError:
-        return None
-    family = classify(insn)
-    reach: int | None = None
-    if insn.encoding.relative:
-        assert insn.immediate is not None
-        reach = insn.length + insn.immediate
-    elif insn.is_rip_relative and family is not Family.NOP and 0x67 not in insn.prefixes:
-        assert insn.displacement is not None
-        reach = insn.length + insn.displacement
-    probes = probe_refusal(insn, rules) is None
-    return _Form(
-        insn,
-        family.reason if isinstance(family, Unhandled) else None,
-        probes,
-        probes and boost_refusal(insn, rules, in_extable=False) is None,
-        is_fill(insn),
-        not insn.encoding.space and not insn.opcode_map and insn.opcode in (0xFB, 0x8E),
-        reach,
-    )
-
-
 def _int3() -> Insn:
-    return decode(_INT3, _NOWHERE)
-
-
-def _head_size(encoding: Encoding) -> int:
-    """How many bytes decide the length: all up to ModRM and SIB."""
-    return encoding.opcode_offset + 1 + (encoding.modrm is not None) + (encoding.sib is not None)
+    return decode(INT3, VirtAddr(0))
 
 
 def _parted_at(found: list[_Found]) -> set[int]:

@@ -8,103 +8,24 @@ return, by the guest's tables, by an indirect jump.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+from gdb_kprobe.kprobes.forms import ENDBR64, Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
-from gdb_kprobe.kprobes.padding import is_fill
-from gdb_kprobe.kprobes.slots import in_reach
+from gdb_kprobe.kprobes.slots import in_reach, reaches
 from gdb_kprobe.kprobes.survey import Piece
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
-from gdb_kprobe.x86.decode import DecodeError, Insn, decode
-from gdb_kprobe.x86.encoding import EncodingError, parse
-from gdb_kprobe.x86.families import Family, Unhandled, classify
+from gdb_kprobe.x86.families import Unhandled
 from gdb_kprobe.x86.shadow import parted
 
 JUMP_SIZE: Final = 5
-_S32: Final = 1 << 31
-_ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
-_NOWHERE: Final = VirtAddr(0)
-_HEAD: Final = 4
 _FTRACE_NOP: Final = bytes.fromhex("0f1f440000")
 _FTRACE_NOP_SIZE: Final = len(_FTRACE_NOP)
-_BEFORE_FTRACE_NOP: Final = (_ENDBR64, bytes.fromhex("660f1f00"))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Form:
-    """What the bytes of an instruction say at any address; *insn* is decoded at address 0.
-
-    *reach* is where what it refers to is, from its own address.
-    """
-
-    insn: Insn
-    length: int
-    refused: Unhandled | None
-    is_nop: bool
-    is_fill: bool
-    is_call: bool
-    leaves: bool
-    masks: bool
-    reach: int | None
-
-
-class Forms:
-    """Text has millions of instructions, but few hundred thousand that are different: each is looked at once."""
-
-    def __init__(self) -> None:
-        self._forms: dict[bytes, Form | None] = {}
-        self._lengths: dict[bytes, int] = {}
-
-    def length_at(self, code: bytes, at: int) -> int:
-        """How many bytes the instruction at *at* in *code* has; 0: none is there."""
-        head = code[at : at + _HEAD]
-        length = self._lengths.get(head, 0)
-        if not length:
-            try:
-                encoding = parse(code, at)
-            except EncodingError:
-                return 0
-            length = encoding.length
-            size = encoding.opcode_offset + 1 + (encoding.modrm is not None) + (encoding.sib is not None)
-            if size <= len(head) == _HEAD:
-                self._lengths[head] = length
-        return length if at + length <= len(code) else 0
-
-    def of(self, raw: bytes) -> Form | None:
-        """The form of exactly these bytes; ``None`` when they are no instruction."""
-        if raw not in self._forms:
-            self._forms[raw] = _form(raw)
-        return self._forms[raw]
-
-
-def _form(raw: bytes) -> Form | None:
-    try:
-        insn = decode(raw, _NOWHERE)
-    except DecodeError:
-        return None
-    family = classify(insn)
-    reach: int | None = None
-    if insn.encoding.relative:
-        assert insn.immediate is not None
-        reach = insn.length + insn.immediate
-    elif insn.is_rip_relative and family is not Family.NOP and 0x67 not in insn.prefixes:
-        assert insn.displacement is not None
-        reach = insn.length + insn.displacement
-    return Form(
-        insn,
-        insn.length,
-        family if isinstance(family, Unhandled) else None,
-        family is Family.NOP and raw != _ENDBR64,
-        is_fill(insn),
-        insn.is_call,
-        not insn.falls_through,
-        not insn.encoding.space and not insn.opcode_map and insn.opcode in (0xFB, 0x8E),
-        reach,
-    )
+_BEFORE_FTRACE_NOP: Final = (ENDBR64, bytes.fromhex("660f1f00"))
 
 
 @dataclass(frozen=True)
@@ -132,6 +53,10 @@ class Function:
         """All of it could be decoded."""
         return bool(self.addrs) and self.addrs[-1] + self.forms[-1].length == self.end
 
+    def sites_in(self, start: int, end: int) -> Iterator[tuple[int, Reason]]:
+        """The sites that share a byte with *start* to *end*: address and reason, in their order."""
+        return ((site, why) for site, size, why in self.sites if site < end and start < site + size)
+
     @cached_property
     def jump_targets(self) -> list[int]:
         """Where its own direct jumps go."""
@@ -145,25 +70,17 @@ class Function:
 
 def read_function(piece: Piece, forms: Forms) -> Function:
     """Decode *piece* up to its end, or to the first place that is no instruction."""
-    code, at = piece.code, 0
-    addrs: list[int] = []
-    found: list[Form] = []
-    while at < len(code):
-        length = forms.length_at(code, at)
-        form = forms.of(code[at : at + length]) if length else None
-        if form is None:
-            break
-        addrs.append(piece.addr + at)
-        found.append(form)
-        at += length
+    code = piece.code
+    found, at = forms.read(piece.addr, code, len(code))
     # Zeros behind a module's text are padding, two bytes an instruction.
     end = at if code[at:] == b"\0" else len(code)
-    return Function(addrs, found, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
+    addrs, known = [addr for addr, _ in found], [form for _, form in found]
+    return Function(addrs, known, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
 
 
 def _ftrace_nop(piece: Piece) -> int | None:
     """The nop that ftrace turns into a call, by its looks; also one that is a call now is a nop in *piece*."""
-    at = _HEAD if piece.code.startswith(_BEFORE_FTRACE_NOP) else 0
+    at = len(ENDBR64) if piece.code.startswith(_BEFORE_FTRACE_NOP) else 0
     return piece.addr + at if piece.code.startswith(_FTRACE_NOP, at) else None
 
 
@@ -223,12 +140,11 @@ def can_optimize(function: Function, index: int, references: CodeReferences, are
             over = at
             if form.is_call and at < jump_end:
                 returns = at
-    for site, size, reason in function.sites:
-        if site < at and start < site + size:
-            return _no(reason, start, f"at {site:#x}")
+    for site, reason in function.sites_in(start, at):
+        return _no(reason, start, f"at {site:#x}")
     if last - index > 1:
         if references.targets.any_in(start + 1, jump_end) or any(
-            forms[i].insn.raw == _ENDBR64 for i in range(index + 1, last)
+            forms[i].insn.raw == ENDBR64 for i in range(index + 1, last)
         ):
             return _no(Reason.WINDOW_TARGET, start)
         if references.is_unresolved(function.range):
@@ -257,10 +173,8 @@ def _refused(function: Function, form: Form, at: int, start: int, area: AddressR
         return _no(form.refused.reason, start, form.refused.detail)
     if at in function.extable:
         return _no(Reason.EX_TABLE, start, f"a fault must be seen at {at:#x}")
-    if form.reach is not None:
-        target = at + form.reach
-        if not (target - area.end >= -_S32 and target - area.start < _S32):
-            return _no(Reason.OUT_OF_REACH, start, f"{form.insn} at {at:#x}")
+    if form.reach is not None and not reaches(area, at + form.reach):
+        return _no(Reason.OUT_OF_REACH, start, f"{form.insn} at {at:#x}")
     return None
 
 
@@ -298,7 +212,7 @@ def kernel_optimizes(function: Function, index: int, references: CodeReferences,
         last += 1
     if probe_refusal(forms[index].insn, rules) is not None or _has_ftrace_nop(function, start, at):
         return False
-    if any(site < at and start < site + size for site, size, why in function.sites if why is not Reason.BUG_TABLE):
+    if any(why is not Reason.BUG_TABLE for _, why in function.sites_in(start, at)):
         return False
     # The end is inclusive: one byte stricter than it need be.
     targets = function.jump_targets

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.padding import begins_padding
 from gdb_kprobe.kprobes.survey import Piece
-from gdb_kprobe.kprobes.window import Forms, Function, Window, can_optimize, kernel_optimizes, read_function
+from gdb_kprobe.kprobes.window import Function, Window, can_optimize, kernel_optimizes, read_function
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import AddressRange, Reason
 from gdb_kprobe.x86.shadow import parted
@@ -76,9 +77,8 @@ class WindowSurveyor:
 
 def _entry_reason(function: Function) -> Reason:
     first, length = function.addrs[0], function.forms[0].length
-    for site, size, reason in function.sites:
-        if site < first + length and first < site + size:
-            return reason
+    for _, reason in function.sites_in(first, first + length):
+        return reason
     refused = function.forms[0].refused
     return Reason.INTERRUPT_SHADOW if refused is None else refused.reason
 
@@ -100,7 +100,7 @@ def probeable_of(function: Function) -> list[int]:
         if form.refused is not None:
             continue
         addr = addrs[index]
-        if function.sites and any(site < addr + form.length and addr < site + size for site, size, _ in function.sites):
+        if any(True for _ in function.sites_in(addr, addr + form.length)):
             continue
         previous = forms[index - 1] if index else None
         if previous is not None and previous.masks and parted(None, previous.insn, form.insn):

@@ -116,7 +116,7 @@ class _Scanner:
         except EncodingError:
             return None
         found = encoding.length, _reference(encoding)
-        if encoding.opcode_offset + 1 + (encoding.modrm is not None) + (encoding.sib is not None) <= _HEAD:
+        if encoding.head_size <= _HEAD:
             head = code[at : at + _HEAD]
             if len(head) == _HEAD:
                 self._heads[head] = found

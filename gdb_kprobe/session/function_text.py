@@ -11,7 +11,7 @@ from gdb_kprobe.model import Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
 from gdb_kprobe.x86.encoding import MAX_LENGTH
-from gdb_kprobe.x86.shadow import parted
+from gdb_kprobe.x86.shadow import may_shadow, parted
 
 _AHEAD = 1 << 14
 """Bytes behind the place that are looked at, at most; a function's end is far only where symbols are few."""
@@ -56,7 +56,7 @@ class FunctionText:
         if self.place.symbol is not None and self._is_padding(index):
             return Refusal(Reason.PADDING, insn.addr, f"{place}: no function has this {insn.mnemonic}")
         together = parted(
-            self._insns[index - 1] if index else None, insn, self._at(index + 1) if _may_shadow(insn) else None
+            self._insns[index - 1] if index else None, insn, self._at(index + 1) if may_shadow(insn) else None
         )
         return None if together is None else Refusal(together.reason, insn.addr, together.detail)
 
@@ -125,7 +125,3 @@ def without_kprobes(addr: VirtAddr, data: bytes, kprobes: Mapping[VirtAddr, byte
         if original and at < end and addr < at + len(original)
     ]
     return recover(addr, data, patches) if patches else data
-
-
-def _may_shadow(insn: Insn) -> bool:
-    return not insn.opcode_map and insn.opcode in (0xFB, 0x8E)  # sti, mov to a segment register

@@ -27,10 +27,7 @@ def displaced(insns: Sequence[Insn], slot: VirtAddr, end: VirtAddr, jump_end: Vi
     asm = Assembler(slot)
     for insn in insns:
         behind = end if insn.is_call and insn.end < jump_end else insn.end
-        try:
-            emit(asm, insn, return_to=behind)
-        except DisplacementError as error:
-            raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+        emit(asm, insn, return_to=behind)
         if insn.is_call or not insn.falls_through:
             return asm.finish()
     try:
@@ -50,8 +47,5 @@ def displaced_size(insns: Sequence[Insn]) -> int:
 
 def _alone(insn: Insn, slot: VirtAddr) -> bytes:
     asm = Assembler(slot)
-    try:
-        emit(asm, insn, return_to=insn.end)
-    except DisplacementError as error:
-        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+    emit(asm, insn, return_to=insn.end)
     return asm.finish()

@@ -41,6 +41,11 @@ class Encoding(NamedTuple):
     imm_size: int
     relative: bool
 
+    @property
+    def head_size(self) -> int:
+        """How many bytes decide the length: all up to ModRM and SIB."""
+        return self.opcode_offset + 1 + (self.modrm is not None) + (self.sib is not None)
+
 
 LEGACY_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 

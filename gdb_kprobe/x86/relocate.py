@@ -69,10 +69,7 @@ def relocate(insn: Insn, slot: VirtAddr) -> bytes:
     :raises RelocateError: the family is not handled, or something that *insn* refers to is out of reach of *slot*.
     """
     asm = Assembler(slot)
-    try:
-        emit(asm, insn, return_to=insn.end, falls_to=insn.end)
-    except DisplacementError as error:
-        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+    emit(asm, insn, return_to=insn.end, falls_to=insn.end)
     return asm.finish()
 
 
@@ -94,7 +91,11 @@ def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
     try:
         return _moved(insn, slot)
     except DisplacementError as error:
-        raise RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}") from None
+        raise _out_of_reach(insn, error) from None
+
+
+def _out_of_reach(insn: Insn, error: DisplacementError) -> RelocateError:
+    return RelocateError(Reason.OUT_OF_REACH, f"{insn} at {insn.addr:#x}: {error.message}")
 
 
 def _family(insn: Insn) -> Family:
@@ -109,9 +110,15 @@ def emit(asm: Assembler, insn: Insn, return_to: VirtAddr, falls_to: VirtAddr | N
 
     :param return_to: what a call pushes.
     :param falls_to: where to go on when *insn* falls through; ``None``: to what is emitted next.
-    :raises RelocateError: the family is not handled.
-    :raises DisplacementError: something that *insn* refers to is out of reach.
+    :raises RelocateError: the family is not handled, or something that *insn* refers to is out of reach.
     """
+    try:
+        _emit(asm, insn, return_to, falls_to)
+    except DisplacementError as error:
+        raise _out_of_reach(insn, error) from None
+
+
+def _emit(asm: Assembler, insn: Insn, return_to: VirtAddr, falls_to: VirtAddr | None) -> None:
     target = insn.branch_target
     match _family(insn):
         case Family.NOP | Family.PLAIN | Family.RIP_RELATIVE | Family.REPEATED | Family.PUSH_FLAGS:

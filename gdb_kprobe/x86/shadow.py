@@ -28,8 +28,13 @@ def parted(previous: Insn | None, insn: Insn, following: Insn | None) -> Unhandl
     return None
 
 
+def may_shadow(insn: Insn) -> bool:
+    """Whether *insn* may belong together with what follows: ``sti``, a move to a segment register."""
+    return not insn.encoding.space and not insn.opcode_map and insn.opcode in (0xFB, 0x8E)
+
+
 def _belong_together(first: Insn, second: Insn) -> bool:
-    if first.encoding.space or first.opcode_map:
+    if not may_shadow(first):
         return False
     if first.opcode == 0xFB:  # sti
         return second.is_halt

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.kernel_rules import rules_of
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.survey import Piece
-from gdb_kprobe.kprobes.window import Forms, Window, can_optimize, read_function
+from gdb_kprobe.kprobes.window import Window, can_optimize, read_function
 from gdb_kprobe.kprobes.window_survey import WindowSurvey, WindowSurveyor, probeable_of
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.linux.branch_targets import CodeReferences, find_references

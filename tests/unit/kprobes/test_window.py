@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.survey import Piece
-from gdb_kprobe.kprobes.window import Forms, Window, can_optimize, kernel_optimizes, read_function
+from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, read_function
 from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
 from gdb_kprobe.linux.text_tables import TextTables
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
