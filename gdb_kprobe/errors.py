@@ -29,8 +29,7 @@ class RefusedError(KprobeError):
     """A probe was asked for where the rules say no."""
 
     def __init__(self, what: str, refusal: Refusal) -> None:
-        detail = f": {refusal.detail}" if refusal.detail else ""
-        super().__init__(f"{what}: {refusal.reason}{detail}", refusal.hint)
+        super().__init__(f"{what}: {refusal.text}", refusal.hint)
         self.refusal = refusal
 
 

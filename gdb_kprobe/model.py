@@ -155,9 +155,13 @@ class Refusal:
     detail: str = ""
     hint: str = ""
 
+    @property
+    def text(self) -> str:
+        """The reason, with the detail if there is one."""
+        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
+
     def __str__(self) -> str:
-        text = f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
-        return f"{text} ({self.hint})" if self.hint else text
+        return f"{self.text} ({self.hint})" if self.hint else self.text
 
 
 CpuId = NewType("CpuId", int)

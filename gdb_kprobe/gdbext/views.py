@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.model import Refusal, VirtAddr
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.render.check import CheckView, TrialView
 from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, PlaceView, PlanView, ProbeView
 from gdb_kprobe.session.check import Examination
@@ -44,10 +44,7 @@ def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:
         plan.rung,
         plan.slot.code,
         listing(plan.code, plan.slot.code),
-        tuple(
-            DeclinedView(rung, f"{refusal.reason}" + (f": {refusal.detail}" if refusal.detail else ""), refusal.hint)
-            for rung, refusal in plan.declined
-        ),
+        tuple(DeclinedView(rung, refusal.text, refusal.hint) for rung, refusal in plan.declined),
     )
 
 
@@ -63,7 +60,7 @@ def check_view(found: Examination) -> CheckView:
     """An examined place; the guest may run meanwhile."""
     place, refusal = place_view(found.place), found.refusal
     best = next((trial.rung for trial in found.rungs if trial.refusal is None), None)
-    answer = f"it can be probed, {best}" if refusal is None else _told(refusal)
+    answer = f"it can be probed, {best}" if refusal is None else refusal.text
     hint = "" if refusal is None else refusal.hint
     if found.insn is None:
         return CheckView(place, answer, hint)
@@ -76,7 +73,7 @@ def check_view(found: Examination) -> CheckView:
         found.insn.raw,
         f"yes: instruction {found.number} of the function, decoded from its start",
         tuple(
-            TrialView(trial.rung, _told(trial.refusal))
+            TrialView(trial.rung, trial.refusal.text)
             if trial.refusal is not None
             else TrialView(trial.rung, str(refusal.reason))
             if refusal is not None
@@ -91,10 +88,6 @@ def check_view(found: Examination) -> CheckView:
             f"can_boost ({kernel.rules}): {'yes' if kernel.boost is None else f'no, {kernel.boost}'}",
         ),
     )
-
-
-def _told(refusal: Refusal) -> str:
-    return f"{refusal.reason}: {refusal.detail}" if refusal.detail else str(refusal.reason)
 
 
 def hit_view(hit: Hit, time: float | None) -> HitView:

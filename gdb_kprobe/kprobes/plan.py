@@ -78,6 +78,8 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
     """The rules of the single-step rung."""
     if Rung.SINGLE_STEP not in facts.rungs:
         return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include single-step")
+    if insn.is_halt:
+        return Refusal(Reason.HALTS, insn.addr, f"{insn} at {insn.addr:#x}")
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import RefusedError
@@ -12,11 +12,10 @@ from gdb_kprobe.kprobes.plan import Trial, can_handle, try_rungs
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAddr
-from gdb_kprobe.session.function_text import FunctionText
+from gdb_kprobe.session.function_text import FunctionText, kprobes_in
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.planner import Planner
-from gdb_kprobe.session.probes import Site
 from gdb_kprobe.x86.decode import Insn
 
 _FTRACE_NOP = bytes.fromhex("0f1f440000")
@@ -48,14 +47,6 @@ class Examination:
     rungs: tuple[Trial, ...]
     tables: tuple[str, ...]
     kernel: KernelVerdict | None
-
-
-def text_of(sites: Iterable[Site]) -> TextMap:
-    """Which bytes of the text are ours, by the armed *sites*."""
-    text = TextMap()
-    for site in sites:
-        text.add(site.plan.patch)
-    return text
 
 
 def examine(
@@ -142,6 +133,5 @@ def _tables(guest: Guest, insn: Insn, place: Place) -> Iterator[str]:
     if place.offset in (0, _ENDBR64_SIZE) and (insn.raw == _FTRACE_NOP or insn.is_relative_call):
         # There is no table of these in memory that says more; README, "Limits".
         yield "ftrace site, by its looks: the function's entry nop or call"
-    for addr, original in guest.own_kprobes().items():
-        if addr < insn.end and insn.addr < addr + max(len(original), 1):
-            yield f"{Reason.GUEST_KPROBE} at {guest.place_of(addr)}"
+    for addr in kprobes_in(guest.own_kprobes(), window):
+        yield f"{Reason.GUEST_KPROBE} at {guest.place_of(addr)}"

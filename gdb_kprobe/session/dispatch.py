@@ -114,7 +114,7 @@ class StubDispatcher:
         trap = self.trap_of(cpu)
         if trap is None or self.site_of(trap) is None:
             return False
-        self._write(cpu, {**trap.saved, "eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
+        self._write(cpu, trap.context)
         return True
 
     def complete(self) -> None:
@@ -142,8 +142,7 @@ class StubDispatcher:
 
     def _hit(self, cpu: CpuId, trap: Trap, site: Site) -> Outcome:
         values = self._machine.read_registers(cpu)
-        values.update(trap.saved)
-        values.update(rip=trap.rip, rsp=trap.rsp, eflags=trap.eflags, cs=trap.cs)
+        values.update(trap.context, cs=trap.cs)
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
         called = self._faulted.pop(key, None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from gdb_kprobe.errors import UnmappedError
 from gdb_kprobe.kprobes.padding import begins_padding, is_fill
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap, recover
-from gdb_kprobe.model import Reason, Refusal, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
 from gdb_kprobe.x86.encoding import MAX_LENGTH
@@ -61,10 +61,9 @@ class FunctionText:
         return None if together is None else Refusal(together.reason, insn.addr, together.detail)
 
     def _guest_kprobe(self, insn: Insn) -> Refusal | None:
-        for addr, original in self.kprobes.items():
-            if addr < insn.end and insn.addr < addr + max(len(original), 1):
-                detail = f"the guest has put one at {self._guest.place_of(addr)}"
-                return Refusal(Reason.GUEST_KPROBE, insn.addr, detail)
+        for addr in kprobes_in(self.kprobes, AddressRange(insn.addr, insn.end)):
+            detail = f"the guest has put one at {self._guest.place_of(addr)}"
+            return Refusal(Reason.GUEST_KPROBE, insn.addr, detail)
         return None
 
     def _is_padding(self, index: int) -> bool:
@@ -116,12 +115,15 @@ class FunctionText:
         return without_kprobes(place.start, text.original(place.start, data), self.kprobes)
 
 
+def kprobes_in(kprobes: Mapping[VirtAddr, bytes], window: AddressRange) -> Iterator[VirtAddr]:
+    """The addresses of those of the guest's own *kprobes* that share a byte with *window*."""
+    for addr, original in kprobes.items():
+        if addr < window.end and window.start < addr + max(len(original), 1):
+            yield addr
+
+
 def without_kprobes(addr: VirtAddr, data: bytes, kprobes: Mapping[VirtAddr, bytes]) -> bytes:
     """*data*, which was read at *addr*, without what the guest's own *kprobes* have overwritten."""
-    end = offset(addr, len(data))
-    patches = [
-        CodePatch(at, original, original)
-        for at, original in kprobes.items()
-        if original and at < end and addr < at + len(original)
-    ]
+    window = AddressRange(addr, offset(addr, len(data)))
+    patches = [CodePatch(at, kprobes[at], kprobes[at]) for at in kprobes_in(kprobes, window) if kprobes[at]]
     return recover(addr, data, patches) if patches else data

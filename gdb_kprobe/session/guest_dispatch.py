@@ -14,7 +14,7 @@ from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import SLOT_HEADER, Slot
 from gdb_kprobe.linux.bp_path import BpPath
 from gdb_kprobe.linux.paging import PageTable
-from gdb_kprobe.model import PAGE_SIZE, AddressRange, Rung, VirtAddr, offset
+from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
 from gdb_kprobe.session.counters import Counter, Counters
 from gdb_kprobe.session.header import Record, RecordKind
 from gdb_kprobe.session.region import Region
@@ -38,10 +38,9 @@ class GuestDispatch:
         self._region = region
         self._memory = memory
         self._bits = (region.header.table.size // code.ENTRY.size).bit_length() - 1
-        self._index: dict[VirtAddr, int] = {}
+        self._addrs: dict[int, VirtAddr] = {}
+        """The table as it is in the guest: probed address by index."""
         self._handlers: dict[VirtAddr, VirtAddr] = {}
-        self._retired_addrs: set[VirtAddr] = set()
-        self._taken: set[int] = set()
         self._clear_table()
         # A breakpoint makes QEMU run the whole page that it is in one instruction at a time: the gate has its own.
         before = -region.slots.high_water % PAGE_SIZE
@@ -99,17 +98,16 @@ class GuestDispatch:
 
     def retire(self, addr: VirtAddr) -> None:
         """The int3 at *addr* is gone. A vCPU that has executed it before takes the original instruction instead."""
-        if addr in self._index:
+        if addr in self._handlers:
             self._set(addr, self._retired)
-            self._retired_addrs.add(addr)
 
     def forget_retired(self) -> None:
         """Take the retired addresses out of the table, if there are many. No vCPU may be on the #BP path."""
-        if 8 * len(self._retired_addrs) < 1 << self._bits:
+        kept = {addr: handler for addr, handler in self._handlers.items() if handler != self._retired}
+        if 8 * (len(self._handlers) - len(kept)) < 1 << self._bits:
             return
-        kept = {addr: self._handlers[addr] for addr in self._index if addr not in self._retired_addrs}
-        for known in (self._index, self._taken, self._retired_addrs, self._handlers):
-            known.clear()
+        self._addrs.clear()
+        self._handlers.clear()
         self._clear_table()
         for addr, handler in kept.items():
             self._set(addr, handler)
@@ -119,28 +117,27 @@ class GuestDispatch:
     def _set(self, addr: VirtAddr, handler: VirtAddr) -> None:
         if self._handlers.get(addr) == handler:
             return
-        self._handlers[addr] = handler
-        self._retired_addrs.discard(addr)
-        index = self._index.get(addr)
-        if index is None:
-            index = self._find_free(addr)
-            self._write_words(index, 8, handler)
+        index = self._find(addr)
+        self._write_words(index, 8, handler)
+        if index not in self._addrs:
             self._write_words(index, 0, addr)
-            self._index[addr] = index
-        else:
-            self._write_words(index, 8, handler)
+            self._addrs[index] = addr
+        self._handlers[addr] = handler
 
-    def _find_free(self, addr: VirtAddr) -> int:
+    def _find(self, addr: VirtAddr) -> int:
+        """The index of *addr*, or of where it is to be entered.
+
+        :raises RegionError: it is not in the table, and the table is full.
+        """
         size = 1 << self._bits
-        if 4 * (len(self._index) + 1) > 3 * size:
+        index = code.table_index(addr, self._bits)
+        while self._addrs.get(index, addr) != addr:
+            index = (index + 1) % size
+        if index not in self._addrs and 4 * (len(self._addrs) + 1) > 3 * size:
             raise RegionError(
-                f"the table of probed addresses is full ({len(self._index)} of {size} entries in use)",
+                f"the table of probed addresses is full ({len(self._addrs)} of {size} entries in use)",
                 "delete probes and let the guest run, or reserve a larger region (region.size in the profile)",
             )
-        index = code.table_index(addr, self._bits)
-        while index in self._taken:
-            index = (index + 1) % size
-        self._taken.add(index)
         return index
 
     def _write_words(self, index: int, at: int, value: int) -> None:
@@ -158,8 +155,7 @@ class GuestDispatch:
                 self._region.memory.write_physical(offset(phys, at), bytes(size))
 
     def _allocate(self, size: int) -> Slot:
-        area = self._region.slots.area
-        slot = self._region.slots.allocate(size, AddressRange(area.start, area.start))
+        slot = self._region.slots.allocate(size)
         if slot is None:
             raise RegionError(
                 f"the region has no room for {size} bytes of code",
@@ -168,5 +164,4 @@ class GuestDispatch:
         return slot
 
     def _write(self, slot: Slot, original: VirtAddr, image: bytes) -> None:
-        found = self._memory.read(slot.start, slot.size)
-        write_verified(self._memory, CodePatch(slot.start, found, slot.image(original, image)))
+        write_verified(self._memory, slot.start, slot.image(original, image))

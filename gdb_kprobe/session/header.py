@@ -264,9 +264,7 @@ def read_header(memory: PhysicalMemory, phys: PhysAddr) -> Header | None:
 
 
 def iter_records(memory: PhysicalMemory, header: Header) -> Iterator[Record]:
-    """All records in use."""
+    """All records in use, in the order to restore them: the hook last, for without it a site's int3 leads nowhere."""
     data = memory.read_physical(offset(header.phys, RECORD_OFFSET), header.records * RECORD_SIZE)
-    for start in range(0, len(data), RECORD_SIZE):
-        record = Record.unpack(data[start : start + RECORD_SIZE])
-        if record is not None:
-            yield record
+    found = (Record.unpack(data[start : start + RECORD_SIZE]) for start in range(0, len(data), RECORD_SIZE))
+    yield from sorted((record for record in found if record is not None), key=lambda record: record.kind)

@@ -13,7 +13,7 @@ All there is to go by is the records in the region and the vCPUs themselves. A v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.header import Header, Record, RecordKind
-from gdb_kprobe.session.traps import FRAME, REGS_BELOW_RETURN, EntryGate, RegionGate, Trap
+from gdb_kprobe.session.traps import FRAME, REGS_BELOW_RETURN, EntryGate, RegionGate
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
@@ -51,14 +51,17 @@ class BpCode:
     """The code that a vCPU runs between an int3 of ours and the slot.
 
     *entry_text* is the guest's part of it, *region* the code area of the region, *gate* where hits stop for the host
-    (0: there is no dispatcher in the guest). *is_ours* tells whether an address is behind an int3 of ours, or where a
-    handler of ours sends the vCPU.
+    (0: there is no dispatcher in the guest). *sites* are the addresses of our int3s.
     """
 
     entry_text: AddressRange
     region: AddressRange
     gate: VirtAddr
-    is_ours: Callable[[int], bool]
+    sites: Container[int]
+
+    def is_ours(self, ip: int) -> bool:
+        """Whether *ip* is behind an int3 of ours, or where a handler of ours sends the vCPU: the start of a slot."""
+        return ip - 1 in self.sites or (ip in self.region and ip % SLOT_ALIGN == SLOT_HEADER)
 
 
 class Trapping(Protocol):
@@ -82,13 +85,7 @@ def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], header:
     known = tuple(records)
     sites = tuple(record for record in known if record.kind is RecordKind.SITE)
     gate = next((record.slot.code for record in known if record.kind is RecordKind.HOOK), VirtAddr(0))
-    ours = {record.patch.addr + 1 for record in sites}
-    code = BpCode(
-        header.entry_text,
-        header.code,
-        gate,
-        lambda ip: ip in ours or (ip in header.code and ip % SLOT_ALIGN == SLOT_HEADER),
-    )
+    code = BpCode(header.entry_text, header.code, gate, frozenset(site.patch.addr for site in sites))
     for cpu in machine.cpus():
         if not _undo_trap(machine, guest, cpu, sites, gate) and not _undo_entry(machine, cpu, sites):
             _complete_step(machine, guest, cpu, sites)
@@ -153,12 +150,8 @@ def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, 
     trap = EntryGate(guest.bp_entry).trap_of(machine, cpu) or RegionGate(gate).trap_of(machine, cpu)
     if trap is None or trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
         return False
-    _undo(machine, cpu, trap)
+    machine.write_registers(cpu, trap.context)
     return True
-
-
-def _undo(machine: Cpus, cpu: CpuId, trap: Trap) -> None:
-    machine.write_registers(cpu, {**trap.saved, "eflags": trap.eflags, "rip": trap.rip, "rsp": trap.rsp})
 
 
 def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
@@ -175,7 +168,7 @@ def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
             if trap is None or trap.rip != site.patch.addr or trap.from_user:
                 continue
             if 0 <= trap.rsp - rsp <= most + _ALIGNMENT:
-                _undo(machine, cpu, trap)
+                machine.write_registers(cpu, trap.context)
                 return True
     machine.write_registers(cpu, {"rip": site.patch.addr})
     return True

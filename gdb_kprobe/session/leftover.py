@@ -83,7 +83,7 @@ def find_leftover(machine: Machine) -> Leftover | None:
     for virt, phys in _mapped_slots(table):
         header = _header_at(machine, virt, phys)
         if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(machine, header):
-            records = tuple(sorted(iter_records(machine, header), key=lambda record: record.kind))
+            records = tuple(iter_records(machine, header))
             armed = any(is_armed(table, record) for record in records)
             return Leftover(header, records, table, entry, gates) if armed else None
     return None

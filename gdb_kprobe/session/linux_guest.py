@@ -129,7 +129,10 @@ class LinuxGuest:
         return rules_of(self.release)
 
     def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
-        return {probe.addr: probe.original for probe in read_guest_kprobes(self.memory, self.kallsyms, self.btf)}
+        if self._kprobes_read is None:
+            found = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
+            self._kprobes_read = {probe.addr: probe.original for probe in found}
+        return self._kprobes_read
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return self._facts.fixup_of(addr)
@@ -185,6 +188,7 @@ class LinuxGuest:
 
     def refresh(self) -> None:
         self.memory.invalidate()
+        self._kprobes_read = None
         self._read_modules()
 
     # -- private ------------------------------------------------------------------------------------------------
@@ -204,6 +208,7 @@ class LinuxGuest:
         self._facts_read = None
 
     _facts_read: TextFacts | None = None
+    _kprobes_read: Mapping[VirtAddr, bytes] | None = None
 
     def _symbol(self, location: Location) -> Symbol:
         what = f"cannot probe {location}"

@@ -52,11 +52,11 @@ class Planner:
 
         :raises RefusedError: a rule says no; the hint names the nearest instruction where none does.
         """
-        self._check_mapped(place)
+        early = self._check_mapped(place)
         function = FunctionText(self._guest, self._text, place)
         try:
-            insn = self._probeable_insn(function)
-            return make_plan(insn, self._facts(insn, needs_post, strategy), self._slots)
+            insn = self._probeable_insn(function, early)
+            return make_plan(insn, self.facts(insn, needs_post=needs_post, strategy=strategy), self._slots)
         except RefusedError as error:
             refusal = error.refusal
             if refusal.reason not in _ANOTHER_PLACE_HELPS:
@@ -64,16 +64,16 @@ class Planner:
             hint = self._nearest(function, needs_post, strategy)
             raise RefusedError(f"cannot probe {place}", replace(refusal, hint=hint)) from error
 
-    def facts(self, insn: Insn, *, needs_post: bool = False) -> Facts:
+    def facts(self, insn: Insn, *, needs_post: bool = False, strategy: Rung | None = None) -> Facts:
         """What the rungs' rules need to know of the place of *insn*."""
-        return self._facts(insn, needs_post, None)
-
-    def _facts(self, insn: Insn, needs_post: bool, strategy: Rung | None) -> Facts:
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
         return Facts(self._guest.fixup_of(insn.addr) is not None, needs_post, rungs, self._kernel_boost)
 
-    def _check_mapped(self, place: Place) -> None:
-        """:raises RefusedError: there is no code at all."""
+    def _check_mapped(self, place: Place) -> Refusal | None:
+        """What the guest says of the place's first byte.
+
+        :raises RefusedError: there is no code at all.
+        """
         early = self._guest.refusal_at(place, 1)
         if early is not None and early.reason not in _ANOTHER_PLACE_HELPS:
             raise RefusedError(f"cannot probe {place}", early)
@@ -82,14 +82,15 @@ class Planner:
             state = "is not mapped" if found is None else "is mapped, but not executable"
             refusal = Refusal(Reason.NOT_EXECUTABLE, place.addr, f"{place.addr:#x} {state}", "probe another function")
             raise RefusedError(f"cannot probe {place}", refusal)
+        return early
 
-    def _probeable_insn(self, function: FunctionText) -> Insn:
+    def _probeable_insn(self, function: FunctionText, refusal: Refusal | None) -> Insn:
         """The kernel's ``can_probe``: decode from the function's start; the address must be a boundary.
 
+        :param refusal: what the guest says of the place's first byte.
         :raises RefusedError: it is not one, or the place is forbidden.
         """
         place = function.place
-        refusal = self._guest.refusal_at(place, 1)
         if refusal is None:
             insns = function.up_to(place.addr)
             index = next((index for index in range(len(insns) - 1, -1, -1) if insns[index].addr == place.addr), None)
@@ -124,11 +125,13 @@ class Planner:
         order = sorted(range(len(insns)), key=lambda index: abs(insns[index].addr - place.addr))
         for index in order:
             insn = insns[index]
-            if function.refusal(index) is None and self._has_rung(insn, self._facts(insn, needs_post, strategy)):
+            if function.refusal(index) is None and self._has_rung(
+                insn, self.facts(insn, needs_post=needs_post, strategy=strategy)
+            ):
                 return f"the nearest instruction that can be probed is {self._guest.place_of(insn.addr)}"
         return f"no instruction of {place.symbol} can be probed: choose another function"
 
     def _has_rung(self, insn: Insn, facts: Facts) -> bool:
         if isinstance(can_handle(insn), Refusal):
             return False
-        return can_boost(insn, facts) is None or (can_single_step(insn, facts) is None and not insn.is_halt)
+        return can_boost(insn, facts) is None or can_single_step(insn, facts) is None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import TargetError, UnmappedError
-from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
-from gdb_kprobe.session.transaction import write_verified
+from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 
@@ -37,8 +36,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
     machine.drop_breakpoints()
-    # The hook last: without it a hit would be an int3 that nobody knows.
-    records = tuple(sorted(iter_records(memory, header), key=lambda record: record.kind))
+    records = tuple(iter_records(memory, header))
     sites = tuple(record for record in records if record.kind is RecordKind.SITE)
     bring_out(machine, guest, records, header)
     armed = sum(is_armed(guest.memory, site) for site in sites)
@@ -76,10 +74,7 @@ def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bo
 
 def is_armed(memory: Memory, record: Record) -> bool:
     """Whether the site holds what we wrote there."""
-    try:
-        return memory.read(record.patch.addr, len(record.patch.new)) == record.patch.new
-    except UnmappedError:
-        return False
+    return holds(memory, record.patch.addr, record.patch.new)
 
 
 def restore_site(memory: Memory, record: Record) -> str | None:
@@ -96,5 +91,5 @@ def restore_site(memory: Memory, record: Record) -> str | None:
             f"{patch.addr:#x} holds {found.hex(' ')}, neither our {patch.new.hex(' ')} "
             f"nor the original {patch.old.hex(' ')}; left alone"
         )
-    write_verified(memory, CodePatch(patch.addr, patch.new, patch.old))
+    write_verified(memory, patch.addr, patch.old)
     return None

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from gdb_kprobe.errors import UnmappedError
-from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
 from gdb_kprobe.session.probes import Probe, Service, Site
 from gdb_kprobe.session.region import Region
-from gdb_kprobe.session.transaction import apply, verify
+from gdb_kprobe.session.transaction import apply, holds, verify
 from gdb_kprobe.session.traps import EntryGate, Gate, RegionGate
 from gdb_kprobe.target.protocols import Breakpoints, Cpus
 
@@ -53,7 +51,8 @@ class Routes:
         self._stopping: set[VirtAddr] = set()
         self._gate_open = False
         self._hooked = False
-        self._lifted = False
+        self.lifted = False
+        """The guest has its own text for as long as it is stopped: the session's sites as well as the hook."""
 
     # -- sites --------------------------------------------------------------------------------------------------
 
@@ -123,9 +122,9 @@ class Routes:
 
     def lift(self) -> None:
         """Give the guest its own #BP path back for as long as it is stopped; no vCPU may be on it."""
-        if self.in_guest is not None and self._hooked and self._holds_hook(self.in_guest):
-            apply(self._memory, [self.in_guest.hook.inverse])
-        self._lifted = True
+        if self.in_guest is not None and self._hooked:
+            self._take_hook_out(self.in_guest)
+        self.lifted = True
 
     def lower(self) -> None:
         """The machine is about to run.
@@ -136,13 +135,13 @@ class Routes:
             self.in_guest.forget_retired()
             if self._hooked:
                 apply(self._memory, [self.in_guest.hook])
-        self._lifted = False
+        self.lifted = False
 
     def step_off(self, cpu: CpuId) -> bool:
         """Step *cpu* off the #BP path, if it is there because of us; ``False`` when it came to the gate."""
         if self.in_guest is None:
             return True
-        code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self._is_ours)
+        code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self._sites)
         return step_off_path(self._machine, cpu, code)
 
     # -- private ------------------------------------------------------------------------------------------------
@@ -171,25 +170,19 @@ class Routes:
         self._region.store.describe_entry_text(in_guest.path.entry_text)
         self._region.store.add(in_guest.hook_record, self._region.slots.high_water)
         self._hooked = True
-        if self._lifted:
+        if self.lifted:
             verify(self._memory, [in_guest.hook])
         else:
             apply(self._memory, [in_guest.hook])
 
     def _unhook(self, in_guest: GuestDispatch) -> None:
-        if not self._lifted:
+        if not self.lifted:
             # Whoever is between our int3 and the hook must not get to the guest's own handler.
             self._bring_out()
-            if self._holds_hook(in_guest):
-                apply(self._memory, [in_guest.hook.inverse])
+            self._take_hook_out(in_guest)
         self._hooked = False
         self._region.store.remove(in_guest.hook.addr)
 
-    def _holds_hook(self, in_guest: GuestDispatch) -> bool:
-        try:
-            return self._memory.read(in_guest.hook.addr, len(in_guest.hook.new)) == in_guest.hook.new
-        except UnmappedError:
-            return False
-
-    def _is_ours(self, ip: int) -> bool:
-        return ip - 1 in self._sites or (ip in self._region.header.code and ip % SLOT_ALIGN == SLOT_HEADER)
+    def _take_hook_out(self, in_guest: GuestDispatch) -> None:
+        if holds(self._memory, in_guest.hook.addr, in_guest.hook.new):
+            apply(self._memory, [in_guest.hook.inverse])

@@ -7,12 +7,12 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError, UnmappedError
-from gdb_kprobe.kprobes.patch import CodePatch, TextMap
+from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError
+from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import ProbeSpec
-from gdb_kprobe.model import AddressRange, Boost, CpuId, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.model import Boost, CpuId, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
@@ -22,7 +22,7 @@ from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.routes import Routes
-from gdb_kprobe.session.transaction import apply, verify, write_verified
+from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
 from gdb_kprobe.target.protocols import Breakpoints, Machine
 
 _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
@@ -73,7 +73,6 @@ class Session:
         self._routes = Routes(
             machine, guest.memory, region, breakpoints, guest.bp_entry, self._sites, self._bring_out, in_guest
         )
-        self._lifted = False
         self._ways: dict[CpuId, Slot] = {}
         self._dispatcher = StubDispatcher(
             machine, guest, self._sites, self._tell, self._way_to, self._routes.gate, interruptible
@@ -115,8 +114,7 @@ class Session:
         self._look()
         added: list[Probe] = []
         refused: list[tuple[Probe, KprobeError]] = []
-        # The text is not ours while the machine is stopped for the user, and nothing else that is written is in use.
-        with self.region.memory.batch() if self._lifted else contextlib.nullcontext():
+        with self._batch():
             try:
                 for done, probe in enumerate(probes):
                     progress(done)
@@ -153,9 +151,14 @@ class Session:
     def delete_many(self, probes: Iterable[Probe]) -> None:
         """Take *probes* away."""
         self._look()
-        with self.region.memory.batch() if self._lifted else contextlib.nullcontext():
+        with self._batch():
             for probe in probes:
                 self._delete(probe)
+
+    @property
+    def text(self) -> TextMap:
+        """Which bytes of the guest's text are ours."""
+        return self._text
 
     def site_of(self, probe: Probe) -> Site | None:
         """The site of *probe*; ``None`` when it has none (yet, or any more)."""
@@ -220,26 +223,24 @@ class Session:
         So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
         step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
         """
-        if not self._lifted:
+        if not self._routes.lifted:
             with self.region.memory.batch():
                 for site in self.armed_sites():
                     if self._holds_ours(site):
                         apply(self.guest.memory, [site.plan.patch.inverse])
             self._routes.lift()
-            self._lifted = True
 
     def lower(self) -> tuple[str, ...]:
         """Patch the text of all armed sites, before the machine runs; returns what could not be, and why.
 
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
-        if not self._lifted:
+        if not self._routes.lifted:
             return ()
         self._check_boot()
         problems: list[str] = []
         self._serve_all()
         self._routes.lower()
-        self._lifted = False
         with self.region.memory.batch():
             for site in self.armed_sites():
                 try:
@@ -261,7 +262,7 @@ class Session:
         problems: list[str] = []
         self._dispatcher.complete()
         self._bring_out()
-        was_lifted = self._lifted
+        was_lifted = self._routes.lifted
         # All text first, and only then what tells of it.
         try:
             self.lift()
@@ -286,7 +287,6 @@ class Session:
         if still_armed:
             if not was_lifted:
                 self._routes.lower()
-                self._lifted = False
             return Detached(restored, False, tuple(problems), still_armed)
         self._routes.tidy()
         for probe in self.probes:
@@ -342,16 +342,10 @@ class Session:
         if self.guest.owner_of(site.addr) != site.owner:
             return True
         patch = site.plan.patch
-        return site.armed and not self._holds(site.addr, patch.old if self._lifted else patch.new)
+        return site.armed and not holds(self.guest.memory, site.addr, patch.old if self._routes.lifted else patch.new)
 
     def _holds_ours(self, site: Site) -> bool:
-        return self._holds(site.addr, site.plan.patch.new)
-
-    def _holds(self, addr: VirtAddr, text: bytes) -> bool:
-        try:
-            return self.guest.memory.read(addr, len(text)) == text
-        except UnmappedError:
-            return False
+        return holds(self.guest.memory, site.addr, site.plan.patch.new)
 
     def _forget(self, site: Site) -> None:
         """Drop *site* and write nothing to its text: it belongs to somebody else now."""
@@ -365,6 +359,13 @@ class Session:
         self._routes.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
+
+    def _batch(self) -> contextlib.AbstractContextManager[None]:
+        """Around changes to many sites.
+
+        While the machine is stopped for the user the text is not ours, and nothing else that is written is in use.
+        """
+        return self.region.memory.batch() if self._routes.lifted else contextlib.nullcontext()
 
     def _add(self, probe: Probe, strategy: Rung | None) -> None:
         place = self.guest.resolve(probe.spec.location)
@@ -509,8 +510,7 @@ class Session:
             undo.callback(self._unwatch_fixup, site)
             self.region.store.add(Record(plan.patch, plan.slot, plan.rung), self.region.slots.high_water)
             undo.callback(self.region.store.remove, site.addr)
-            found = self.guest.memory.read(plan.slot.start, plan.slot.size)
-            write_verified(self.guest.memory, CodePatch(plan.slot.start, found, plan.slot_image))
+            write_verified(self.guest.memory, plan.slot.start, plan.slot_image)
             undo.callback(self._routes.tidy)
             undo.callback(self._routes.close, site)
             self._routes.open(site)
@@ -519,7 +519,7 @@ class Session:
             self._text.add(plan.patch)
             site.armed = True
             undo.callback(self._mark_disarmed, site, keep_record=True)
-            if self._lifted:
+            if self._routes.lifted:
                 verify(self.guest.memory, [plan.patch])
             else:
                 apply(self.guest.memory, [plan.patch])
@@ -595,14 +595,12 @@ class Session:
             return addr
         slot = self._ways.get(cpu)
         if slot is None:
-            area = self.region.slots.area
-            slot = self.region.slots.allocate(len(_JMP_QWORD) + 8, AddressRange(area.start, area.start))
+            slot = self.region.slots.allocate(len(_JMP_QWORD) + 8)
             if slot is None:
                 return addr
             self._ways[cpu] = slot
-        found = self.guest.memory.read(slot.start, slot.size)
         image = slot.image(addr, _JMP_QWORD + addr.to_bytes(8, "little"))
-        write_verified(self.guest.memory, CodePatch(slot.start, found, image))
+        write_verified(self.guest.memory, slot.start, image)
         return slot.code
 
     def _unmap_if_unused(self) -> bool:

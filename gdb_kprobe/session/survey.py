@@ -10,7 +10,7 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.survey import Piece, Survey, Surveyor
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Boost, Reason, VirtAddr
-from gdb_kprobe.session.function_text import without_kprobes
+from gdb_kprobe.session.function_text import kprobes_in, without_kprobes
 from gdb_kprobe.session.linux_guest import LinuxGuest
 
 Progress = Callable[[int, int], None]
@@ -92,11 +92,8 @@ def _piece(snapshot: Snapshot, addr: VirtAddr, code: bytes) -> Piece:
     if rule is not None:
         return Piece(addr, code, rule=rule.reason)
     sites += [(site.addr, site.size, site.reason) for site in facts.sites_in(window)]
-    sites += [
-        (at, max(len(original), 1), Reason.GUEST_KPROBE)
-        for at, original in snapshot.kprobes.items()
-        if at in window or window.start in AddressRange(at, VirtAddr(at + len(original)))
-    ]
+    kprobes = snapshot.kprobes
+    sites += [(at, max(len(kprobes[at]), 1), Reason.GUEST_KPROBE) for at in kprobes_in(kprobes, window)]
     table = facts.tables.ex_table
     return Piece(addr, code, None, sites, table[bisect_left(table, addr) : bisect_left(table, window.end)])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gdb_kprobe.errors import StaleTextError, TargetError
+from gdb_kprobe.errors import StaleTextError, TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import Memory, PhysicalMemory
 
 
@@ -21,7 +21,7 @@ def apply(memory: Memory, patches: Sequence[CodePatch]) -> None:
     try:
         for patch in patches:
             written.append(patch)
-            write_verified(memory, patch)
+            write_verified(memory, patch.addr, patch.new)
     except BaseException:
         for patch in reversed(written):
             memory.write(patch.addr, patch.old)
@@ -39,16 +39,24 @@ def verify(memory: Memory, patches: Sequence[CodePatch]) -> None:
             raise StaleTextError(patch.addr, patch.old, found)
 
 
-def write_verified(memory: Memory, patch: CodePatch) -> None:
-    """Write ``new`` and read it back.
+def holds(memory: Memory, addr: VirtAddr, data: bytes) -> bool:
+    """Whether *data* is at *addr*; what is not mapped holds nothing."""
+    try:
+        return memory.read(addr, len(data)) == data
+    except UnmappedError:
+        return False
+
+
+def write_verified(memory: Memory, addr: VirtAddr, data: bytes) -> None:
+    """Write *data*, over whatever is there, and read it back.
 
     :raises TargetError: the guest holds something else afterwards.
     """
-    memory.write(patch.addr, patch.new)
-    found = memory.read(patch.addr, len(patch.new))
-    if found != patch.new:
+    memory.write(addr, data)
+    found = memory.read(addr, len(data))
+    if found != data:
         raise TargetError(
-            f"wrote {patch.new.hex(' ')} at {patch.addr:#x}, but the guest holds {found.hex(' ')}",
+            f"wrote {data.hex(' ')} at {addr:#x}, but the guest holds {found.hex(' ')}",
             "is the page RAM? a ROM or device page cannot be probed",
         )
 

@@ -38,6 +38,11 @@ class Trap:
     def from_user(self) -> bool:
         return bool(self.cs & 3)
 
+    @property
+    def context(self) -> dict[str, int]:
+        """What undoes the exception, in the order to write it: RSP, by which the trap can still be found, is last."""
+        return {**self.saved, "eflags": self.eflags, "rip": self.rip, "rsp": self.rsp}
+
 
 class Gate(Protocol):
     """The one address at which int3s stop for the host."""

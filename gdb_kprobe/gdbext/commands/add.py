@@ -6,17 +6,17 @@ import re
 import time
 from collections import Counter
 
-import gdb
-
 from gdb_kprobe.errors import KprobeError, NameTakenError, RefusedError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
-from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.gdbext.commands.base import Command, Progress, write
 from gdb_kprobe.gdbext.signals import interruptible
 
 _PATTERN = re.compile(r"(?:\w+:)?[\w.]*[*?\[][\w.*?\[\]!-]*")
 _MANY = 2000
 """From that many functions on, progress is shown."""
+_HEAR_EVERY = 64
+"""Functions between two looks for a Ctrl-C."""
 
 
 class Add(Command):
@@ -80,7 +80,16 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
 def add_matching(pattern: str) -> None:
     """Add probes at the functions that match, and say what became of them."""
     started = time.monotonic()
-    armed, refused = api.add_matching(pattern, _Progress())
+    tell = Progress(lambda done, of: f"{done} of {of} functions")
+
+    def progress(done: int, of: int) -> None:
+        if done % _HEAR_EVERY == 0:
+            with interruptible():  # a Ctrl-C that came meanwhile is raised here
+                pass
+        if of >= _MANY:
+            tell(done, of)
+
+    armed, refused = api.add_matching(pattern, progress)
     taken = time.monotonic() - started
     each = taken * 1000 / (len(armed) + len(refused))
     write(f"{len(armed)} of {len(armed) + len(refused)} functions armed in {taken:.1f} s ({each:.2f} ms each).")
@@ -97,22 +106,6 @@ def _reason(error: KprobeError) -> str:
             return "a probe of that name is there already"
         case _:
             return error.message.split(":")[0]
-
-
-class _Progress:
-    """Tells every tenth, and hears a Ctrl-C."""
-
-    def __init__(self) -> None:
-        self._told = 0
-
-    def __call__(self, done: int, of: int) -> None:
-        if done % 64 == 0:
-            with interruptible():
-                pass
-        if of >= _MANY and done * 10 // of > self._told:
-            self._told = done * 10 // of
-            write(f"{done} of {of} functions")
-            gdb.flush()
 
 
 def register() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NoReturn
 
 import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext.errors import user_errors
+
+_TENTH = 10
+"""Percent."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -37,6 +41,21 @@ class Command(gdb.Command):
     def run(self, argument: str) -> None:
         """Do the work; errors are :class:`~gdb_kprobe.errors.KprobeError`."""
         raise NotImplementedError
+
+
+class Progress:
+    """Tells every tenth of something long, but for the last; *line* makes the text of how much of how much is done."""
+
+    def __init__(self, line: Callable[[int, int], str]) -> None:
+        self._line = line
+        self._told = 0
+
+    def __call__(self, done: int, of: int) -> None:
+        percent = done * 100 // of
+        if self._told + _TENTH <= percent < 100:
+            self._told = percent
+            write(self._line(done, of))
+            gdb.flush()
 
 
 def write(text: str) -> None:

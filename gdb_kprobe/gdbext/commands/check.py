@@ -6,22 +6,18 @@ import json
 import shlex
 from pathlib import Path
 
-import gdb
-
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
-from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, write
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.render.check import check, survey
-from gdb_kprobe.session.check import examine, text_of
+from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.survey import survey as classify
 from gdb_kprobe.session.survey import take_snapshot
-
-_TOLD_PERCENT = 10
 
 
 class Check(Command):
@@ -60,9 +56,7 @@ def _one(place: str) -> None:
     location = parse_definition(f"p {place}").location
     session, policy = link.session, link.profile.policy
     with link.stopped():
-        found = examine(
-            session.guest, text_of(session.armed_sites()), session.region.slots, location, policy.rungs, policy.boost
-        )
+        found = examine(session.guest, session.text, session.region.slots, location, policy.rungs, policy.boost)
     write(check(check_view(found)))
 
 
@@ -74,24 +68,13 @@ def _all(file: Path | None) -> None:
         raise KprobeError("only a Linux guest says what its text is", "'kprobe check SYMBOL' checks one place")
     with link.stopped():
         guest.refresh()
-        snapshot = take_snapshot(guest, text_of(session.armed_sites()))
+        snapshot = take_snapshot(guest, session.text)
+    progress = Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text")
     with interruptible():
-        found = classify(guest, snapshot, session.region.slots.area, boost, _Progress())
+        found = classify(guest, snapshot, session.region.slots.area, boost, progress)
     write(survey(found, guest.description, guest.boost_rules))
     if file is not None:
         file.expanduser().write_text(json.dumps(found.as_json(guest.release), indent=2) + "\n")
-
-
-class _Progress:
-    def __init__(self) -> None:
-        self._told = 0
-
-    def __call__(self, done: int, of: int) -> None:
-        percent = done * 100 // of
-        if percent >= self._told + _TOLD_PERCENT and percent < 100:
-            self._told = percent
-            write(f"{percent} % of {of >> 20} MiB of text")
-            gdb.flush()
 
 
 def register() -> None:

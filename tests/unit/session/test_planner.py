@@ -10,7 +10,7 @@ from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import Boost, Reason, Refusal, Rung, VirtAddr
-from gdb_kprobe.session.check import examine, text_of
+from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.function_text import FunctionText, without_kprobes
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
@@ -83,7 +83,7 @@ def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Any) -> 
     toy.add("f_push")
     used = toy.region.slots.used
     location = parse_definition("p f_push+1").location
-    found = examine(toy.guest, text_of(toy.session.armed_sites()), toy.region.slots, location, RUNGS, Boost.RELOCATE)
+    found = examine(toy.guest, toy.session.text, toy.region.slots, location, RUNGS, Boost.RELOCATE)
     assert (str(found.insn), found.number, found.family) == ("mov rbp, rsp", 2, "plain")
     assert found.refusal is None
     assert [(trial.rung, trial.refusal is None) for trial in found.rungs] == [
