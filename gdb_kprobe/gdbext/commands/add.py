@@ -44,13 +44,10 @@ class Add(Command):
             enabled, argument = False, argument.split(maxsplit=1)[1] if " " in argument else ""
         if not argument:
             raise KprobeError("kprobe add: where? nothing was given", "'help kprobe add' has an example")
-        if argument == "--all-functions" and enabled:
-            add_matching("*")
-            return
-        if argument.split()[0].startswith("--"):
+        pattern = "*" if argument == "--all-functions" else argument.strip("'\"")
+        if pattern.startswith("--"):
             hint = "--disabled and --all-functions are known, one of them"
             raise KprobeError(f"kprobe add: unknown option {argument.split()[0]}", hint)
-        pattern = argument.strip("'\"")
         if _PATTERN.fullmatch(pattern):
             if not enabled:
                 raise KprobeError("kprobe add: --disabled is for one probe", "'kprobe disable' afterwards")

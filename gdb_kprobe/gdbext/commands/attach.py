@@ -21,8 +21,8 @@ class Attach(Command):
     modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
     added before are armed. Probes that an earlier gdb left behind are restored first.
     With --wait a guest that is still booting runs until its kernel is up.
-    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, with a condition
-    or under 'kprobe trace' stops the machine. With --dispatch stub every hit does.
+    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, with a condition,
+    on the single-step rung, or under 'kprobe trace' stops the machine. With --dispatch stub every hit does.
 
     Example:
       kprobe attach debian"""
@@ -32,7 +32,7 @@ class Attach(Command):
 
         parser = ArgumentParser("attach")
         parser.add_argument("--wait", action="store_true")
-        parser.add_argument("--dispatch", type=Dispatch, default=Dispatch.AUTO, choices=list(Dispatch))
+        parser.add_argument("--dispatch", default=str(Dispatch.AUTO), choices=[str(choice) for choice in Dispatch])
         parser.add_argument("profile", nargs="?")
         args = parser.parse_args(gdb.string_to_argv(argument))
         the_plugin = plugin.the_plugin()
@@ -40,7 +40,7 @@ class Attach(Command):
         started = time.monotonic()
         if args.wait:
             wait_for_kernel(profile)
-        attached, refused = the_plugin.attach(profile, args.dispatch)
+        attached, refused = the_plugin.attach(profile, Dispatch(args.dispatch))
         for message in attached.messages:
             write(f"kprobe: {message}.")
         session = attached.session

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
+
+import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
@@ -39,9 +40,11 @@ class Check(Command):
         parser.add_argument("place", nargs="?")
         parser.add_argument("--all", action="store_true")
         parser.add_argument("--json", type=Path)
-        options = parser.parse_args(shlex.split(argument))
-        if options.all == (options.place is not None) or (options.json is not None and not options.all):
+        options = parser.parse_args(gdb.string_to_argv(argument))
+        if options.all == (options.place is not None):
             raise KprobeError("kprobe check: one place, or --all?", "for example: kprobe check vfs_read+5")
+        if options.json is not None and not options.all:
+            raise KprobeError("kprobe check: --json is for --all", "leave it out, or check all: --all --json FILE")
         if options.all:
             _all(options.json)
         else:
