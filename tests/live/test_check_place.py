@@ -105,7 +105,7 @@ def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
     [
         ("kprobe check", "one place, or --all?", "kprobe check vfs_read+5"),
         ("kprobe check vfs_read --all", "one place, or --all?", "kprobe check vfs_read+5"),
-        ("kprobe check vfs_read --json x", "one place, or --all?", "kprobe check vfs_read+5"),
+        ("kprobe check vfs_read --json x", "--json is for --all", "--all --json FILE"),
         ("kprobe check vfs_raed", "no such symbol: vfs_raed is not in kallsyms", "did you mean vfs_read"),
         ("kprobe check jiffies", "not kernel text: jiffies is data", "name a function"),
         ("kprobe check vfs_read+0x10000", "offset is outside the symbol", "offsets 0 to 0x"),
