@@ -11,7 +11,7 @@ from pathlib import Path
 import gdb
 
 from gdb_kprobe.config.load import find_profile, load_profile
-from gdb_kprobe.config.profile import Profile
+from gdb_kprobe.config.profile import Profile, SharedMemory
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
@@ -23,7 +23,10 @@ from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
+from gdb_kprobe.target.process_memory import find_process_memory
+from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import is_served
+from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub
 
 _MOVING_REGISTERS = (7, 16)
@@ -53,6 +56,35 @@ class Link:
         assert self.attached is not None
         session: Session = self.attached.session
         return session
+
+    @property
+    def memory(self) -> RamView:
+        """The session's view of the guest's memory."""
+        assert self.attached is not None
+        return self.attached.memory
+
+    def open_data_plane(self) -> None:
+        """Find a way to read the region while the machine runs. It must be stopped now.
+
+        That there is none is no error: :attr:`RamView.not_live` says why, and all is read at stops.
+        """
+        region = self.session.region.header
+        if self.profile.shared_memory is SharedMemory.OFF:
+            self.memory.not_live = "the profile says shared_memory: off"
+        elif self.memory.live(region.phys, region.size) is None:
+            pids = () if self.descriptor is None else peer_processes(self.descriptor)
+            try:
+                self.memory.use_process(find_process_memory(self.stub, pids, region.phys, region.size))
+            except ConnectionLostError:
+                raise
+            except TargetError as error:
+                self.memory.not_live = error.message
+
+    def data_plane(self) -> str:
+        """Where the region's data is read from, for the user."""
+        region = self.session.region.header
+        live = self.memory.live(region.phys, region.size)
+        return f"only at stops ({self.memory.not_live})" if live is None else live.name
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
@@ -141,6 +173,7 @@ class Plugin:
         try:
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch)
+                link.open_data_plane()
                 link.session.lift()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
@@ -177,6 +210,7 @@ class Plugin:
             )
         self.link = None
         link.interrupts.close()
+        link.memory.close()
         return done
 
     def drop(self, link: Link) -> None:
@@ -184,6 +218,7 @@ class Plugin:
         self.link = None
         link.breakpoints.remove(link.session.gate)
         link.interrupts.close()
+        link.memory.close()
         for probe in link.session.probes:
             probe.place, probe.gone, probe.counter = None, False, None
             self.pending.append(probe)
@@ -354,6 +389,7 @@ class Plugin:
         link, self.link = self.link, None
         assert link is not None
         link.interrupts.close()
+        link.memory.close()
         if link.descriptor is not None:
             cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)

@@ -26,12 +26,16 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A session, what was found on the way (*messages*, for the user), and how long it took in seconds."""
+    """A session, what was found on the way (*messages*, for the user), and how long it took in seconds.
+
+    *memory* is the session's own view of the guest's memory.
+    """
 
     session: Session
     guest: LinuxGuest | BareGuest
     messages: tuple[str, ...]
     seconds: float
+    memory: RamView
 
 
 def attach(
@@ -58,7 +62,7 @@ def attach(
         policy = profile.policy
         session = Session(machine, guest, region, breakpoints, policy.rungs, interruptible, in_guest, policy.boost)
         undo.pop_all()
-    return Attached(session, guest, tuple(messages), time.monotonic() - started)
+    return Attached(session, guest, tuple(messages), time.monotonic() - started, memory)
 
 
 def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:

@@ -1,4 +1,4 @@
-"""Guest RAM through the file that backs it, for reading in bulk and while the guest runs.
+"""Guest RAM through the file that backs it, for reading in bulk and while the guest runs; and all ways to it as one.
 
 Only ever for data. Text is written through the stub: a write past QEMU's back leaves old translated code running
 (docs/architecture.md, "memory").
@@ -17,6 +17,7 @@ from typing import Self
 
 from gdb_kprobe.errors import TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr
+from gdb_kprobe.target.process_memory import ProcessMemory
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 _GRAIN = 8
@@ -77,6 +78,11 @@ class SharedRam:
     def covers(self, addr: PhysAddr, size: int) -> bool:
         return self._block(addr, size) is not None
 
+    @property
+    def name(self) -> str:
+        """For the user."""
+        return f"shared memory ({', '.join(sorted(self._files))})"
+
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         block = self._block(addr, size)
         if block is None:
@@ -93,12 +99,30 @@ class SharedRam:
 
 
 class RamView:
-    """Reads from the shared file where it covers the address, all else through the stub."""
+    """Reads from the shared file, or from QEMU's process, where one covers the address; all else through the stub."""
 
     def __init__(self, stub: PhysicalMemory, shared: SharedRam | None) -> None:
         self._stub = stub
         self._shared = shared
+        self._process: ProcessMemory | None = None
         self._batch: _Batch | None = None
+        self.not_live = "QEMU does not share its memory"
+        """Why what is not live is not; for the user."""
+
+    def use_process(self, process: ProcessMemory) -> None:
+        """Read what *process* covers from it. When it has ended, the stub is asked again."""
+        self._process = process
+
+    def live(self, addr: PhysAddr, size: int) -> SharedRam | ProcessMemory | None:
+        """Where these bytes can be read from while the machine runs; ``None``: only through the stub, when stopped."""
+        ways = (self._shared, self._process)
+        return next((way for way in ways if way is not None and way.covers(addr, size)), None)
+
+    def close(self) -> None:
+        """Give the process's memory back; then the stub is asked."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         return self._read(addr, size) if self._batch is None else self._batch.read(addr, size)
@@ -123,9 +147,17 @@ class RamView:
             self._flush(batch)
 
     def _read(self, addr: PhysAddr, size: int) -> bytes:
-        if self._shared is not None and self._shared.covers(addr, size):
-            return self._shared.read_physical(addr, size)
-        return self._stub.read_physical(addr, size)
+        way = self.live(addr, size)
+        if way is None:
+            return self._stub.read_physical(addr, size)
+        try:
+            return way.read_physical(addr, size)
+        except TargetError as error:
+            if way is not self._process:
+                raise
+            self.not_live = error.message
+            self.close()
+            return self._stub.read_physical(addr, size)
 
     def _flush(self, batch: _Batch) -> None:
         with self._stub.batch():

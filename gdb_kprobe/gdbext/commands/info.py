@@ -46,6 +46,7 @@ class Info(Command):
         )
         write(f"#BP entry:  {entry}, {how}")
         write(f"region:     {header.size >> 20} MiB at {header.virt:#x} (physical {header.phys:#x})")
+        write(f"counters:   {link.data_plane()}")
         write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
         write(f"probes:     {len(session.probes)}, {len(session.armed_sites())} site(s) armed")
 
