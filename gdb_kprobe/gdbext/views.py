@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.render.check import CheckView, TrialView
+from gdb_kprobe.render.stats import RateView, StatsRow, StatsView
 from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, PlaceView, PlanView, ProbeView
 from gdb_kprobe.session.check import Examination
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.session.stats import Reading, changes
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
 
 
@@ -32,6 +36,19 @@ def probe_view(probe: Probe) -> ProbeView:
         probe.gone,
         str(probe.spec),
     )
+
+
+def stats_view(probes: Sequence[Probe], before: Reading | None, after: Reading, top: int | None) -> StatsView:
+    """What *probes* had counted at *after*, and since *before*, if there is such a reading."""
+    change = None if before is None else changes(before, after)
+    rows: list[StatsRow] = []
+    for probe in probes:
+        count = after.counts[probe.name]
+        place = None if probe.place is None else place_view(probe.place)
+        view = ProbeView(probe.name, place, None, count.hits, count.missed, probe.enabled, probe.gone)
+        rate = None if change is None else change[probe.name]
+        rows.append(StatsRow(view, None if rate is None else RateView(rate.hits, rate.missed, rate.rate)))
+    return StatsView(tuple(rows), None if before is None else after.moment - before.moment, top)
 
 
 def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:

@@ -14,6 +14,7 @@ from gdb_kprobe.gdbext.commands import (
     mi,
     plan,
     prefix,
+    stats,
     symbols,
     trace,
 )
@@ -21,5 +22,5 @@ from gdb_kprobe.gdbext.commands import (
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
-    for module in (prefix, attach, detach, add, list_, info, plan, check, enable, delete, trace, symbols, mi):
+    for module in (prefix, attach, detach, add, list_, info, plan, check, enable, delete, trace, stats, symbols, mi):
         module.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import gdb
 
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.errors import user_errors
+from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
 from gdb_kprobe.gdbext.views import plan_view
+from gdb_kprobe.render.stats import StatsView, as_data
 from gdb_kprobe.session.probes import Probe, State
 
 
@@ -92,6 +95,27 @@ def _switch(argv: list[str], enabled: bool) -> dict[str, Any]:
     return {"probes": [_probe(probe) for probe in found]}
 
 
+def _stats(argv: list[str]) -> dict[str, Any]:
+    args = parser("stats").parse_args(argv)
+    link = plugin.the_plugin().need_link()
+    probes = wanted(args.names)
+    check_arguments(args)
+    views: list[StatsView] = []
+    if args.interval is None:
+        views.append(totals(link, probes, args.top))
+    else:
+        with contextlib.suppress(KeyboardInterrupt):  # then those that there are
+            views.extend(samples(link, probes, args.interval, args.count or 1, args.top))
+    return {"tables": [_strings(as_data(view)) for view in views]}
+
+
+def _strings(value: object) -> Any:
+    """*value* with its numbers as text: of a dictionary gdb takes nothing else."""
+    if isinstance(value, dict):
+        return {key: _strings(item) for key, item in value.items()}
+    return [_strings(item) for item in value] if isinstance(value, list) else str(value)
+
+
 class _MiCommand(gdb.MICommand):
     def __init__(self, name: str, function: Callable[[list[str]], dict[str, Any]]) -> None:
         super().__init__(f"-kprobe-{name}")
@@ -112,5 +136,6 @@ def register() -> None:
         ("delete", _delete),
         ("enable", _enable),
         ("disable", _disable),
+        ("stats", _stats),
     ):
         _MiCommand(name, function)

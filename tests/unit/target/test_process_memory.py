@@ -167,7 +167,7 @@ def test_memory_in_two_pieces_is_refused() -> None:
 
 def test_what_is_no_ram_is_refused_in_qemus_words() -> None:
     answer = "Memory at address 0x10000000 is not RAM\r\n"
-    with pytest.raises(TargetError, match="Memory at address 0x10000000 is not RAM$"):
+    with pytest.raises(TargetError, match=r"Memory at address 0x10000000 is not RAM$"):
         find_process_memory(Machine(answer, 0), [1], START, SIZE)
 
 

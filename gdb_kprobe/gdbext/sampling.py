@@ -1,0 +1,136 @@
+"""Reading what probes have counted, at stops and while the guest runs: for ``kprobe stats`` and its twins."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import gdb
+
+from gdb_kprobe.errors import GuestStateError, KprobeError, TargetError
+from gdb_kprobe.gdbext import api
+from gdb_kprobe.gdbext.commands.base import ArgumentParser
+from gdb_kprobe.gdbext.plugin import Link
+from gdb_kprobe.gdbext.signals import interruptible
+from gdb_kprobe.gdbext.views import stats_view
+from gdb_kprobe.render.stats import StatsView
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.stats import Reading, read_counts
+
+_BACKING = "start QEMU with its RAM in a file (README, 'Your own QEMU')"
+
+
+def parser(command: str) -> ArgumentParser:
+    """The arguments that the command and its MI twin have in common."""
+    made = ArgumentParser(command)
+    made.add_argument("--interval", type=_seconds)
+    made.add_argument("--count", type=_count)
+    made.add_argument("--top", type=_count)
+    made.add_argument("names", nargs="*", metavar="NAME")
+    return made
+
+
+def check_arguments(args: argparse.Namespace, *, live: bool = False) -> None:
+    """:raises KprobeError: *args* of :func:`parser` say how many tables, and not how far apart."""
+    if args.count is not None and args.interval is None and not live:
+        raise KprobeError("kprobe stats: --count needs an interval", "for example: --interval 1 --count 5")
+
+
+def wanted(names: Sequence[str]) -> tuple[Probe, ...]:
+    """The probes of *names*; all where none is named.
+
+    :raises KprobeError: there is none of such a name, or none at all.
+    """
+    found = api.named(" ".join(names), "kprobe stats") if names else api.probes()
+    if not found:
+        raise KprobeError("kprobe stats: there are no probes", "'kprobe add SYMBOL' first")
+    return found
+
+
+def is_running() -> bool:
+    """Whether the guest runs, as far as gdb knows."""
+    return any(thread.is_running() for thread in gdb.selected_inferior().threads())
+
+
+def read(link: Link, probes: Sequence[Probe]) -> Reading:
+    """What *probes* have counted, now.
+
+    :raises GuestStateError: the guest runs, and its counters cannot be read meanwhile.
+    """
+    session = link.session
+    if not is_running():
+        with link.stopped():
+            return read_counts(session.region.memory, session.region.header, probes)
+    need_live(link, probes)
+    try:
+        return read_counts(session.region.memory, session.region.header, probes)
+    except TargetError as error:
+        need_live(link, probes)  # it may have been lost just now: this says why
+        raise GuestStateError(f"the counters cannot be read: {error.message}", "interrupt the guest first") from error
+
+
+def need_live(link: Link, probes: Sequence[Probe]) -> None:
+    """Have the counters of *probes* readable while the guest runs.
+
+    :raises GuestStateError: they are not; says why.
+    """
+    region = link.session.region.header
+    counted = any(probe.counter is not None for probe in probes)
+    if counted and link.memory.live(region.phys, region.size) is None:
+        raise GuestStateError(
+            f"the counters cannot be read while the guest runs: {link.memory.not_live}",
+            f"interrupt the guest, then 'kprobe stats' shows the totals; or {_BACKING}",
+        )
+
+
+def totals(link: Link, probes: Sequence[Probe], top: int | None) -> StatsView:
+    """What *probes* have counted since they were added."""
+    return stats_view(probes, None, read(link, probes), top)
+
+
+def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, top: int | None) -> Iterator[StatsView]:
+    """*count* times what *probes* have counted in *interval* seconds, of a guest that runs in the background.
+
+    gdb waits meanwhile. A Ctrl-C is a KeyboardInterrupt, and the guest runs on.
+
+    :raises GuestStateError: it does not run, or there are hits that gdb would have to handle.
+    """
+    if not is_running():
+        raise GuestStateError(
+            "the guest is stopped: nothing is hit meanwhile",
+            "'kprobe stats --live' lets it run; or 'continue &' first; without --interval the totals are shown",
+        )
+    handled = [site for site in link.session.armed_sites() if site.service is None or site.service.stops]
+    if handled:
+        place = link.session.guest.place_of(handled[0].addr)
+        raise GuestStateError(
+            f"hits of {place} are handled by gdb, which cannot do so while it waits here",
+            "interrupt the guest, then 'kprobe stats --live'; or leave --interval away",
+        )
+    before = read(link, probes)
+    due = before.moment
+    for _ in range(count):
+        due += interval
+        with interruptible():
+            time.sleep(max(0.0, due - time.monotonic()))
+        after = read(link, probes)
+        yield stats_view(probes, before, after, top)
+        before = after
+        if link.interrupts.overdue:
+            return  # a Ctrl-C came in a moment in which it asks for a stop
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 0 < value <= 86400):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds: give one above 0, at most a day")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count: give a number from 1")
+    return value

@@ -1,0 +1,86 @@
+"""What all probes have counted at one moment, and how fast they count; also while the guest runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.session.counters import SIZE, Counter
+from gdb_kprobe.session.header import Header
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.target.protocols import PhysicalMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What one probe has counted since it was added."""
+
+    hits: int
+    missed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The counts of probes by name, at *moment* (``time.monotonic()``, in seconds)."""
+
+    moment: float
+    counts: dict[str, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one probe has counted between two readings, and a second of it."""
+
+    total: Count
+    hits: int
+    missed: int
+    rate: float
+    """Hits a second."""
+
+
+def read_counts(memory: PhysicalMemory, header: Header, probes: Sequence[Probe]) -> Reading:
+    """Read what *probes* have counted.
+
+    Those that the guest counts are read in one piece, from the first to the last: at the same moment, however many.
+
+    :raises TargetError: the machine runs, and its memory cannot be read meanwhile.
+    """
+    counters = [probe.counter for probe in probes if probe.counter is not None]
+    start = min((counter.addr for counter in counters), default=VirtAddr(0))
+    end = max((counter.addr + SIZE for counter in counters), default=0)
+    data = memory.read_physical(header.physical(start), end - start) if counters else b""
+    moment = time.monotonic()
+
+    def word(addr: VirtAddr) -> int:
+        return int.from_bytes(data[addr - start : addr - start + 8], "little")
+
+    def in_guest(counter: Counter | None) -> tuple[int, int]:
+        return (0, 0) if counter is None else (word(counter.addr), word(counter.missed_addr))
+
+    counts: dict[str, Count] = {}
+    for probe in probes:
+        hits, missed = in_guest(probe.counter)
+        counts[probe.name] = Count(probe.seen + hits, probe.failures + missed)
+    return Reading(moment, counts)
+
+
+def changes(before: Reading, after: Reading) -> dict[str, Change]:
+    """How much was counted from *before* to *after*, by probe; a probe that was not there before counted from zero.
+
+    :raises KprobeError: a count went down: it is not the same guest, or the memory was written to.
+    """
+    seconds = after.moment - before.moment
+    found: dict[str, Change] = {}
+    for name, count in after.counts.items():
+        first = before.counts.get(name, Count(0, 0))
+        hits, missed = count.hits - first.hits, count.missed - first.missed
+        if hits < 0 or missed < 0:
+            raise KprobeError(
+                f"{name} had {first.hits} hits ({first.missed} missed) and now has {count.hits} ({count.missed})",
+                "the guest was reset, or a snapshot was loaded: interrupt it, and 'kprobe attach' again",
+            )
+        found[name] = Change(count, hits, missed, hits / seconds if seconds > 0 else 0.0)
+    return found
