@@ -50,8 +50,10 @@ def wanted(names: Sequence[str]) -> tuple[Probe, ...]:
 
 
 def is_running() -> bool:
-    """Whether the guest runs, as far as gdb knows."""
-    return any(thread.is_running() for thread in gdb.selected_inferior().threads())
+    """Whether the guest runs, as far as gdb knows. QEMU's stub runs all vCPUs, or none."""
+    # Not by way of all threads: gdb asks the stub for the list of them, which does not answer while it runs.
+    thread = gdb.selected_thread()
+    return thread is not None and thread.is_running()
 
 
 def read(link: Link, probes: Sequence[Probe]) -> Reading:
