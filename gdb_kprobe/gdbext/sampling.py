@@ -13,7 +13,6 @@ from gdb_kprobe.errors import GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.plugin import Link
-from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView
 from gdb_kprobe.session.probes import Probe
@@ -95,7 +94,8 @@ def totals(link: Link, probes: Sequence[Probe], top: int | None) -> StatsView:
 def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, top: int | None) -> Iterator[StatsView]:
     """*count* times what *probes* have counted in *interval* seconds, of a guest that runs in the background.
 
-    gdb waits meanwhile. A Ctrl-C is a KeyboardInterrupt, and the guest runs on.
+    gdb waits meanwhile. Whoever uses it lets Ctrl-C through (:func:`gdb_kprobe.gdbext.signals.interruptible`): then it
+    is a KeyboardInterrupt, and the guest runs on.
 
     :raises GuestStateError: it does not run, or there are hits that gdb would have to handle.
     """
@@ -115,13 +115,12 @@ def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, to
     due = before.moment
     for _ in range(count):
         due += interval
-        with interruptible():
-            time.sleep(max(0.0, due - time.monotonic()))
+        time.sleep(max(0.0, due - time.monotonic()))
         after = read(link, probes)
         yield stats_view(probes, before, after, top)
         before = after
         if link.interrupts.overdue:
-            return  # a Ctrl-C came in a moment in which it asks for a stop
+            return  # a Ctrl-C that InterruptWatch has taken: the guest stops for it
 
 
 def _seconds(text: str) -> float:

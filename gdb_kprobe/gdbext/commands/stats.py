@@ -15,7 +15,7 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.sampling import check_arguments, is_running, need_live, parser, read, samples, totals, wanted
-from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.gdbext.signals import interruptible, uninterrupted
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView, as_data, stats
 from gdb_kprobe.session.probes import Probe
@@ -50,13 +50,17 @@ class Stats(Command):
         link = plugin.the_plugin().need_link()
         probes = wanted(args.names)
         if args.live:
+            if not args.json:
+                write("Ctrl-C stops the guest, and ends it.")
+                gdb.flush()
             _run_live(link, _Live(link, probes, args.interval or _INTERVAL, args.count, args.top, args.json))
         elif args.interval is None:
             _show(totals(link, probes, args.top), args.json)
         else:
             try:
-                for view in samples(link, probes, args.interval, args.count or 1, args.top):
-                    _show(view, args.json)
+                with interruptible():
+                    for view in samples(link, probes, args.interval, args.count or 1, args.top):
+                        _show(view, args.json)
             except KeyboardInterrupt:
                 write("Ended; the guest runs on.")
 
