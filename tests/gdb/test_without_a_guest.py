@@ -14,7 +14,20 @@ from gdb_kprobe.testing.mi import LOADER
 
 pytestmark = pytest.mark.gdb
 
-COMMANDS = ("add", "attach", "delete", "detach", "disable", "enable", "info", "list", "plan", "symbols", "trace")
+COMMANDS = (
+    "add",
+    "attach",
+    "delete",
+    "detach",
+    "disable",
+    "enable",
+    "info",
+    "list",
+    "plan",
+    "stats",
+    "symbols",
+    "trace",
+)
 
 
 @pytest.fixture(scope="module")

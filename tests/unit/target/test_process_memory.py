@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from gdb_kprobe.target.socket_peer import peer_processes
 
 START = PhysAddr(0x1000_0000)
 PAGES = 4
+NOBODY = 65534
 SIZE = PAGES * PAGE_SIZE
 
 # Four pages, each filled with its number; prints where they are, changes the first byte at each line of its input.
@@ -220,3 +223,26 @@ def test_who_is_at_the_other_end_of_a_unix_socket_whoever_listened(tmp_path: Pat
 def test_nobody_is_at_the_other_end_of_what_is_no_connection() -> None:
     with socket.socket() as unconnected:
         assert peer_processes(unconnected.fileno()) == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+def test_a_process_of_another_user_is_told(holder: Holder) -> None:
+    pid, machine = holder.process.pid, machine_of(holder)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            find_process_memory(machine, [pid], START, SIZE)
+        except TargetError as error:
+            os.write(writing, error.message.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    assert re.fullmatch(
+        rf"the memory of process {pid} \(python.*\) cannot be opened: Permission denied \(another user's.*\)", said
+    )
