@@ -13,7 +13,7 @@ from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, Pl
 from gdb_kprobe.session.check import Examination
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.probes import Hit, Probe
-from gdb_kprobe.session.stats import Reading, changes
+from gdb_kprobe.session.stats import Change, Reading, changes, fastest, sum_of
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
 
 
@@ -39,16 +39,25 @@ def probe_view(probe: Probe) -> ProbeView:
 
 
 def stats_view(probes: Sequence[Probe], before: Reading | None, after: Reading, top: int | None) -> StatsView:
-    """What *probes* had counted at *after*, and since *before*, if there is such a reading."""
-    change = None if before is None else changes(before, after)
-    rows: list[StatsRow] = []
-    for probe in probes:
-        count = after.counts[probe.name]
-        place = None if probe.place is None else place_view(probe.place)
-        view = ProbeView(probe.name, place, None, count.hits, count.missed, probe.enabled, probe.gone)
-        rate = None if change is None else change[probe.name]
-        rows.append(StatsRow(view, None if rate is None else RateView(rate.hits, rate.missed, rate.rate)))
-    return StatsView(tuple(rows), None if before is None else after.moment - before.moment, top)
+    """What *probes* had counted at *after*, and since *before*, if there is such a reading; the *top* fastest."""
+    found = changes(before, after)
+    total = sum_of(found.values())
+    by_name = {probe.name: probe for probe in probes}
+    timed = before is not None
+    rows = tuple(_stats_row(by_name[name], found[name], timed) for name in fastest(found, top))
+    seconds = None if before is None else after.moment - before.moment
+    return StatsView(rows, len(found), total.total.hits, total.total.missed, _rate_view(total, timed), seconds)
+
+
+def _stats_row(probe: Probe, change: Change, timed: bool) -> StatsRow:
+    place = None if probe.place is None else place_view(probe.place)
+    count = change.total
+    view = ProbeView(probe.name, place, None, count.hits, count.missed, probe.enabled, probe.gone)
+    return StatsRow(view, _rate_view(change, timed))
+
+
+def _rate_view(change: Change, timed: bool) -> RateView | None:
+    return RateView(change.hits, change.missed, change.rate) if timed else None
 
 
 def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.render.probes import flags
@@ -29,44 +28,36 @@ class StatsRow:
 
 @dataclass(frozen=True, slots=True)
 class StatsView:
-    """All rows, in any order, and over how many seconds their rates are; *seconds* is None where there is no interval.
+    """The rows to show, in order, and over how many seconds their rates are; *seconds* is None where there are none.
 
-    *top* is how many of them are to be shown, the fastest; all are in the total.
+    *hits*, *missed* and *rate* are the totals of all *count* probes, also of those that are not shown.
     """
 
     rows: tuple[StatsRow, ...]
+    count: int
+    hits: int
+    missed: int
+    rate: RateView | None = None
     seconds: float | None = None
-    top: int | None = None
-
-    @property
-    def shown(self) -> tuple[StatsRow, ...]:
-        """The rows to show: by rate, then by hits, then by name."""
-        return tuple(sorted(self.rows, key=_order)[: self.top])
-
-
-def _order(row: StatsRow) -> tuple[float, int, str]:
-    return (-row.rate.rate if row.rate is not None else 0.0, -row.probe.hits, row.probe.name)
 
 
 def stats(view: StatsView) -> str:
     """The table, with a line of totals at its end. Columns in which no probe has anything are left out."""
-    timed = view.seconds is not None
     headers = ("hits/s", "hits", "missed", "probe", "symbol", "flags")
     cells = [
         (
-            "" if row.rate is None else f"{row.rate.rate:.1f}",
+            _rate(row.rate),
             str(row.probe.hits),
             str(row.probe.missed),
             row.probe.name,
             _symbol(row.probe),
             flags(row.probe),
         )
-        for row in view.shown
+        for row in view.rows
     ]
     shown = len(cells)
-    what = f"total of {len(view.rows)}" + (f", {shown} shown" if shown < len(view.rows) else "")
-    rate, hits, missed = _totals(view.rows)
-    cells.append((f"{rate:.1f}" if timed else "", str(hits), str(missed), what, "", ""))
+    what = f"total of {view.count}" + (f", {shown} shown" if shown < view.count else "")
+    cells.append((_rate(view.rate), str(view.hits), str(view.missed), what, "", ""))
     kept = [index for index in range(len(headers)) if any(row[index] for row in cells)]
     text = table([headers[index] for index in kept], [[row[index] for index in kept] for row in cells])
     return text if view.seconds is None else f"over {duration(view.seconds)}:\n{text}"
@@ -77,42 +68,32 @@ def as_data(view: StatsView) -> dict[str, object]:
 
     ``seconds``, ``rate``, ``new_hits`` and ``new_missed`` (those of the interval) are there only with an interval.
     """
-    rate, hits, missed = _totals(view.rows)
-    total: dict[str, object] = {"probes": len(view.rows), "hits": hits, "missed": missed}
-    if view.seconds is None:
-        return {"probes": [_row_data(row) for row in view.shown], "total": total}
-    total |= {
-        "new_hits": sum(row.rate.hits for row in view.rows if row.rate is not None),
-        "new_missed": sum(row.rate.missed for row in view.rows if row.rate is not None),
-        "rate": round(rate, 1),
-    }
     return {
-        "seconds": round(view.seconds, 6),
-        "probes": [_row_data(row) for row in view.shown],
-        "total": total,
+        **({} if view.seconds is None else {"seconds": round(view.seconds, 6)}),
+        "probes": [_row_data(row) for row in view.rows],
+        "total": {"probes": view.count, "hits": view.hits, "missed": view.missed, **_rate_data(view.rate)},
     }
 
 
 def _row_data(row: StatsRow) -> dict[str, object]:
-    data: dict[str, object] = {
+    return {
         "name": row.probe.name,
         "place": _symbol(row.probe),
         "flags": flags(row.probe),
         "hits": row.probe.hits,
         "missed": row.probe.missed,
+        **_rate_data(row.rate),
     }
-    if row.rate is not None:
-        data |= {"new_hits": row.rate.hits, "new_missed": row.rate.missed, "rate": round(row.rate.rate, 1)}
-    return data
 
 
-def _totals(rows: Sequence[StatsRow]) -> tuple[float, int, int]:
-    """Hits a second, hits and misses of all."""
-    return (
-        sum(row.rate.rate for row in rows if row.rate is not None),
-        sum(row.probe.hits for row in rows),
-        sum(row.probe.missed for row in rows),
-    )
+def _rate_data(rate: RateView | None) -> dict[str, object]:
+    if rate is None:
+        return {}
+    return {"new_hits": rate.hits, "new_missed": rate.missed, "rate": round(rate.rate, 1)}
+
+
+def _rate(rate: RateView | None) -> str:
+    return "" if rate is None else f"{rate.rate:.1f}"
 
 
 def _symbol(view: ProbeView) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import KprobeError
@@ -32,12 +33,12 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one probe has counted between two readings, and a second of it."""
+    """What was counted up to the second of two readings (*total*), and between them."""
 
     total: Count
-    hits: int
-    missed: int
-    rate: float
+    hits: int = 0
+    missed: int = 0
+    rate: float = 0.0
     """Hits a second."""
 
 
@@ -67,11 +68,15 @@ def read_counts(memory: PhysicalMemory, header: Header, probes: Sequence[Probe])
     return Reading(moment, counts)
 
 
-def changes(before: Reading, after: Reading) -> dict[str, Change]:
+def changes(before: Reading | None, after: Reading) -> dict[str, Change]:
     """How much was counted from *before* to *after*, by probe; a probe that was not there before counted from zero.
+
+    Without *before* there are only totals.
 
     :raises KprobeError: a count went down: it is not the same guest, or the memory was written to.
     """
+    if before is None:
+        return {name: Change(count) for name, count in after.counts.items()}
     seconds = after.moment - before.moment
     found: dict[str, Change] = {}
     for name, count in after.counts.items():
@@ -84,3 +89,17 @@ def changes(before: Reading, after: Reading) -> dict[str, Change]:
             )
         found[name] = Change(count, hits, missed, hits / seconds if seconds > 0 else 0.0)
     return found
+
+
+def sum_of(found: Iterable[Change]) -> Change:
+    """What all of them have counted together."""
+    every = tuple(found)
+    total = Count(sum(change.total.hits for change in every), sum(change.total.missed for change in every))
+    hits, missed = sum(change.hits for change in every), sum(change.missed for change in every)
+    return Change(total, hits, missed, sum(change.rate for change in every))
+
+
+def fastest(found: Mapping[str, Change], top: int | None) -> list[str]:
+    """The names of the *top* probes, or of all: by rate, then by hits, then by name."""
+    order = (name for _, _, name in sorted((-change.rate, -change.total.hits, name) for name, change in found.items()))
+    return list(itertools.islice(order, top))

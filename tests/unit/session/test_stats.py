@@ -13,7 +13,7 @@ from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.header import Header, Identity
 from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.stats import Change, Count, Reading, changes, read_counts
+from gdb_kprobe.session.stats import Change, Count, Reading, changes, fastest, read_counts, sum_of
 
 SIZE = 16 << 20
 PHYS = PhysAddr(0x1000_0000)
@@ -79,6 +79,30 @@ def test_a_rate_is_what_was_counted_in_the_seconds_between() -> None:
         "a": Change(Count(150, 3), 50, 2, 100.0),
         "new": Change(Count(4, 0), 4, 0, 8.0),
     }
+
+
+def test_without_an_earlier_reading_there_are_only_totals() -> None:
+    assert changes(None, Reading(1.0, {"a": Count(5, 2)})) == {"a": Change(Count(5, 2), 0, 0, 0.0)}
+
+
+FOUND = {
+    "b": Change(Count(5, 0)),
+    "total": Change(Count(900, 1), 1, 1, 2.0),
+    "fast": Change(Count(70, 2), 60, 0, 120.0),
+    "a": Change(Count(5, 0)),
+    "hit": Change(Count(6, 0)),
+}
+
+
+def test_the_fastest_come_first_then_the_most_frequent_then_by_name() -> None:
+    assert fastest(FOUND, None) == ["fast", "total", "hit", "a", "b"]
+    assert fastest(FOUND, 2) == ["fast", "total"]
+    assert fastest(FOUND, 9) == fastest(FOUND, None)
+
+
+def test_the_sum_is_of_all_that_is_counted() -> None:
+    assert sum_of(FOUND.values()) == Change(Count(986, 3), 61, 1, 122.0)
+    assert sum_of([]) == Change(Count(0, 0))
 
 
 def test_no_time_between_two_readings_is_no_rate() -> None:
