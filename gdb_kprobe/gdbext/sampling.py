@@ -94,8 +94,8 @@ def totals(link: Link, probes: Sequence[Probe], top: int | None) -> StatsView:
 def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, top: int | None) -> Iterator[StatsView]:
     """*count* times what *probes* have counted in *interval* seconds, of a guest that runs in the background.
 
-    gdb waits meanwhile. Whoever uses it lets Ctrl-C through (:func:`gdb_kprobe.gdbext.signals.interruptible`): then it
-    is a KeyboardInterrupt, and the guest runs on.
+    gdb waits meanwhile. Whoever uses it lets Ctrl-C through (:meth:`InterruptWatch.lent`): then it is a
+    KeyboardInterrupt, and the guest runs on.
 
     :raises GuestStateError: it does not run, or there are hits that gdb would have to handle.
     """
@@ -119,8 +119,6 @@ def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, to
         after = read(link, probes)
         yield stats_view(probes, before, after, top)
         before = after
-        if link.interrupts.overdue:
-            return  # a Ctrl-C that InterruptWatch has taken: the guest stops for it
 
 
 def _seconds(text: str) -> float:

@@ -66,6 +66,8 @@ class InterruptWatch:
         self._running = False
         self._requested: float | None = None
         self._over = False
+        self._lent = False
+        self._aside = threading.Event()
         self._thread: threading.Thread | None = None
         if descriptor is not None:
             with uninterrupted():  # a new thread inherits the mask
@@ -100,6 +102,22 @@ class InterruptWatch:
         """Give SIGINT back to gdb."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let SIGINT through to the main thread, as a KeyboardInterrupt, while the guest runs on in the background.
+
+        The thread has stood aside by then: waiting for the same signal, it would take some of them.
+        """
+        self._aside.clear()
+        self._lent = True
+        try:
+            if self._thread is not None:
+                self._aside.wait(_PATIENCE)
+            with interruptible():
+                yield
+        finally:
+            self._lent = False
+
     def close(self) -> None:
         """End the thread."""
         self._over = True
@@ -113,7 +131,11 @@ class InterruptWatch:
 
     def _watch(self) -> None:
         while not self._over:
-            if signal.sigtimedwait(_SIGINT, _LOOK_EVERY if self._requested is None else _ASK_EVERY) is not None:
+            every = _LOOK_EVERY if self._requested is None else _ASK_EVERY
+            if self._lent:
+                self._aside.set()
+                time.sleep(every)
+            elif signal.sigtimedwait(_SIGINT, every) is not None:
                 self.request()
             with self._lock:
                 if self._requested is not None and self._descriptor is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import time
@@ -159,6 +160,36 @@ def test_live_runs_the_guest_and_stops_it_again(probed: Boot, vcpus: int) -> Non
         gdb.command("kprobe detach")
 
 
+@on_both_counts
+def test_live_over_mi_ends_with_the_stop(probed: Boot, vcpus: int) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    with guest.gdb() as gdb:
+        guest.add(gdb, PRIO)
+        gdb.console("kprobe stats --live --interval 0.2 --count 8")
+        started = jobs(guest, 1000)
+        assert gdb.wait_stop()["signal-name"] == "SIGINT"
+        assert "\n".join(gdb.transcript).count("over ") == 8
+        gdb.cont()
+        finish(guest, started)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"prio": 1000 * vcpus}
+        assert "\n".join(gdb.transcript).count("over ") == 8, "it is over"
+        gdb.console("kprobe detach")
+
+
+def test_gdb_ends_right_after_the_last_table(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    for _ in range(5):
+        with GdbTerminal(guest.environment) as gdb:
+            gdb.command(f"kprobe attach {guest.profile}")
+            gdb.command(f"kprobe {PRIO}")
+            guest.touched.add(int(gdb.command("kprobe list").splitlines()[1].split()[0], 16))
+            gdb.type("kprobe stats --live --interval 0.01 --count 20")
+            gdb.type("quit")
+            assert gdb.wait_exit() == 0
+            assert gdb.transcript.count("over ") == 20
+
+
 def test_at_the_prompt_beside_a_guest_in_the_background(probed: Boot) -> None:
     guest = probed(GuestSpec())
     with GdbTerminal(guest.environment) as gdb:
@@ -168,11 +199,13 @@ def test_at_the_prompt_beside_a_guest_in_the_background(probed: Boot) -> None:
         gdb.command("continue &")
         finish(guest, jobs(guest, 2300))
         assert gdb.command("kprobe stats").splitlines()[1].split()[:3] == ["2300", "0", "prio"]
-        gdb.type("kprobe stats --interval 0.1 --count 10000")
-        gdb.wait_text("over ")
-        gdb.press_ctrl_c()
-        assert "Ended; the guest runs on." in gdb.wait_prompt(5)
-        assert guest.guest.qmp("query-status")["running"]
+        for _ in range(10):
+            gdb.type("kprobe stats --interval 0.1 --count 10000")
+            gdb.wait_text("over ")
+            time.sleep(random.uniform(0.0, 0.1))
+            gdb.press_ctrl_c()
+            assert "Ended; the guest runs on." in gdb.wait_prompt(5)
+            assert guest.guest.qmp("query-status")["running"]
         finish(guest, jobs(guest, 23))
         gdb.type("interrupt")
         gdb.wait_text("SIGINT")

@@ -11,7 +11,6 @@ import gdb
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.errors import user_errors
 from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
-from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import plan_view
 from gdb_kprobe.render.stats import StatsView, as_data
 from gdb_kprobe.session.probes import Probe, State
@@ -105,7 +104,7 @@ def _stats(argv: list[str]) -> dict[str, Any]:
     if args.interval is None:
         views.append(totals(link, probes, args.top))
     else:
-        with contextlib.suppress(KeyboardInterrupt), interruptible():  # then those that there are
+        with contextlib.suppress(KeyboardInterrupt), link.interrupts.lent():  # then those that there are
             for view in samples(link, probes, args.interval, args.count or 1, args.top):
                 views.append(view)
     return {"tables": [_strings(as_data(view)) for view in views]}

@@ -15,7 +15,7 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.sampling import check_arguments, is_running, need_live, parser, read, samples, totals, wanted
-from gdb_kprobe.gdbext.signals import interruptible, uninterrupted
+from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView, as_data, stats
 from gdb_kprobe.session.probes import Probe
@@ -58,7 +58,7 @@ class Stats(Command):
             _show(totals(link, probes, args.top), args.json)
         else:
             try:
-                with interruptible():
+                with link.interrupts.lent():
                     for view in samples(link, probes, args.interval, args.count or 1, args.top):
                         _show(view, args.json)
             except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def _run_live(link: Link, live: _Live) -> None:
     except BaseException:
         live.end()
         raise
-    # Under an asynchronous MI front end the guest still runs here; then the stop ends it.
+    # Should the guest still run (a front end that does not wait for it), the stop ends it.
     if not is_running():
         live.end()
     if plugin.the_plugin().link is not link:
