@@ -1,0 +1,279 @@
+"""The guest's ftrace: the 5-byte nops at function entries that it switches to calls, and how one is borrowed of it.
+
+ftrace keeps a ``struct dyn_ftrace`` (a *record*) for each nop: its address ``ip``, and ``flags``, whose low bits count
+the users. Whenever a tracer comes or goes it compares the bytes at ``ip`` with what they should be; at a difference it
+warns and switches itself off until the next boot (``ftrace_bug``). So whoever patches a nop, be it by a jump or by an
+int3 on its first byte, must set FTRACE_FL_DISABLED in the record before, and clear it after the nop is back. What the
+kernel then does (kernel/trace/ftrace.c), by functions:
+
+``__ftrace_hash_rec_update``
+    skips a record that is DISABLED and not ENABLED: users that come are not counted in it, and those that go are not
+    taken off. So the bit must neither come nor go while somebody uses the function. A count of users that is left
+    behind, or one that is missing, is a warning and the end of ftrace when the last of them goes.
+``ftrace_check_record``, through which every change of text goes (``ftrace_replace_code``, also for direct calls,
+function graph, livepatch, sysctl)
+    answers FTRACE_UPDATE_IGNORE for such a record: its text is neither verified nor written. (Up to v6.0 for each
+    DISABLED one: "ftrace: Still disable enabled records marked as disabled", in v6.1.)
+``ftrace_shutdown``, when the last user has gone
+    checks that no record has any flag left, DISABLED excepted.
+``ftrace_location``, ``ftrace_set_filter``, kprobes, livepatch, BPF trampolines
+    find a record whatever its flags are. So they attach to a borrowed function without an error, and are not called.
+``ftrace_module_enable``, ``ftrace_release_mod``
+    the kernel itself uses the bit: all records of a module have it until its text is final, those of weak functions
+    that were replaced have it for good. ``ftrace_module_enable`` counts the present users when it clears the bit.
+    Records of a module that goes are freed with it, whatever their flags are.
+
+The rule that follows: a record may be borrowed when it has no flag but those of its history and its text is the nop;
+and be given back when no registered user covers its function and ``ftrace_lock`` is free, for between leaving the
+list of users and being taken off the counts a user is in neither.
+
+Where a call is there already, borrowing would take the function from its tracer. A probe goes behind it, to the
+instruction at ``ip`` + 5; what comes before ``ip`` (endbr64, a 4-byte nop) is not ftrace's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.structs import Struct, read_pointer, read_struct
+from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.target.protocols import Memory
+
+SITE_SIZE = 5
+"""MCOUNT_INSN_SIZE: bytes of text that are ftrace's, from ``ip`` on."""
+
+NOP = bytes.fromhex("0f1f440000")
+"""What is there while nobody traces (``ftrace_nop_replace``)."""
+
+_HISTORY = ("FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED")
+_MOST_PAGES = 1 << 16
+_MOST_OPS = 1 << 12
+_MOST_ENTRIES = 1 << 20
+_WORD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FtraceLayout:
+    """Where the members of ``struct dyn_ftrace`` are, in bytes, and what the bits of its flags mean.
+
+    *history* are the bits that stay when nobody uses the record any more (FTRACE_NOCLEAR_FLAGS without DISABLED).
+    """
+
+    size: int
+    ip: int
+    flags: int
+    enabled: int
+    disabled: int
+    history: int
+
+
+@dataclass(frozen=True, slots=True)
+class FtraceSite:
+    """One record as it was when it was read: *data* is all of it, at *record*."""
+
+    layout: FtraceLayout
+    record: VirtAddr
+    data: bytes
+
+    @property
+    def ip(self) -> VirtAddr:
+        """Where the nop, or the call, is."""
+        return VirtAddr(self._word(self.layout.ip))
+
+    @property
+    def window(self) -> AddressRange:
+        """The text that is ftrace's."""
+        return AddressRange(self.ip, VirtAddr(self.ip + SITE_SIZE))
+
+    @property
+    def flags(self) -> int:
+        return self._word(self.layout.flags)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the text holds a call, or is about to."""
+        return bool(self.flags & self.layout.enabled)
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether ftrace leaves it alone: borrowed by us, or one that the kernel does not use."""
+        return bool(self.flags & self.layout.disabled)
+
+    @property
+    def borrowed(self) -> bytes:
+        """What to write over *data* to borrow it; written back, *data* gives it back.
+
+        The whole record, because its address is the proof that a record is still there: that of a module which was
+        unloaded meanwhile is somebody else's memory.
+        """
+        at = self.layout.flags
+        flags = (self.flags | self.layout.disabled).to_bytes(_WORD, "little")
+        return self.data[:at] + flags + self.data[at + _WORD :]
+
+    def why_not_borrow(self, text: bytes) -> str | None:
+        """Return why it cannot be borrowed now, or None. *text* is what is at :attr:`ip`, :data:`SITE_SIZE` bytes."""
+        if self.is_disabled:
+            return "the guest's ftrace has this function disabled itself"
+        if self.is_enabled:
+            return "a tracer of the guest's is called from it"
+        if self.flags & ~self.layout.history:
+            return "a tracer of the guest's is about to be called from it, or has just left"
+        if text != NOP:
+            return f"it is no 5-byte nop now, but {text.hex(' ')}"
+        return None
+
+    def _word(self, at: int) -> int:
+        return int.from_bytes(self.data[at : at + _WORD], "little")
+
+
+class FtraceRecords:
+    """All records at one moment, the core kernel's and its modules'; read them anew when modules have come or gone."""
+
+    def __init__(self, layout: FtraceLayout | None, pages: list[tuple[VirtAddr, bytes]]) -> None:
+        """Index *pages*, each the address of its first record and all of its records. No *layout*: no pages."""
+        self._layout = layout
+        self._data = b"".join(data for _, data in pages)
+        self._records: array[int] = array("Q")
+        ips: array[int] = array("Q")
+        if layout is not None:
+            for start, data in pages:
+                self._records.extend(range(start, start + len(data), layout.size))
+            ips = array("Q", self._data)[layout.ip // _WORD :: layout.size // _WORD]
+        # Sorted within the pages of the kernel, and of each module, but these come in the order of loading.
+        self._order = sorted(range(len(ips)), key=ips.__getitem__)
+        self._ips = array("Q", [ips[index] for index in self._order])
+
+    def __len__(self) -> int:
+        return len(self._ips)
+
+    def __iter__(self) -> Iterator[FtraceSite]:
+        """Yield them as the kernel lists them in ``available_filter_functions``."""
+        return (self._site(index) for index in range(len(self)))
+
+    def find(self, addr: int) -> FtraceSite | None:
+        """Return the record of the nop that begins at *addr*."""
+        at = bisect_left(self._ips, addr)
+        return self._site(self._order[at]) if at < len(self._ips) and self._ips[at] == addr else None
+
+    def sites_in(self, window: AddressRange) -> list[FtraceSite]:
+        """Return the records whose text shares a byte with *window*, the lowest first."""
+        first = bisect_left(self._ips, window.start - SITE_SIZE + 1)
+        return [self._site(self._order[at]) for at in range(first, bisect_left(self._ips, window.end))]
+
+    def _site(self, index: int) -> FtraceSite:
+        assert self._layout is not None
+        start = index * self._layout.size
+        return FtraceSite(self._layout, VirtAddr(self._records[index]), self._data[start : start + self._layout.size])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tracer:
+    """What one ``struct ftrace_ops`` covers: *only* these functions (None: all) and none of *never*, by ``ip``."""
+
+    only: frozenset[int] | None
+    never: frozenset[int]
+
+    def covers(self, ip: int) -> bool:
+        return ip not in self.never and (self.only is None or ip in self.only)
+
+
+@dataclass(frozen=True, slots=True)
+class FtraceTracers:
+    """The guest's registered tracers at one moment, whatever registered them; *changing*: somebody is about that."""
+
+    tracers: tuple[_Tracer, ...]
+    changing: bool
+
+    def why_not_return(self, ip: int) -> str | None:
+        """Return why the record of *ip* cannot be given back now (it stays borrowed, which harms nothing), or None."""
+        if self.changing:
+            return "the guest is switching its tracers in this moment"
+        if any(tracer.covers(ip) for tracer in self.tracers):
+            return "a tracer of the guest's covers this function, and was not counted when it came"
+        return None
+
+
+def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceRecords:
+    """Read all records. A kernel without CONFIG_DYNAMIC_FTRACE has none.
+
+    :raises GuestStateError: the kernel has them, but they cannot be found.
+    :raises UnmappedError: the list of pages leads to unmapped memory.
+    """
+    if not btf.has_member("dyn_ftrace", "flags"):
+        return FtraceRecords(None, [])
+    layout = _layout(btf)
+    pages: list[tuple[VirtAddr, bytes]] = []
+    at = read_pointer(memory, kallsyms.address("ftrace_pages_start"))
+    for _ in range(_MOST_PAGES):
+        if not at:
+            return FtraceRecords(layout, pages)
+        page = read_struct(memory, btf, "ftrace_page", at)
+        start = page.pointer("records")
+        pages.append((start, memory.read(start, layout.size * page.uint("index"))))
+        at = page.pointer("next")
+    raise _endless("ftrace_pages_start")
+
+
+def _layout(btf: Btf) -> FtraceLayout:
+    ip, flags = btf.offset_of("dyn_ftrace", "ip"), btf.offset_of("dyn_ftrace", "flags")
+    enabled, disabled = (btf.enumerator(f"FTRACE_FL_{name}") for name in ("ENABLED", "DISABLED"))
+    if enabled is None or disabled is None:
+        raise GuestStateError("the flags of struct dyn_ftrace are not as known here", "probe behind the function entry")
+    # Kernels before v6.4 ("ftrace: Show a list of all functions that have ever been enabled") have no TOUCHED, those
+    # before v6.6 ("ftrace: Add MODIFIED flag to show if IPMODIFY or direct was attached") have no MODIFIED.
+    history = sum(btf.enumerator(name) or 0 for name in _HISTORY)
+    return FtraceLayout(btf.size_of("dyn_ftrace"), ip, flags, enabled, disabled, history)
+
+
+def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceTracers:
+    """Read who is registered with ftrace. A filter that waits for a module to be loaded counts as no filter.
+
+    :raises GuestStateError: the list cannot be found, or has no end.
+    :raises UnmappedError: it leads to unmapped memory.
+    """
+    lock = read_struct(memory, btf, "mutex", kallsyms.address("ftrace_lock"))
+    changing = bool(lock.uint("owner"))
+    end = kallsyms.address("ftrace_list_end")
+    at = read_pointer(memory, kallsyms.address("ftrace_ops_list"))
+    tracers: list[_Tracer] = []
+    for _ in range(_MOST_OPS):
+        if at in (0, end):
+            return FtraceTracers(tuple(tracers), changing)
+        ops = read_struct(memory, btf, "ftrace_ops", at)
+        hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))
+        only, never = (_read_hash(memory, btf, hashes.pointer(f"{name}_hash")) for name in ("filter", "notrace"))
+        tracers.append(_Tracer(only or None, never))
+        at = ops.pointer("next")
+    raise _endless("ftrace_ops_list")
+
+
+def _read_hash(memory: Memory, btf: Btf, addr: VirtAddr) -> frozenset[int]:
+    """Return the addresses in the ``struct ftrace_hash`` at *addr*; none for a null pointer."""
+    if not addr:
+        return frozenset()
+    table = read_struct(memory, btf, "ftrace_hash", addr)
+    if not table.uint("count"):
+        return frozenset()
+    heads = array("Q", memory.read(table.pointer("buckets"), _WORD << table.uint("size_bits")))
+    return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, btf, head))
+
+
+def _chain(memory: Memory, btf: Btf, node: int) -> Iterator[Struct]:
+    link = btf.offset_of("ftrace_func_entry", "hlist")
+    for _ in range(_MOST_ENTRIES):
+        if not node:
+            return
+        entry = read_struct(memory, btf, "ftrace_func_entry", VirtAddr(node - link))
+        yield entry
+        node = entry.uint("hlist.next")
+    raise _endless("a hash of ftrace's")
+
+
+def _endless(what: str) -> GuestStateError:
+    return GuestStateError(f"the list {what} has no end", "the guest's memory is damaged")

@@ -1,0 +1,260 @@
+"""What is read of the guest's ftrace against what the guest says of it, and nops that are borrowed of it.
+
+The function tracer is switched on and off for all functions while the entries of some hold a jump of ours: the guest
+verifies its text then, and warns at each byte that it does not know.
+
+GDB_KPROBE_FULL=1 in the environment runs it with 2 vCPUs, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.linux.ftrace import (
+    NOP,
+    SITE_SIZE,
+    FtraceRecords,
+    FtraceSite,
+    FtraceTracers,
+    read_ftrace_records,
+    read_ftrace_tracers,
+)
+from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.session import transaction
+from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+TRACING = "/sys/kernel/tracing"
+JUMP = bytes.fromhex(
+    "e900000000"
+)  # to the next instruction: what a probe's jump is to ftrace, and as harmless as a nop
+BORROWED = 20
+MOST_BEFORE = 4  # bytes of a function in front of its nop: endbr64
+WORK = "ls -lR /etc /proc/self > /dev/null; workload syscall 140 23; cat /proc/modules /proc/mounts > /dev/null; true"
+PRESENT = re.compile(r"^ +\S.*?\[\d+\] .*?: (\S+) <-", re.M)
+
+both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
+FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
+cpus = pytest.mark.parametrize(
+    "vcpus", [1, pytest.param(2, marks=pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1"))]
+)
+
+Boot = Callable[[GuestSpec], Any]
+
+
+class Looked:
+    """The stopped guest as we read it, at one moment, and the way to write to it."""
+
+    def __init__(self, stub: QemuStub) -> None:
+        self.guest: LinuxGuest = open_linux(stub, stub)
+        before = time.monotonic()
+        self.records: FtraceRecords = read_ftrace_records(self.guest.memory, self.guest.kallsyms, self.guest.btf)
+        self.seconds = time.monotonic() - before
+        self.tracers: FtraceTracers = read_ftrace_tracers(self.guest.memory, self.guest.kallsyms, self.guest.btf)
+
+    def text(self, addr: VirtAddr) -> bytes:
+        return self.guest.memory.read(addr, SITE_SIZE)
+
+    def site_of(self, name: str) -> FtraceSite:
+        """The record of a function's entry."""
+        (symbol,) = self.guest.kallsyms.lookup(name)
+        (site,) = self.records.sites_in(AddressRange(symbol.addr, VirtAddr(symbol.addr + MOST_BEFORE + 1)))
+        return site
+
+    def why_not_borrow(self, site: FtraceSite) -> str | None:
+        return site.why_not_borrow(self.text(site.ip))
+
+    def apply(self, patches: list[CodePatch]) -> None:
+        transaction.apply(self.guest.memory, patches)
+
+
+@contextmanager
+def stopped(vm: GuestVm) -> Iterator[Looked]:
+    """Stop the guest by its stub, and read what there is to know."""
+    with RspSocket(vm.gdb_address) as channel:
+        try:
+            yield Looked(QemuStub(channel))
+        finally:
+            channel.detach()
+
+
+def borrow(vm: GuestVm, names: list[str]) -> list[CodePatch]:
+    """Set the flag of each function, then write a jump over its nop; the patches that were made."""
+    with stopped(vm) as looked:
+        sites = [looked.site_of(name) for name in names]
+        assert [looked.why_not_borrow(site) for site in sites] == [None] * len(sites)
+        patches = [CodePatch(site.record, site.data, site.borrowed) for site in sites]
+        patches += [CodePatch(site.ip, NOP, JUMP) for site in sites]
+        looked.apply(patches)
+    return patches
+
+
+def give_back(vm: GuestVm, patches: list[CodePatch]) -> None:
+    with stopped(vm) as looked:
+        ips = [patch.addr for patch in patches if patch.new == JUMP]
+        assert [looked.tracers.why_not_return(ip) for ip in ips] == [None] * len(ips)
+        looked.apply([patch.inverse for patch in reversed(patches)])
+
+
+def trace(vm: GuestVm, work: str = WORK, tracer: str = "function") -> dict[str, int]:
+    """How often each function is in the trace that the guest's own tracer makes of *work*."""
+    vm.check_output(f"cd {TRACING}; echo > trace; echo 1 > tracing_on; echo {tracer} > current_tracer", timeout=120)
+    vm.check_output(work, timeout=240)
+    vm.check_output(f"cd {TRACING}; echo 0 > tracing_on; cp trace /tmp/trace; echo nop > current_tracer", timeout=240)
+    counts: dict[str, int] = {}
+    for name in PRESENT.findall(vm.read_file("/tmp/trace", timeout=240).decode()):
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def traced_by_all(vm: GuestVm) -> dict[str, int]:
+    counts = trace(vm)
+    assert sum(counts.values()) > 1000, counts
+    return counts
+
+
+def choose(vm: GuestVm, counts: dict[str, int]) -> list[str]:
+    """Functions that WORK calls, evenly among all of them; each has one symbol, and may be borrowed."""
+    with stopped(vm) as looked:
+        once = [name for name in sorted(counts) if len(looked.guest.kallsyms.lookup(name)) == 1]
+    return once[:: len(once) // BORROWED][:BORROWED]
+
+
+@both_kernels
+def test_records_equal_available_filter_functions(booted_guest: Boot, kernel: Any) -> None:
+    vm = booted_guest(GuestSpec(kernel=kernel))
+    lines = vm.read_file(f"{TRACING}/available_filter_functions").decode().splitlines()
+    with stopped(vm) as looked:
+        sites = list(looked.records)
+        texts = {looked.text(site.ip) for site in sites if not site.is_disabled}
+        users = [site for site in sites if site.is_enabled]
+        assert len(looked.records) == len(sites) == len(lines) > 30_000
+    symbols: dict[str, set[int]] = {}
+    for line in vm.kallsyms().splitlines():
+        addr, _, rest = line.split(" ", 2)
+        symbols.setdefault(" ".join(rest.split("\t")), set()).add(int(addr, 16))
+    invalid = [site for site, line in zip(sites, lines, strict=True) if line.startswith("__ftrace_invalid_address__")]
+    wrong = [
+        (hex(site.ip), line)
+        for site, line in zip(sites, lines, strict=True)
+        if site not in invalid and not any(0 <= site.ip - addr <= MOST_BEFORE for addr in symbols[line])
+    ]
+    modules = {line.partition(" [")[2] for line in lines} - {""}
+    print(
+        f"\n{len(sites)} records in {1000 * looked.seconds:.0f} ms, {len(invalid)} of weak functions, "
+        f"of {len(modules)} modules, {len(looked.tracers.tracers)} tracers"
+    )
+    assert wrong == []
+    assert modules, "no function of a module: nothing was compared for modules"
+    # Not in each kernel: newer ones drop these records when they are built.
+    assert [site for site in sites if site.is_disabled] == invalid
+    assert (texts, users) == ({NOP}, [])
+    for site in sites[::97]:
+        assert looked.records.find(site.ip) == site
+        assert looked.records.find(site.ip + 1) is None
+        assert site in looked.records.sites_in(AddressRange(VirtAddr(site.ip + 4), VirtAddr(site.ip + 5)))
+        assert site not in looked.records.sites_in(AddressRange(VirtAddr(site.ip + 5), VirtAddr(site.ip + 6)))
+
+
+def test_records_have_the_addresses_that_the_guest_lists(booted_guest: Boot) -> None:
+    vm = booted_guest(GuestSpec(kernel="newest"))
+    lines = vm.read_file(f"{TRACING}/available_filter_functions_addrs").decode().splitlines()
+    with stopped(vm) as looked:
+        assert [site.ip for site in looked.records] == [int(line.split()[0], 16) for line in lines]
+
+
+@both_kernels
+def test_records_follow_the_modules(booted_guest: Boot, kernel: Any) -> None:
+    vm = booted_guest(GuestSpec(kernel=kernel))
+    module = vm.check_output("find /modules -name 'loop.ko*'").strip()
+    listed = vm.read_file(f"{TRACING}/available_filter_functions").decode().splitlines()
+    of_loop = sum(line.endswith(" [loop]") for line in listed)
+    assert of_loop > 10
+    counts = []
+    for command in ("true", "rmmod loop", f"insmod {module}"):
+        vm.check_output(command)
+        with stopped(vm) as looked:
+            counts.append(len(looked.records))
+    assert counts == [len(listed), len(listed) - of_loop, len(listed)]
+
+
+@both_kernels
+@cpus
+def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vcpus: int) -> None:
+    guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
+    vm: GuestVm = guest.guest
+    before = traced_by_all(vm)
+    names = [*choose(vm, before), "loop_control_ioctl"]
+    module = vm.check_output("find /modules -name 'loop.ko*'").strip()
+    patches = borrow(vm, names)
+    jumps = [patch for patch in patches if patch.new == JUMP]
+    guest.touched |= {patch.addr + at for patch in jumps for at in range(SITE_SIZE)}
+
+    # All functions, by two tracers; the borrowed ones run (their callers are in the trace), and are not in it.
+    for tracer in ("function", "function_graph"):
+        vm.check_output(f"echo {tracer} > {TRACING}/current_tracer; echo 1 > {TRACING}/tracing_on", timeout=120)
+        with stopped(vm) as looked:
+            assert {looked.text(patch.addr) for patch in jumps} == {JUMP}
+            assert sum(site.is_enabled for site in looked.records) > 30_000
+            reasons = {looked.tracers.why_not_return(patch.addr) for patch in jumps}
+            assert len(looked.tracers.tracers) == 1
+            assert reasons == {"a tracer of the guest's covers this function, and was not counted when it came"}
+            other = looked.site_of("__x64_sys_getpriority")
+            if "__x64_sys_getpriority" not in names:
+                assert looked.why_not_borrow(other) == "a tracer of the guest's is called from it"
+        vm.check_output(WORK, timeout=240)
+        vm.check_output(f"echo nop > {TRACING}/current_tracer", timeout=120)
+    meanwhile = traced_by_all(vm)
+    assert sorted(set(meanwhile) & set(names)) == []
+    assert len(set(meanwhile) & set(before)) > 200
+
+    # Exactly these: a tracer of nothing. Others than these: it does not stand in the way of giving back.
+    vm.check_output(f"cd {TRACING}; echo {' '.join(names)} > set_ftrace_filter")
+    assert trace(vm) == {}
+    vm.check_output(f"cd {TRACING}; echo __x64_sys_getpgid > set_ftrace_filter; echo function > current_tracer")
+    with stopped(vm) as looked:
+        assert {looked.tracers.why_not_return(patch.addr) for patch in jumps} == {None}
+        assert looked.tracers.why_not_return(looked.site_of("__x64_sys_getpgid").ip) is not None
+    vm.check_output(f"cd {TRACING}; echo nop > current_tracer; echo > set_ftrace_filter")
+    vm.check_output(f"cd {TRACING}; echo {' '.join(names)} > set_ftrace_notrace; echo function > current_tracer")
+    with stopped(vm) as looked:
+        assert {looked.tracers.why_not_return(patch.addr) for patch in jumps} == {None}
+    vm.check_output(f"cd {TRACING}; echo nop > current_tracer; echo > set_ftrace_notrace")
+
+    # A kprobe of the guest's own is taken, and never hit.
+    vm.check_output(f"cd {TRACING}; echo p:mine {names[0]} > kprobe_events; echo 1 > events/kprobes/mine/enable")
+    vm.check_output(WORK, timeout=240)
+    profile = vm.check_output(
+        f"cd {TRACING}; cat kprobe_profile; echo 0 > events/kprobes/mine/enable; echo > kprobe_events"
+    )
+    assert profile.split() == ["mine", "0", "0"]
+    with stopped(vm) as looked:
+        assert {looked.text(patch.addr) for patch in jumps} == {JUMP}
+
+    # A module goes with its borrowed function, and comes, while all functions are traced.
+    vm.check_output(f"echo function > {TRACING}/current_tracer", timeout=120)
+    vm.check_output(f"rmmod loop; insmod {module}; echo nop > {TRACING}/current_tracer", timeout=120)
+    core = [patch for patch in patches if patch.addr not in _loop(patches)]
+    assert len(core) == len(patches) - 2
+    give_back(vm, core)
+    after = traced_by_all(vm)
+    assert sorted(set(names[:-1]) - set(after)) == []
+    assert vm.dmesg_problems() == []
+
+
+def _loop(patches: list[CodePatch]) -> set[VirtAddr]:
+    """The module's record and text: the last of each kind."""
+    half = len(patches) // 2
+    return {patches[half - 1].addr, patches[-1].addr}
