@@ -16,7 +16,10 @@ function graph, livepatch, sysctl)
     DISABLED one: "ftrace: Still disable enabled records marked as disabled", in v6.1.)
 ``ftrace_shutdown``, when the last user has gone
     checks that no record has any flag left, DISABLED excepted.
-``ftrace_location``, ``ftrace_set_filter``, kprobes, livepatch, BPF trampolines
+``match_records``
+    does not find it: writing a borrowed function's name to ``set_ftrace_filter`` is an invalid argument, and patterns
+    pass it by.
+``ftrace_location``, and with it kprobes, livepatch and BPF trampolines
     find a record whatever its flags are. So they attach to a borrowed function without an error, and are not called.
 ``ftrace_module_enable``, ``ftrace_release_mod``
     the kernel itself uses the bit: all records of a module have it until its text is final, those of weak functions

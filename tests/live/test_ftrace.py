@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.errors import StaleTextError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.ftrace import (
     NOP,
@@ -33,6 +34,7 @@ from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.errors import GuestFailedError
 
 pytestmark = pytest.mark.live
 
@@ -41,6 +43,7 @@ JUMP = bytes.fromhex(
     "e900000000"
 )  # to the next instruction: what a probe's jump is to ftrace, and as harmless as a nop
 BORROWED = 20
+OTHER = "__x64_sys_getpgid"  # not among those: nothing calls it
 MOST_BEFORE = 4  # bytes of a function in front of its nop: endbr64
 WORK = "ls -lR /etc /proc/self > /dev/null; workload syscall 140 23; cat /proc/modules /proc/mounts > /dev/null; true"
 PRESENT = re.compile(r"^ +\S.*?\[\d+\] .*?: (\S+) <-", re.M)
@@ -196,8 +199,7 @@ def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vc
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     vm: GuestVm = guest.guest
     before = traced_by_all(vm)
-    names = [*choose(vm, before), "loop_control_ioctl"]
-    module = vm.check_output("find /modules -name 'loop.ko*'").strip()
+    names = choose(vm, before)
     patches = borrow(vm, names)
     jumps = [patch for patch in patches if patch.new == JUMP]
     guest.touched |= {patch.addr + at for patch in jumps for at in range(SITE_SIZE)}
@@ -211,27 +213,24 @@ def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vc
             reasons = {looked.tracers.why_not_return(patch.addr) for patch in jumps}
             assert len(looked.tracers.tracers) == 1
             assert reasons == {"a tracer of the guest's covers this function, and was not counted when it came"}
-            other = looked.site_of("__x64_sys_getpriority")
-            if "__x64_sys_getpriority" not in names:
-                assert looked.why_not_borrow(other) == "a tracer of the guest's is called from it"
+            assert looked.why_not_borrow(looked.site_of(OTHER)) == "a tracer of the guest's is called from it"
         vm.check_output(WORK, timeout=240)
         vm.check_output(f"echo nop > {TRACING}/current_tracer", timeout=120)
     meanwhile = traced_by_all(vm)
     assert sorted(set(meanwhile) & set(names)) == []
     assert len(set(meanwhile) & set(before)) > 200
 
-    # Exactly these: a tracer of nothing. Others than these: it does not stand in the way of giving back.
-    vm.check_output(f"cd {TRACING}; echo {' '.join(names)} > set_ftrace_filter")
-    assert trace(vm) == {}
-    vm.check_output(f"cd {TRACING}; echo __x64_sys_getpgid > set_ftrace_filter; echo function > current_tracer")
-    with stopped(vm) as looked:
-        assert {looked.tracers.why_not_return(patch.addr) for patch in jumps} == {None}
-        assert looked.tracers.why_not_return(looked.site_of("__x64_sys_getpgid").ip) is not None
-    vm.check_output(f"cd {TRACING}; echo nop > current_tracer; echo > set_ftrace_filter")
-    vm.check_output(f"cd {TRACING}; echo {' '.join(names)} > set_ftrace_notrace; echo function > current_tracer")
-    with stopped(vm) as looked:
-        assert {looked.tracers.why_not_return(patch.addr) for patch in jumps} == {None}
-    vm.check_output(f"cd {TRACING}; echo nop > current_tracer; echo > set_ftrace_notrace")
+    # By name they are not to be had.
+    for name in names:
+        status, answer = vm.run(f"echo {name} > {TRACING}/set_ftrace_filter")
+        assert (status, answer.split(":")[-1].strip()) == (1, "Invalid argument")
+    # A tracer of other functions does not stand in the way of giving back, one of all but others does.
+    for file, covered in (("set_ftrace_filter", True), ("set_ftrace_notrace", False)):
+        vm.check_output(f"cd {TRACING}; echo {OTHER} > {file}; echo function > current_tracer", timeout=120)
+        with stopped(vm) as looked:
+            assert (looked.tracers.why_not_return(looked.site_of(OTHER).ip) is not None) == covered
+            assert {looked.tracers.why_not_return(patch.addr) is not None for patch in jumps} == {not covered}
+        vm.check_output(f"cd {TRACING}; echo nop > current_tracer; echo > {file}", timeout=120)
 
     # A kprobe of the guest's own is taken, and never hit.
     vm.check_output(f"cd {TRACING}; echo p:mine {names[0]} > kprobe_events; echo 1 > events/kprobes/mine/enable")
@@ -243,18 +242,65 @@ def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vc
     with stopped(vm) as looked:
         assert {looked.text(patch.addr) for patch in jumps} == {JUMP}
 
-    # A module goes with its borrowed function, and comes, while all functions are traced.
-    vm.check_output(f"echo function > {TRACING}/current_tracer", timeout=120)
-    vm.check_output(f"rmmod loop; insmod {module}; echo nop > {TRACING}/current_tracer", timeout=120)
-    core = [patch for patch in patches if patch.addr not in _loop(patches)]
-    assert len(core) == len(patches) - 2
-    give_back(vm, core)
-    after = traced_by_all(vm)
-    assert sorted(set(names[:-1]) - set(after)) == []
+    give_back(vm, patches)
+    assert sorted(set(names) - set(traced_by_all(vm))) == []
     assert vm.dmesg_problems() == []
 
 
-def _loop(patches: list[CodePatch]) -> set[VirtAddr]:
-    """The module's record and text: the last of each kind."""
-    half = len(patches) // 2
-    return {patches[half - 1].addr, patches[-1].addr}
+@both_kernels
+def test_a_module_goes_with_its_borrowed_function(booted_guest: Boot, kernel: Any) -> None:
+    vm = booted_guest(GuestSpec(kernel=kernel))
+    module = vm.check_output("find /modules -name 'loop.ko*'").strip()
+    record, jump = borrow(vm, ["loop_control_ioctl"])
+    vm.check_output(f"echo function > {TRACING}/current_tracer", timeout=120)
+    with stopped(vm) as looked:
+        assert looked.text(jump.addr) == JUMP
+        count = len(looked.records)
+    vm.check_output("rmmod loop", timeout=120)
+    with stopped(vm) as looked:
+        assert looked.records.find(jump.addr) is None
+        with pytest.raises((StaleTextError, UnmappedError)):
+            looked.apply([jump.inverse, record.inverse])
+    vm.check_output(f"insmod {module}", timeout=120)
+    with stopped(vm) as looked:
+        assert len(looked.records) == count
+        assert looked.site_of("loop_control_ioctl").is_enabled
+    vm.check_output(f"echo nop > {TRACING}/current_tracer", timeout=120)
+    with stopped(vm) as looked:
+        assert looked.why_not_borrow(looked.site_of("loop_control_ioctl")) is None
+    assert vm.dmesg_problems() == []
+
+
+def switch_tracer(vm: GuestVm, name: str) -> None:
+    vm.check_output(f"echo {name} > {TRACING}/current_tracer", timeout=120)
+
+
+@both_kernels
+def test_the_guest_minds_what_is_not_done_so(kernel: Any) -> None:
+    """Why it is done at all: an int3 without the flag, and the flag cleared while a tracer covers the function."""
+    with hurt_guest(GuestSpec(kernel=kernel)) as vm:
+        with stopped(vm) as looked:
+            site = looked.site_of(OTHER)
+            looked.apply([CodePatch(site.ip, NOP, b"\xcc" + NOP[1:])])
+        with pytest.raises(GuestFailedError, match=r"WARNING.*ftrace"):
+            switch_tracer(vm, "function")
+    with hurt_guest(GuestSpec(kernel=kernel)) as vm:
+        patches = borrow(vm, [OTHER])
+        switch_tracer(vm, "function")
+        with stopped(vm) as looked:
+            assert looked.tracers.why_not_return(patches[1].addr) is not None
+            looked.apply([patch.inverse for patch in reversed(patches)])
+        with pytest.raises(GuestFailedError, match=r"WARNING.*ftrace"):
+            switch_tracer(vm, "nop")
+
+
+@contextmanager
+def hurt_guest(spec: GuestSpec) -> Iterator[GuestVm]:
+    """A guest of its own, whose failure is wanted: nothing of it is kept."""
+    vm = GuestVm(spec)
+    vm.start()
+    try:
+        vm.wait_ready()
+        yield vm
+    finally:
+        vm.close()
