@@ -400,7 +400,8 @@ class _Compiler:
         if value.name == "rsp":
             register = self._scratch()
             self.out.lea(register, Mem(Gp.RSP, below + self.frame.pushed))
-            return _Place(register, value.width, value.signed)
+            self._into(register, _Place(register, value.width, value.signed))
+            return _Place(register, 8, False)
         if value.name == "eflags":
             # Only said so far; whoever prepares the frame puts them in its *saved*.
             self.reads_flags = True
