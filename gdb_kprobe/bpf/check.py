@@ -48,6 +48,7 @@ from gdb_kprobe.bpf.value import (
     Unreadable,
     Value,
     arithmetic,
+    holds,
     is_number,
     merge,
     to_signed,
@@ -205,7 +206,7 @@ class _Checker:
         if not (isinstance(left, Number) and isinstance(right, Number)):
             return targets if targets[0] != targets[1] else targets[:1]
         bits = 64 if insn.cls is InsnClass.JMP else 32
-        return (targets[int(_holds(JmpOp(insn.op & 0xF0), left.value, right.value, bits))],)
+        return (targets[int(holds(JmpOp(insn.op & 0xF0), left.value, right.value, bits))],)
 
     # Registers
 
@@ -384,22 +385,3 @@ class _Checker:
 
 def _stack_bits(offset: int, width: int) -> int:
     return ((1 << width) - 1) << (STACK_SIZE + offset)
-
-
-def _holds(op: JmpOp, left: int, right: int, bits: int) -> bool:
-    mask = (1 << bits) - 1
-    left, right = left & mask, right & mask
-    signed_left, signed_right = to_signed(left, bits), to_signed(right, bits)
-    return {
-        JmpOp.JEQ: left == right,
-        JmpOp.JNE: left != right,
-        JmpOp.JGT: left > right,
-        JmpOp.JGE: left >= right,
-        JmpOp.JLT: left < right,
-        JmpOp.JLE: left <= right,
-        JmpOp.JSET: bool(left & right),
-        JmpOp.JSGT: signed_left > signed_right,
-        JmpOp.JSGE: signed_left >= signed_right,
-        JmpOp.JSLT: signed_left < signed_right,
-        JmpOp.JSLE: signed_left <= signed_right,
-    }[op]

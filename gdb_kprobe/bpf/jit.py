@@ -44,6 +44,7 @@ from gdb_kprobe.bpf.value import (
     Scalar,
     StackPointer,
     Value,
+    holds,
     to_signed,
 )
 from gdb_kprobe.linux import pt_regs
@@ -537,25 +538,23 @@ class _Compiler:
         else:
             label = self._label(target)
         condition = self._compare(insn, step)
-        if condition is None:  # never
-            if plain is not None:
+        if isinstance(condition, bool):
+            if condition is (plain is None):
                 self.out.jmp(label)
-            return
-        self.out.jcc(condition if plain is None else condition.inverse, label)
+        else:
+            self.out.jcc(condition if plain is None else condition.inverse, label)
 
-    def _compare(self, insn: BpfInsn, step: Step) -> Cc | None:
-        """Set the flags, and return the condition on which to jump; None if it never holds."""
+    def _compare(self, insn: BpfInsn, step: Step) -> Cc | bool:
+        """Set the flags, and return the condition on which to jump; a bool if that is certain in this frame."""
         op = JmpOp(insn.op & 0xF0)
         width = 8 if insn.cls is InsnClass.JMP else 4
         condition = _CONDITIONS[op]
         left, right = self._operand(insn.dst, step), self._second(insn, step)
         if isinstance(left, int):
+            if isinstance(right, int):
+                return holds(op, left, right, 8 * width)
             left, right = right, left
             condition = _MIRRORED.get(condition, condition)
-        if isinstance(left, int):  # constants only in this frame
-            register = self._scratch()
-            self.out.mov_imm(register, left)
-            left = _Place(register, 8, False)
         if isinstance(right, int):
             if op is JmpOp.JSET:
                 return self._test_constant(left, right, width)
@@ -592,7 +591,7 @@ class _Compiler:
             self.out.alu_store(Op.CMP, rm, register, width)
         return condition
 
-    def _test_constant(self, left: _Place, mask: int, width: int) -> Cc | None:
+    def _test_constant(self, left: _Place, mask: int, width: int) -> Cc | bool:
         mask &= (1 << 8 * width) - 1
         if left.width < width:
             low = mask & (1 << 8 * left.width) - 1
@@ -601,7 +600,7 @@ class _Compiler:
             else:
                 mask = low
         if mask == 0:
-            return None
+            return False
         widths = (1, 4, 8) if isinstance(left.rm, Gp) else (1, 2, 4, 8)
         narrow = next(w for w in widths if mask < 1 << 8 * w)
         if narrow < 8 or fits_s32(mask):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gdb_kprobe.bpf.insn import SRC_X, AluOp, BpfInsn, InsnClass
+from gdb_kprobe.bpf.insn import SRC_X, AluOp, BpfInsn, InsnClass, JmpOp
 
 MASK64 = (1 << 64) - 1
 MASK32 = (1 << 32) - 1
@@ -143,3 +143,23 @@ def _folded(op: AluOp, left: int, right: int, bits: int) -> Number | Scalar:
         case _:
             return Scalar()
     return Number(value & mask)
+
+
+def holds(op: JmpOp, left: int, right: int, bits: int) -> bool:
+    """Whether a conditional jump of *bits* bits is taken for these operands."""
+    mask = (1 << bits) - 1
+    left, right = left & mask, right & mask
+    signed_left, signed_right = to_signed(left, bits), to_signed(right, bits)
+    return {
+        JmpOp.JEQ: left == right,
+        JmpOp.JNE: left != right,
+        JmpOp.JGT: left > right,
+        JmpOp.JGE: left >= right,
+        JmpOp.JLT: left < right,
+        JmpOp.JLE: left <= right,
+        JmpOp.JSET: bool(left & right),
+        JmpOp.JSGT: signed_left > signed_right,
+        JmpOp.JSGE: signed_left >= signed_right,
+        JmpOp.JSLT: signed_left < signed_right,
+        JmpOp.JSLE: signed_left <= signed_right,
+    }[op]
