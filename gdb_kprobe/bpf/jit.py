@@ -19,7 +19,7 @@ Layout of the stack while the code runs, from low to high::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gdb_kprobe.bpf.check import CheckedProgram, Step
@@ -89,6 +89,14 @@ class Prepared:
     clobbers_flags: bool
     reads_flags: bool
     """The program looks at the interrupted flags."""
+    reads_ip: bool
+    needed: _Needed = field(repr=False, compare=False)
+
+    def moved(self, ip: VirtAddr) -> Prepared:
+        """The same program in the detour of a probe at *ip*; mostly without the work of :func:`prepare`."""
+        assert isinstance(self.frame, InDetour)
+        frame = replace(self.frame, ip=ip)
+        return prepare(self.checked, frame) if self.reads_ip else replace(self, frame=frame)
 
     @property
     def stack(self) -> int:
@@ -131,7 +139,14 @@ def prepare(checked: CheckedProgram, frame: Frame) -> Prepared:
         must = written - _free(frame) - set(saves)
         if not must:
             return Prepared(
-                checked, frame, saves, written - set(saves), compiler.out.writes_flags, compiler.reads_flags
+                checked=checked,
+                frame=frame,
+                saves=saves,
+                clobbers=written - set(saves),
+                clobbers_flags=compiler.out.writes_flags,
+                reads_flags=compiler.reads_flags,
+                reads_ip=compiler.reads_ip,
+                needed=needed,
             )
         saves += tuple(sorted(must))
 
@@ -148,7 +163,7 @@ def emit(
     frame = prepared.frame
     saved = isinstance(frame, InHandler) or "eflags" in frame.saved
     assert saved or not prepared.reads_flags, "the program reads the flags: the detour must save them"
-    compiler = _Compiler(asm, prepared.checked, _Needed(prepared.checked), prepared.frame, prepared.saves)
+    compiler = _Compiler(asm, prepared.checked, prepared.needed, prepared.frame, prepared.saves)
     compiler.emit(regions, helpers or {})
 
 
@@ -301,6 +316,7 @@ class _Compiler:
         self.saves = saves
         self.mapping = _HANDLER if isinstance(frame, InHandler) else _PLAIN
         self.reads_flags = False
+        self.reads_ip = False
         self.stack = _stack_size(checked)
         self.regions: Mapping[int, VirtAddr] = {}
         self.helpers: Mapping[int, VirtAddr] = {}
@@ -391,6 +407,7 @@ class _Compiler:
         if isinstance(self.frame, InHandler):
             return _Place(Mem(Gp.RDI, pt_regs.OFFSETS[value.name]), value.width, value.signed)
         if value.name == "rip" or value.name in _KERNEL_CONSTANTS:
+            self.reads_ip |= value.name == "rip"
             whole = self.frame.ip if value.name == "rip" else _KERNEL_CONSTANTS[value.name]
             low = whole & (1 << 8 * value.width) - 1
             return to_signed(low, 8 * value.width) & MASK64 if value.signed else low
