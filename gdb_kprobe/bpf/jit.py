@@ -368,14 +368,16 @@ class _Compiler:
         return index
 
     def _inversions(self) -> dict[int, int]:
-        """Conditional jumps over one plain jump, and that jump: they become one jump on the opposite condition."""
-        targets = _join_points(self.checked)
+        """Conditional jumps over one plain jump, and that jump: they become one jump on the opposite condition.
+
+        Other jumps to the plain one do not matter: they lead to where it leads.
+        """
         found = {}
         for index, step in enumerate(self.checked.steps):
             if step is None or len(step.successors) < 2:
                 continue
             over = self._next_emitted(index + 1)
-            if over == len(self.checked.program) or any(i in targets for i in range(index + 1, over + 1)):
+            if over == len(self.checked.program):
                 continue
             insn, plain = self.checked.program[over], self.checked.steps[over]
             assert plain is not None
@@ -482,7 +484,7 @@ class _Compiler:
 
     def _start(self, register: Gp, operand: _Operand, width: int) -> None:
         """The same for an operation of *width* that follows and clears the upper half itself."""
-        if not (isinstance(operand, _Place) and operand.rm is register and operand.width >= width):
+        if not (isinstance(operand, _Place) and operand.rm is register):
             self._into(register, operand, width)
 
     def _as_rm(self, operand: _Operand, width: int) -> Rm:
@@ -731,10 +733,6 @@ class _Compiler:
             out.shift_cl(kind, dst, width)
             return
         shifted = self._scratch() if dst is Gp.RCX else dst
-        if source.rm is dst:  # by itself, or by what is there
-            by = self._scratch()
-            out.mov(by, dst, 8)
-            source = _Place(by, source.width, source.signed)
         self._start(shifted, target, width)
         keep = self._scratch() if dst is not Gp.RCX and self.mapping.index(Gp.RCX) in self.live else None
         if keep is not None:
@@ -834,9 +832,6 @@ class _Compiler:
 
     def _cmpxchg(self, memory: Mem | At, source: _Operand, compared: _Operand, width: int) -> None:
         register = self._as_register(source, width)
-        if register is Gp.RAX:  # r0 for r0: the register would be compared after it was loaded
-            register = self._scratch()
-            self.out.mov(register, Gp.RAX, width)
         if not (isinstance(compared, _Place) and compared.rm is Gp.RAX and compared.width == 8):
             self._into(Gp.RAX, compared, width)
         self.out.lock_cmpxchg(memory, register, width)
@@ -857,8 +852,6 @@ class _Compiler:
         out.alu(_GROUP[op], new, operand, width)
         out.lock_cmpxchg(memory, new, width)
         out.jcc(Cc.NE, again)
-        if width == 4:
-            out.mov(Gp.RAX, Gp.RAX, 4)
         if dst is not Gp.RAX:
             out.mov(dst, Gp.RAX, 8)
             if 0 in self.live:

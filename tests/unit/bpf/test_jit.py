@@ -114,6 +114,68 @@ def test_conditional_jumps(op: JmpOp, bits: int, known: bool) -> None:
         require_equal(operands.finish(), seed)
 
 
+@pytest.mark.parametrize("op", [op for op in JmpOp if op not in (JmpOp.JA, JmpOp.CALL, JmpOp.EXIT)])
+@pytest.mark.parametrize("from_context", [False, True])
+def test_narrow_values_compared_with_constants(op: JmpOp, from_context: bool) -> None:
+    """A field, or memory, of any width against constants that it can and cannot hold."""
+    constants = (0, 1, 0x40, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, -1, -0x80, -0x8000, -0x8000_0000)
+    forms = [(size, signed) for size in Size for signed in (False, True) if not (signed and size is Size.DW)]
+    for seed, constant in enumerate(constants):
+        for bits, mirrored in itertools.product((32, 64), (False, True)):
+            out = Builder()
+            out.mov(R8, R1)
+            out.load_region(R9, OUTPUT)
+            out.load_region(R6, WORK)
+            for at, (size, signed) in enumerate(forms):
+                there = Label()
+                out.mov(R3, 1)
+                if from_context:
+                    out.load(R2, R8, pt_regs.OFFSETS["rdx"], size, signed=signed)
+                else:
+                    out.load(R2, R6, 8 * at, size, signed=signed)
+                if mirrored:
+                    out.mov(R4, constant)
+                    out.jump_if(op, R4, R2, there, bits=bits)
+                else:
+                    out.jump_if(op, R2, constant, there, bits=bits)
+                out.mov(R3, 0)
+                out.bind(there)
+                out.store(R9, 8 * at, R3, Size.DW)
+            out.exit()
+            checked = check(out.finish(), REGIONS)
+            rng = random.Random(seed)
+            for surroundings in SURROUNDINGS:
+                state = random_state(rng)
+                near = (constant + rng.choice((-1, 0, 0, 1))) % (1 << 64)
+                state.registers["rdx"] = near
+                regions = {OUTPUT: bytes(OUTPUT_SIZE), WORK: near.to_bytes(8, "little") * (WORK_SIZE // 8)}
+                assert compare(checked, surroundings, EMULATOR, state, regions).differences == []
+
+
+@pytest.mark.parametrize("jumps", [False, True])
+def test_a_load_is_no_operand_of_an_instruction_that_others_reach(jumps: bool) -> None:
+    out, there, end = Builder(), Label(), Label()
+    out.load_region(R9, OUTPUT)
+    out.load_region(R6, WORK)
+    out.load(R2, R6, 0, Size.DW)
+    out.load(R3, R6, 8, Size.B)
+    out.jump_if(JmpOp.JEQ if jumps else JmpOp.JNE, R3, 7, there)
+    out.load(R2, R6, 16, Size.DW)
+    out.bind(there)
+    out.jump_if(JmpOp.JEQ, R2, 5, end)
+    out.store(R9, 0, 1, Size.DW)
+    out.bind(end)
+    out.exit()
+    checked = check(out.finish(), REGIONS)
+    for words in ((5, 7, 6), (6, 7, 5)):
+        work = b"".join(word.to_bytes(8, "little") for word in words).ljust(WORK_SIZE, b"\0")
+        for surroundings in SURROUNDINGS:
+            regions = {OUTPUT: bytes(OUTPUT_SIZE), WORK: work}
+            trial = compare(checked, surroundings, EMULATOR, random_state(random.Random(1)), regions)
+            assert trial.differences == []
+            assert trial.regions[OUTPUT][0] == (words[0 if jumps else 2] != 5)
+
+
 @pytest.mark.parametrize("size", [Size.W, Size.DW])
 @pytest.mark.parametrize("base", [R10, R1])
 @pytest.mark.parametrize("known", [False, True])
@@ -134,7 +196,7 @@ def test_atomic_operations(what: AluOp | str, known: bool, base: Reg, size: Size
                 out.xchg(base, at, src, size)
             case "cmpxchg":
                 if fetch:
-                    operands.number(R0, 5)
+                    operands.number(R0, 5 if size is Size.DW else 0xF_0000_0005)
                 out.cmpxchg(base, at, src, size)
             case AluOp():
                 out.atomic(what, base, at, src, size, fetch=fetch)
