@@ -28,7 +28,12 @@ class InDetour:
 
 @dataclass(frozen=True, slots=True)
 class InHandler:
-    """The code runs in a C function: rdi is its ``struct pt_regs *`` and stays so, what a callee may change is free."""
+    """The code runs in a C function: rdi is its ``struct pt_regs *`` and stays so, what a callee may change is free.
+
+    :ivar ip: the probed address. In memory the int3 has left the address behind it.
+    """
+
+    ip: VirtAddr
 
 
 Frame = InDetour | InHandler

@@ -25,7 +25,7 @@ from gdb_kprobe.bpf.check import CheckedProgram, Step
 from gdb_kprobe.bpf.compile_alu import alu
 from gdb_kprobe.bpf.compile_atomic import atomic
 from gdb_kprobe.bpf.compile_compare import compare
-from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InDetour, InHandler, free
+from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InHandler, free
 from gdb_kprobe.bpf.insn import BpfInsn, InsnClass, JmpOp, Size
 from gdb_kprobe.bpf.needed import Needed, is_atomic, is_jump, is_pure
 from gdb_kprobe.bpf.places import Place, Places, stack_size
@@ -54,8 +54,7 @@ class Prepared:
     """What follows from *checked* alone."""
 
     def moved(self, ip: VirtAddr) -> Prepared:
-        """The same program in the detour of a probe at *ip*; mostly without the work of :func:`prepare`."""
-        assert isinstance(self.frame, InDetour)
+        """The same program for a probe at *ip*; mostly without the work of :func:`prepare`."""
         frame = replace(self.frame, ip=ip)
         return prepare(self.checked, frame) if self.reads_ip else replace(self, frame=frame)
 

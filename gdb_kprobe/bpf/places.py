@@ -42,6 +42,12 @@ def stack_size(checked: CheckedProgram) -> int:
     return -(-checked.stack_used // 8) * 8
 
 
+def _part(whole: int, field: Field) -> int:
+    """What *field* is when its register holds *whole*."""
+    low = whole & (1 << 8 * field.width) - 1
+    return to_signed(low, 8 * field.width) & MASK64 if field.signed else low
+
+
 class Places:
     """The places as the instruction that is being compiled sees them; :meth:`begin` comes before each."""
 
@@ -78,13 +84,13 @@ class Places:
         return SCRATCH[self._scratch_used - 1]
 
     def _field(self, value: Field) -> Operand:
+        if value.name == "rip":
+            self.reads_ip = True
+            return _part(self.frame.ip, value)
         if isinstance(self.frame, InHandler):
             return Place(Mem(Gp.RDI, pt_regs.OFFSETS[value.name]), value.width, value.signed)
-        if value.name == "rip" or value.name in KERNEL_CONSTANTS:
-            self.reads_ip |= value.name == "rip"
-            whole = self.frame.ip if value.name == "rip" else KERNEL_CONSTANTS[value.name]
-            low = whole & (1 << 8 * value.width) - 1
-            return to_signed(low, 8 * value.width) & MASK64 if value.signed else low
+        if value.name in KERNEL_CONSTANTS:
+            return _part(KERNEL_CONSTANTS[value.name], value)
         below = self.stack + 8 * len(self.saves)
         if value.name in self.frame.saved:
             self.reads_flags |= value.name == "eflags"

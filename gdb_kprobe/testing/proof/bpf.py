@@ -40,7 +40,7 @@ class Surroundings:
 
     def frame(self) -> Frame:
         if self.in_handler:
-            return InHandler()
+            return InHandler(IP)
         # First the flags, then the registers, each 8 bytes lower.
         saved = {"eflags": 8 * len(self.pushed)}
         saved |= {register.name.lower(): 8 * at for at, register in enumerate(reversed(self.pushed))}
@@ -115,7 +115,7 @@ def compare(
         state.write(addresses[number], data)
     if surroundings.in_handler:
         state.registers = random_state(random.Random(state.seed)).registers | {"rdi": _PT_REGS}
-        state.write(_PT_REGS, packed(context))
+        state.write(_PT_REGS, packed(context | {"rip": IP + 1}))  # as the int3 has left it
     after = emulator.run(state, {CODE: code}, CODE, _MOST)
     trial = Trial(code, {number: after.read(addresses[number], len(data)) for number, data in regions.items()})
     found = trial.differences

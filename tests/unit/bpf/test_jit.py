@@ -237,7 +237,7 @@ def test_a_counter_is_one_instruction() -> None:
     out.atomic(AluOp.ADD, R1, 0, R2, Size.DW)
     out.exit()
     checked = check(out.finish(), {0: 24})
-    for frame in (InDetour(IP), InHandler()):
+    for frame in (InDetour(IP), InHandler(IP)):
         prepared = prepare(checked, frame)
         assert (prepared.saves, prepared.clobbers, prepared.stack) == ((), frozenset(), 0)
         assert prepared.clobbers_flags
@@ -342,7 +342,7 @@ def test_calls(in_handler: bool) -> None:
             state.write(context + pt_regs.OFFSETS[name], before[name].to_bytes(8, "little"))
         state.registers["rdi"] = context
     asm = Assembler(CODE)
-    emit(asm, prepare(checked, InHandler() if in_handler else InDetour(IP)), {0: data}, {9: VirtAddr(CODE + 0x800)})
+    emit(asm, prepare(checked, InHandler(IP) if in_handler else InDetour(IP)), {0: data}, {9: VirtAddr(CODE + 0x800)})
     code = asm.finish()
     # The emulator stops at the int3 behind the code.
     whole = code.ljust(0x800, b"\xcc") + helper_asm.finish()
