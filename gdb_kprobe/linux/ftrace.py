@@ -115,9 +115,26 @@ class FtraceSite:
         The whole record, because its address is the proof that a record is still there: that of a module which was
         unloaded meanwhile is somebody else's memory.
         """
+        return self._with_flags(self.flags | self.layout.disabled)
+
+    @property
+    def returned(self) -> bytes:
+        """What to write over *data* to give it back."""
+        return self._with_flags(self.flags & ~self.layout.disabled)
+
+    def _with_flags(self, flags: int) -> bytes:
         at = self.layout.flags
-        flags = (self.flags | self.layout.disabled).to_bytes(_WORD, "little")
-        return self.data[:at] + flags + self.data[at + _WORD :]
+        return self.data[:at] + flags.to_bytes(_WORD, "little") + self.data[at + _WORD :]
+
+    def why_not_return(self, ip: int, text: bytes) -> str | None:
+        """Return why this is not the borrowed record of *ip*, where *text* is now, as it was left; or None."""
+        if text != NOP:
+            return f"its nop is not there, but {text.hex(' ')}"
+        if self.ip != ip:
+            return "its record is gone"
+        if not self.is_disabled or self.flags & ~(self.layout.history | self.layout.disabled):
+            return f"its record is not as it was left: its flags are {self.flags:#x}"
+        return None
 
     def why_not_borrow(self, text: bytes) -> str | None:
         """Return why it cannot be borrowed now, or None. *text* is what is at :attr:`ip`, :data:`SITE_SIZE` bytes."""

@@ -6,6 +6,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
@@ -32,12 +33,31 @@ class Task:
         return f"{self.comm}[{self.pid}]"
 
 
+class StackKind(Enum):
+    """What a stack is for."""
+
+    TASK = auto()
+    INTERRUPT = auto()
+    EXCEPTION = auto()
+    """All the stacks of a CPU that the IDT names (NMI, double fault, ...), one above the other."""
+    ENTRY = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A kernel stack and whose it is: a task's, or a CPU's for interrupts or exceptions."""
 
     owner: str
     range: AddressRange
+    kind: StackKind = StackKind.TASK
+    cpu: int | None = None
+    alias: AddressRange | None = None
+    """Where the CPU uses it, if that is not where it is read."""
+
+    @property
+    def used(self) -> AddressRange:
+        """Where the CPU's stack pointer is while it is on it."""
+        return self.range if self.alias is None else self.alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +120,56 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...
 
     :raises GuestStateError: this kernel's variables are not as known here.
     """
+    hardirq_ptr = _hot_symbol(kallsyms, btf, "hardirq_stack_ptr")
+    irq_size = btf.size_of("irq_stack")
     stacks = []
     for cpu, offset in per_cpu_offsets(memory, kallsyms, btf).items():
-        for symbol, type_name, what in (
-            ("irq_stack_backing_store", "irq_stack", "interrupt stack"),
-            ("exception_stacks", "exception_stacks", "exception stacks"),
-            ("entry_stack_storage", "entry_stack_page", "entry stack"),
-        ):
-            start = per_cpu_ptr(kallsyms.address(symbol), offset)
-            end = VirtAddr(start + btf.size_of(type_name))
-            stacks.append(Stack(f"{what} of CPU {cpu}", AddressRange(start, end)))
+        # The pointer is to the last word: arch/x86/kernel/irq_64.c, map_irq_stack().
+        top = read_pointer(memory, per_cpu_ptr(hardirq_ptr, offset)) + 8
+        # Exceptions use theirs through cpu_entry_area, with a guard page in front of each: mm/cpu_entry_area.c.
+        used_at = read_pointer(memory, per_cpu_ptr(kallsyms.address("cea_exception_stacks"), offset))
+        used = AddressRange(used_at, VirtAddr(used_at + btf.size_of("cea_exception_stacks")))
+        exceptions = _storage(kallsyms, btf, "exception_stacks", "exception_stacks", offset)
+        entry = _storage(kallsyms, btf, "entry_stack_storage", "entry_stack_page", offset)
+        interrupts = AddressRange(VirtAddr(top - irq_size), VirtAddr(top))
+        stacks += [
+            Stack(f"interrupt stack of CPU {cpu}", interrupts, StackKind.INTERRUPT, cpu),
+            Stack(f"exception stacks of CPU {cpu}", exceptions, StackKind.EXCEPTION, cpu, used),
+            Stack(f"entry stack of CPU {cpu}", entry, StackKind.ENTRY, cpu),
+        ]
     return tuple(stacks)
+
+
+def _hot_symbol(kallsyms: Kallsyms, btf: Btf, name: str) -> VirtAddr:
+    """A per-CPU variable that was a member of ``pcpu_hot`` for a while.
+
+    Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
+    """
+    if btf.has_member("pcpu_hot", name) and kallsyms.find("pcpu_hot") is not None:
+        return VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", name))
+    return kallsyms.address(name)
+
+
+def _storage(kallsyms: Kallsyms, btf: Btf, symbol: str, type_name: str, offset: int) -> AddressRange:
+    start = per_cpu_ptr(kallsyms.address(symbol), offset)
+    return AddressRange(start, VirtAddr(start + btf.size_of(type_name)))
+
+
+def live_stacks(stacks: Iterable[Stack], stack_pointers: Iterable[int]) -> tuple[Stack, ...]:
+    """Return those of the CPUs' *stacks* that hold anything alive.
+
+    :param stack_pointers: of those CPUs that are on none of the tasks' stacks.
+
+    A CPU is on the stack that its pointer is in. It may have come from its interrupt stack to one of an exception, but
+    not the other way: there interrupts are off. Of a pointer that is in none of them nothing is known.
+    """
+    known, pointers = tuple(stacks), tuple(stack_pointers)
+    if not all(any(rsp in stack.used for stack in known) for rsp in pointers):
+        return known
+    on = [stack for stack in known if any(rsp in stack.used for rsp in pointers)]
+    nested = {stack.cpu for stack in on if stack.kind is StackKind.EXCEPTION}
+    below = (stack for stack in known if stack.kind is StackKind.INTERRUPT and stack.cpu in nested)
+    return tuple(dict.fromkeys((*on, *below)))
 
 
 def task_stacks(tasks: Iterable[Task], running: Iterable[VirtAddr] = ()) -> Iterator[Stack]:
@@ -130,11 +189,7 @@ def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, Vir
 
     :raises GuestStateError: this kernel keeps the current task where it is not known here.
     """
-    # Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
-    if btf.has_member("pcpu_hot", "current_task") and kallsyms.find("pcpu_hot") is not None:
-        symbol = VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", "current_task"))
-    else:
-        symbol = kallsyms.address("current_task")
+    symbol = _hot_symbol(kallsyms, btf, "current_task")
     offsets = per_cpu_offsets(memory, kallsyms, btf)
     return {cpu: read_pointer(memory, per_cpu_ptr(symbol, offset)) for cpu, offset in offsets.items()}
 

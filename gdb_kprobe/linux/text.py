@@ -30,6 +30,29 @@ _SECTIONS = (
 )
 _INIT_SECTION = ("__init_begin", "__init_end")
 _BP_PATH = ("asm_exc_int3", "exc_int3")
+_TEMPLATES = (
+    # Between these labels of arch/x86/kernel/ftrace_64.S create_trampoline() copies, and compares what it copies.
+    "ftrace_caller",
+    "ftrace_caller_op_ptr",
+    "ftrace_call",
+    "ftrace_graph_call",
+    "ftrace_caller_end",
+    "ftrace_epilogue",
+    "ftrace_stub",
+    "ftrace_stub_graph",
+    "ftrace_regs_caller",
+    "ftrace_regs_caller_op_ptr",
+    "ftrace_regs_call",
+    "ftrace_regs_caller_jmp",
+    "ftrace_regs_caller_end",
+    "ftrace_stub_direct_tramp",
+    # machine_kexec() copies from the first to the last of these, arch/x86/kernel/relocate_kernel_64.S.
+    "relocate_kernel",
+    "relocate_range",
+    "identity_mapped",
+    "virtual_mapped",
+    "swap_pages",
+)
 _PADDING_PREFIXES = ("__pfx_", "__cfi_")
 
 _HINT = "choose another instruction or function"
@@ -162,6 +185,8 @@ class TextFacts:
         """Return why nothing of the symbol *name* may be touched, as far as its name says it; None otherwise."""
         if name.startswith(_PADDING_PREFIXES):
             return SymbolRule(Reason.PADDING, "padding in front of a function")
+        if name in _TEMPLATES:
+            return SymbolRule(Reason.TEMPLATE, "it runs where a copy of it lies, which a probe would break")
         # A part that the compiler split off (foo.cold, foo.isra.0) is refused like its function.
         stem = name.partition(".")[0]
         if stem != name:

@@ -296,19 +296,24 @@ def test_tasks_equal_the_guests_proc(vm: GuestVm) -> None:
     # Started once and left alone: a process with a user-mode loop, seen by both observers.
     job = vm.spawn("workload spin 0")
     script = "for t in /proc/[0-9]*/task/[0-9]*; do echo ${t##*/} $(cut -d/ -f3 <<E\n$t\nE\n) $(cat $t/comm); done"
-    lines = [line.split(None, 2) for line in vm.check_output(script).splitlines()]
+
+    def listed() -> dict[int, tuple[int, str]]:
+        lines = (line.split(None, 2) for line in vm.check_output(script).splitlines())
+        return {int(pid): (int(tgid), comm) for pid, tgid, comm in (line for line in lines if len(line) == 3)}
+
+    expected = listed()
     kernel = open_kernel(vm)
     tasks = read_tasks(kernel.table, kernel.core, kernel.btf)
     current = current_tasks(kernel.table, kernel.core, kernel.btf)
     vm.cont()
+    after = listed()
     vm.finish(job, kill=True)
-    expected = {int(pid): (int(tgid), comm) for pid, tgid, comm in (line for line in lines if len(line) == 3)}
     found = {task.pid: (task.tgid, task.comm) for task in tasks if task.pid}
     assert sum(task.pid == 0 for task in tasks) == 2, "one idle task for each CPU"
-    # Helpers of the listing itself, and kernel workers, come and go between the two looks.
+    # Who is in both listings was there in between. Helpers of the listing itself, and kernel workers, come and go.
     both = expected.keys() & found.keys()
-    gone = {pid: expected[pid] for pid in expected.keys() - both if not expected[pid][1].startswith(("cat", "sh"))}
-    come = {pid: found[pid] for pid in found.keys() - both if not found[pid][1].startswith("kworker")}
+    gone = {pid: expected[pid] for pid in expected.keys() & after.keys() - both}
+    come = {pid: found[pid] for pid in found.keys() - both - after.keys() if not found[pid][1].startswith("kworker")}
     assert gone == {}
     assert come == {}
     assert len(both) > 30
