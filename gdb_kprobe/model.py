@@ -115,6 +115,7 @@ class Reason(StrEnum):
     KPROBES_TEXT = "kprobes text"
     BLACKLISTED = "on the guest's kprobe blacklist"
     BP_PATH = "on the #BP path"
+    TEMPLATE = "code that the guest copies to elsewhere"
     JUMP_LABEL = "jump label site"
     STATIC_CALL = "static call site"
     STATIC_CALL_TRAMPOLINE = "static call trampoline"
@@ -143,7 +144,28 @@ class Reason(StrEnum):
     WINDOW_CALL = "a call returns into the jump's 5 bytes"
     WINDOW_UNREACHED = "instructions of unknown use behind a jump"
     INDIRECT_JUMP = "an indirect jump may go into the jump's 5 bytes"
-    NOT_IMPLEMENTED = "not implemented yet"
+    WINDOW_UNKNOWN = "nobody says what else goes into the jump's 5 bytes"
+    WINDOW_BUSY = "somebody is within the jump's 5 bytes"
+    PROBED_INSIDE = "another probe within the jump's 5 bytes"
+    BREAKPOINT_INSIDE = "a breakpoint within the jump's 5 bytes"
+    NEEDS_HOST = "a hit needs the host"
+    TOLD = "the host is told of every hit"
+    FTRACE_BUSY = "the guest's ftrace uses the function's nop"
+
+    @property
+    def passes(self) -> bool:
+        """It may not hold any more at the next stop: what was refused for it is tried again."""
+        return self in _PASSING
+
+    @property
+    def may_pass(self) -> bool:
+        """It may not hold any more when the probes of the place are others."""
+        return self.passes or self is Reason.NEEDS_HOST
+
+
+_PASSING = frozenset(
+    {Reason.WINDOW_BUSY, Reason.PROBED_INSIDE, Reason.BREAKPOINT_INSIDE, Reason.TOLD, Reason.FTRACE_BUSY}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
 
     dispatcher:  from user mode, or not in the table?        -> jmp exc_int3
                  jmp to the site's handler
-    handler:     count; regs->ip = slot; ret                    (a hit that needs nothing else)
+    handler:     its programs; regs->ip = slot; ret             (a hit that does not need the host)
             or   rax = slot, rdx = the word to count a miss in; jmp gate
     gate:        nop                                            (the host's breakpoint is here)
                  count the miss; regs->ip = slot; ret           (nobody was there to handle it)
@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from gdb_kprobe.bpf.frame import InHandler
+from gdb_kprobe.kprobes.handler import Handler
 from gdb_kprobe.linux.pt_regs import OFFSETS
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.x86.assemble import Assembler, Label, rel32
@@ -106,15 +108,14 @@ def emit_dispatcher(at: VirtAddr, table: VirtAddr, bits: int, forward: VirtAddr)
     return asm.finish()
 
 
-def emit_counting_handler(at: VirtAddr, counters: Sequence[VirtAddr], slot: VirtAddr) -> bytes:
-    """A handler that adds one to each of *counters* and goes on in *slot*.
+def emit_handler(at: VirtAddr, handlers: Sequence[Handler], addr: VirtAddr, slot: VirtAddr) -> bytes:
+    """What handles a hit at the probed *addr* without the host: it runs *handlers*, and goes on in *slot*.
 
-    :raises DisplacementError: one of them is out of reach.
+    :raises DisplacementError: something that it refers to is out of reach.
     """
     asm = Assembler(at)
-    for counter in counters:
-        start = asm.pc
-        asm.raw(b"\xf0\x48\xff\x05" + rel32("lock inc", start, offset(start, 8), counter))  # lock inc qword [counter]
+    for handler in handlers:
+        handler.emit(asm, InHandler(addr))
     _lea(asm, 0, slot)
     asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
     asm.ret()
@@ -133,10 +134,6 @@ def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: 
     return asm.finish()
 
 
-COUNTING_FIXED_SIZE: Final = 15
-"""Bytes of a counting handler without its counters."""
-COUNTING_SIZE: Final = 8
-"""Bytes that each counter adds."""
 STOPPING_SIZE: Final = 19
 
 

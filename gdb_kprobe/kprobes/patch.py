@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.model import AddressRange, VirtAddr, offset
 
 MAX_PATCH = 16
 """Bytes of text that one patch replaces, at the most."""
@@ -21,6 +21,10 @@ class CodePatch:
 
     def __post_init__(self) -> None:
         assert len(self.old) == len(self.new) > 0
+
+    @property
+    def range(self) -> AddressRange:
+        return AddressRange(self.addr, offset(self.addr, len(self.new)))
 
     @property
     def inverse(self) -> CodePatch:

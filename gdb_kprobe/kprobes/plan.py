@@ -6,14 +6,16 @@ A plan keeps the reason why each better rung was refused. Printed, it is the dry
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
-from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.errors import KprobeError, RefusedError
+from gdb_kprobe.kprobes.detour import Detour
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator, in_reach
-from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.x86 import families, relocate
+from gdb_kprobe.x86.assemble import DisplacementError
 from gdb_kprobe.x86.decode import Insn
 
 
@@ -22,17 +24,22 @@ class Facts:
     """What a rung's rules need to know about the probe point, beyond the instruction.
 
     *kernel_boost*: only what a kernel with these rules boosts may be boosted; ``None``: all that can be relocated.
+    *detour*: what would be out of line for a jump, or why there can be none.
     """
 
     in_extable: bool = False
     needs_post: bool = False
     rungs: tuple[Rung, ...] = (Rung.SINGLE_STEP, Rung.BOOSTED)
     kernel_boost: Rules | None = None
+    detour: Detour | Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A probe, ready to arm: the slot's image first, then the patch of the text."""
+    """A probe, ready to arm: the slot's image first, then the patch of the text.
+
+    *detour* is set exactly on the optimized rung.
+    """
 
     insn: Insn
     family: families.Family
@@ -41,10 +48,16 @@ class Plan:
     code: bytes
     patch: CodePatch
     declined: tuple[tuple[Rung, Refusal], ...]
+    detour: Detour | None = None
 
     @property
     def slot_image(self) -> bytes:
         return self.slot.image(self.insn.addr, self.code)
+
+    @property
+    def not_optimized(self) -> Refusal | None:
+        """Why it is not on the optimized rung."""
+        return next((refusal for rung, refusal in self.declined if rung is Rung.OPTIMIZED), None)
 
 
 def can_handle(insn: Insn) -> families.Family | Refusal:
@@ -83,9 +96,13 @@ def can_single_step(insn: Insn, facts: Facts) -> Refusal | None:
     return None
 
 
-def can_optimize(insn: Insn) -> Refusal:
-    """The rules of the optimized rung."""
-    return Refusal(Reason.NOT_IMPLEMENTED, insn.addr, "jump optimization comes with compiled handlers")
+def can_jump(insn: Insn, facts: Facts) -> Refusal | None:
+    """The rules of the optimized rung; those of the window are in :mod:`gdb_kprobe.kprobes.window`."""
+    if Rung.OPTIMIZED not in facts.rungs or facts.detour is None:
+        return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include optimized")
+    if facts.needs_post:
+        return Refusal(Reason.NEEDS_SINGLE_STEP, insn.addr, "it must regain control right after the instruction")
+    return facts.detour if isinstance(facts.detour, Refusal) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +120,12 @@ def try_rungs(insn: Insn, facts: Facts, slots: SlotAllocator) -> tuple[Trial, ..
     trials: list[Trial] = []
     for rung in reversed(Rung):
         refusal = _check(rung, insn, facts)
-        prepared = _prepare(rung, insn, slots) if refusal is None else refusal
+        prepared = _prepare(rung, insn, facts, slots) if refusal is None else refusal
         if isinstance(prepared, Refusal):
             trials.append(Trial(rung, prepared))
         else:
-            slot, code = prepared
-            slots.discard(slot)
-            trials.append(Trial(rung, None, slot.code, code))
+            slots.discard(prepared.slot)
+            trials.append(Trial(rung, None, prepared.slot.code, prepared.code))
     return tuple(trials)
 
 
@@ -122,20 +138,25 @@ def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
     family = can_handle(insn)
     if isinstance(family, Refusal):
         raise RefusedError(f"cannot probe {insn.addr:#x}", family)
-    declined: list[tuple[Rung, Refusal]] = [(Rung.OPTIMIZED, can_optimize(insn))]
-    for rung in (Rung.BOOSTED, Rung.SINGLE_STEP):
+    declined: list[tuple[Rung, Refusal]] = []
+    for rung in reversed(Rung):
         refusal = _check(rung, insn, facts)
         if refusal is None:
-            prepared = _prepare(rung, insn, slots)
+            prepared = _prepare(rung, insn, facts, slots)
             if not isinstance(prepared, Refusal):
-                slot, code = prepared
-                patch = CodePatch(insn.addr, insn.raw[:1], INT3)
-                return Plan(insn, family, rung, slot, code, patch, tuple(declined))
+                slot, code, patch, detour = prepared
+                return Plan(insn, family, rung, slot, code, patch, tuple(declined), detour)
             refusal = prepared
         declined.append((rung, refusal))
-    ruled_out = (Reason.NOT_IMPLEMENTED, Reason.POLICY)
-    told = next((refusal for _, refusal in reversed(declined) if refusal.reason not in ruled_out), declined[-1][1])
+    told = next((refusal for _, refusal in reversed(declined) if refusal.reason is not Reason.POLICY), declined[-1][1])
     raise RefusedError(f"cannot probe {insn.addr:#x}", told)
+
+
+class _Prepared(NamedTuple):
+    slot: Slot
+    code: bytes
+    patch: CodePatch
+    detour: Detour | None
 
 
 def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:
@@ -145,32 +166,62 @@ def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:
         case Rung.SINGLE_STEP:
             return can_single_step(insn, facts)
         case Rung.OPTIMIZED:
-            return can_optimize(insn)
+            return can_jump(insn, facts)
         case _:
             assert_never(rung)
 
 
-def _prepare(rung: Rung, insn: Insn, slots: SlotAllocator) -> tuple[Slot, bytes] | Refusal:
+def _prepare(rung: Rung, insn: Insn, facts: Facts, slots: SlotAllocator) -> _Prepared | Refusal:
+    try:
+        if rung is Rung.OPTIMIZED:
+            assert isinstance(facts.detour, Detour), "it was checked"
+            return _prepare_detour(facts.detour, slots)
+        return _prepare_slot(rung, insn, slots)
+    except relocate.RelocateError as error:
+        return Refusal(error.reason, insn.addr, error.detail)
+    except DisplacementError as error:
+        return Refusal(Reason.OUT_OF_REACH, insn.addr, error.message)
+
+
+def _prepare_slot(rung: Rung, insn: Insn, slots: SlotAllocator) -> _Prepared | Refusal:
     size = relocate.relocated_size(insn) if rung is Rung.BOOSTED else insn.length
-    near = AddressRange(insn.addr, offset(insn.addr, insn.length))
+    slot = _allocate(size, AddressRange(insn.addr, insn.end), slots)
+    if isinstance(slot, Refusal):
+        return slot
+    make = relocate.relocate if rung is Rung.BOOSTED else relocate.copy_for_step
+    try:
+        code = make(insn, slot.code)
+    except relocate.RelocateError:
+        slots.discard(slot)
+        raise
+    return _Prepared(slot, code, CodePatch(insn.addr, insn.raw[:1], INT3), None)
+
+
+def _prepare_detour(detour: Detour, slots: SlotAllocator) -> _Prepared | Refusal:
+    slot = _allocate(detour.size, detour.window.range, slots)
+    if isinstance(slot, Refusal):
+        return slot
+    try:
+        return _Prepared(slot, detour.emit(slot.code), detour.patch(slot.code), detour)
+    except KprobeError:
+        slots.discard(slot)
+        raise
+
+
+def _allocate(size: int, near: AddressRange, slots: SlotAllocator) -> Slot | Refusal:
     slot = slots.allocate(size, near)
     if slot is None and not in_reach(slots.area, near):
         return Refusal(
             Reason.OUT_OF_REACH,
-            insn.addr,
+            near.start,
             f"the region's code is at {slots.area}",
             "place the region within 2 GiB of the text (region.virtual in the profile)",
         )
     if slot is None:
         return Refusal(
             Reason.REGION_FULL,
-            insn.addr,
+            near.start,
             f"no slot of {size} bytes in reach ({slots.used} of {slots.area.size} bytes in use)",
             "reserve a larger region (region.size in the profile), or delete probes",
         )
-    make = relocate.relocate if rung is Rung.BOOSTED else relocate.copy_for_step
-    try:
-        return slot, make(insn, slot.code)
-    except relocate.RelocateError as error:
-        slots.discard(slot)
-        return Refusal(error.reason, insn.addr, error.detail)
+    return slot

@@ -10,12 +10,16 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from gdb_kprobe.kprobes.forms import Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.padding import begins_padding
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import INT3, in_reach, reaches
+from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, make_function
+from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import AddressRange, Reason, Rung, VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.shadow import parted
@@ -29,6 +33,7 @@ BY_PLACE: Final = frozenset(
         Reason.JUMP_LABEL,
         Reason.STATIC_CALL,
         Reason.STATIC_CALL_TRAMPOLINE,
+        Reason.TEMPLATE,
         Reason.ALTERNATIVE,
         Reason.GUEST_KPROBE,
         Reason.BUG_TABLE,
@@ -38,6 +43,23 @@ BY_PLACE: Final = frozenset(
     }
 )
 """Reasons that nobody can do anything about: text that must not trap, that the guest patches, or that is none."""
+
+
+@dataclass
+class Jumps:
+    """Of the instructions of the optimized rung, how many have the jump's window to themselves (*single*), and how many
+    need a nop of the guest's ftrace (*borrowed*). *refused* says why the others that can be probed are not.
+
+    *entries* are the first instructions of functions, *entries_refused* why some of them get no jump (also those that
+    cannot be probed at all, but for forbidden text). *kernel* is how many the kernel's own rules would optimize.
+    """
+
+    single: int = 0
+    borrowed: int = 0
+    kernel: int = 0
+    refused: Counter[Reason] = field(default_factory=Counter)
+    entries: int = 0
+    entries_refused: Counter[Reason] = field(default_factory=Counter)
 
 
 @dataclass
@@ -54,6 +76,8 @@ class Survey:
     not_boosted: Counter[Reason] = field(default_factory=Counter)
     kernel_probes: int = 0
     kernel_boosts: int = 0
+    jumps: Jumps | None = None
+    """What was found of jumps; ``None``: they were not asked for."""
 
     @property
     def instructions(self) -> int:
@@ -71,22 +95,10 @@ class Survey:
             "instructions": self.instructions,
             "rungs": {str(rung): self.rungs[rung] for rung in Rung},
             "refused": {str(reason): count for reason, count in self.refused.most_common() if count},
+            "not_optimized": {}
+            if self.jumps is None
+            else {str(reason): count for reason, count in self.jumps.refused.most_common() if count},
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The text of one symbol, up to the next symbol, and what the guest says of it.
-
-    *rule* refuses all of it. *sites* are (address, bytes, reason), of several at a place the one that counts first.
-    *extable* are the addresses of instructions that may fault.
-    """
-
-    addr: VirtAddr
-    code: bytes
-    rule: Reason | None = None
-    sites: Sequence[tuple[int, int, Reason]] = ()
-    extable: Collection[int] = ()
 
 
 _Found = tuple[int, Form | None]
@@ -98,12 +110,22 @@ class Surveyor:
     :param area: where the slots are, or may be.
     :param rules: the rules of the guest's kernel, to compare.
     :param by_kernel_rules: boost only what those rules boost.
+    :param references: what goes where in all text; without them nothing is optimized.
     """
 
-    def __init__(self, area: AddressRange, rules: Rules, *, by_kernel_rules: bool = False) -> None:
-        self.survey = Survey()
+    def __init__(
+        self,
+        area: AddressRange,
+        rules: Rules,
+        *,
+        by_kernel_rules: bool = False,
+        references: CodeReferences | None = None,
+    ) -> None:
+        self.survey = Survey(jumps=None if references is None else Jumps())
         self._area = area
+        self._rules = rules
         self._by_kernel_rules = by_kernel_rules
+        self._references = references
         self._forms = Forms(rules)
 
     def count(self, piece: Piece) -> None:
@@ -113,59 +135,110 @@ class Surveyor:
         if piece.rule is not None:
             refused[piece.rule] += len(found) + tail
             return
-        padding, behind = self._padding(found, tail)
+        verdicts, behind = self._verdicts(piece, found, tail)
         refused[behind] += tail
+        if self._references is not None:
+            self._count_jumps(self._references, piece, found, tail, verdicts)
+        for verdict, (addr, form) in zip(verdicts, found, strict=True):
+            if isinstance(verdict, Rung):
+                assert form is not None
+                self._count_rung(verdict, form, addr, in_extable=addr in piece.extable)
+            else:
+                refused[verdict] += 1
+
+    def _verdicts(self, piece: Piece, found: list[_Found], tail: int) -> tuple[list[Rung | Reason], Reason]:
+        """The best rung with an int3 of each instruction, or why it is refused; and what the int3 behind them are."""
+        padding, behind = self._padding(found, tail)
         marks = _marks(found, piece.sites) if piece.sites else {}
         near = AddressRange(piece.addr, VirtAddr(piece.addr + len(piece.code)))
         out_of_reach = not in_reach(self._area, near)
         parted_at = _parted_at(found)
-        boosted = probed = kernel_boosted = 0
+        verdicts: list[Rung | Reason] = []
         for index, (addr, form) in enumerate(found):
             if index in marks:
-                refused[marks[index]] += 1
+                verdicts.append(marks[index])
             elif form is None:
-                refused[Reason.UNDECODABLE] += 1
+                verdicts.append(Reason.UNDECODABLE)
             elif index >= padding:
-                refused[Reason.PADDING] += 1
+                verdicts.append(Reason.PADDING)
             elif form.refused is not None:
-                refused[form.refused.reason] += 1
+                verdicts.append(form.refused.reason)
             elif index in parted_at:
-                refused[Reason.INTERRUPT_SHADOW] += 1
+                verdicts.append(Reason.INTERRUPT_SHADOW)
             elif out_of_reach:
-                refused[Reason.OUT_OF_REACH] += 1
-            elif form.reach is None and not piece.extable and not self._by_kernel_rules:
-                boosted += 1
-                probed += form.kernel_probes
-                kernel_boosted += form.kernel_boosts
+                verdicts.append(Reason.OUT_OF_REACH)
             else:
-                self._count_rung(form, addr, in_extable=addr in piece.extable)
-        self.survey.rungs[Rung.BOOSTED] += boosted
-        self.survey.kernel_probes += probed
-        self.survey.kernel_boosts += kernel_boosted
+                verdicts.append(self._rung(form, addr, piece.extable))
+        return verdicts, behind
 
-    def _count_rung(self, form: Form, addr: int, *, in_extable: bool) -> None:
-        survey = self.survey
-        in_reach_of_slots = form.reach is None or reaches(self._area, addr + form.reach)
-        if in_extable:
-            why = Reason.EX_TABLE
-        elif self._by_kernel_rules and not form.kernel_boosts:
-            why = Reason.KERNEL_BOOST
-        elif not in_reach_of_slots:
-            why = Reason.OUT_OF_REACH
-        else:
-            survey.rungs[Rung.BOOSTED] += 1
-            survey.kernel_probes += form.kernel_probes
-            survey.kernel_boosts += form.kernel_boosts
-            return
+    def _rung(self, form: Form, addr: int, extable: Collection[int]) -> Rung | Reason:
+        if self._why_not_boosted(form, addr, in_extable=addr in extable) is None:
+            return Rung.BOOSTED
         if form.insn.is_halt:
-            survey.refused[Reason.HALTS] += 1
-        elif not in_reach_of_slots and form.insn.is_rip_relative:
-            survey.refused[Reason.OUT_OF_REACH] += 1
-        else:
-            survey.rungs[Rung.SINGLE_STEP] += 1
+            return Reason.HALTS
+        if form.insn.is_rip_relative and not self._reaches(form, addr):
+            return Reason.OUT_OF_REACH
+        return Rung.SINGLE_STEP
+
+    def _why_not_boosted(self, form: Form, addr: int, *, in_extable: bool) -> Reason | None:
+        if in_extable:
+            return Reason.EX_TABLE
+        if self._by_kernel_rules and not form.kernel_boosts:
+            return Reason.KERNEL_BOOST
+        return None if self._reaches(form, addr) else Reason.OUT_OF_REACH
+
+    def _reaches(self, form: Form, addr: int) -> bool:
+        return form.reach is None or reaches(self._area, addr + form.reach)
+
+    def _count_rung(self, rung: Rung, form: Form, addr: int, *, in_extable: bool) -> None:
+        survey = self.survey
+        survey.rungs[rung] += 1
+        survey.kernel_probes += form.kernel_probes
+        survey.kernel_boosts += form.kernel_boosts and not in_extable
+        if rung is Rung.SINGLE_STEP:
+            why = self._why_not_boosted(form, addr, in_extable=in_extable)
+            assert why is not None
             survey.not_boosted[why] += 1
-            survey.kernel_probes += form.kernel_probes
-            survey.kernel_boosts += form.kernel_boosts and not in_extable
+
+    def _count_jumps(
+        self,
+        references: CodeReferences,
+        piece: Piece,
+        found: list[_Found],
+        tail: int,
+        verdicts: list[Rung | Reason],
+    ) -> None:
+        """Put the optimized rung into *verdicts* where it is possible."""
+        jumps = self.survey.jumps
+        assert jumps is not None
+        function = make_function(piece, self._known(piece, found, tail))
+        for index in range(min(len(verdicts), len(function.forms))):
+            if not isinstance(verdicts[index], Rung):
+                continue
+            window = can_optimize(function, index, lambda: references, self._area)
+            jumps.kernel += kernel_optimizes(function, index, references, self._rules)
+            if isinstance(window, Window):
+                verdicts[index] = Rung.OPTIMIZED
+                jumps.single += not window.interior
+                jumps.borrowed += window.borrowed
+            else:
+                jumps.refused[window.reason] += 1
+                if not index:
+                    jumps.entries_refused[window.reason] += 1
+        entry = verdicts[0] if verdicts else Reason.PADDING
+        if entry is not Reason.PADDING:
+            jumps.entries += 1
+        if isinstance(entry, Reason) and entry is not Reason.PADDING:
+            jumps.entries_refused[entry] += 1
+
+    def _known(self, piece: Piece, found: list[_Found], tail: int) -> list[tuple[int, Form]]:
+        """The instructions up to the first place that is none, with the int3 behind them."""
+        known = [(addr, form) for addr, form in takewhile(lambda one: one[1] is not None, found) if form is not None]
+        fill = self._forms.of(INT3)
+        if tail and len(known) == len(found) and fill is not None:
+            first = piece.addr + len(piece.code) - tail
+            known += [(first + index, fill) for index in range(tail)]
+        return known
 
     def _decode(self, piece: Piece) -> tuple[list[_Found], int]:
         """The instructions, and how many int3 follow them to the end.

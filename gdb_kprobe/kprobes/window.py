@@ -7,18 +7,19 @@ return, by the guest's tables, by an indirect jump.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 from gdb_kprobe.kprobes.forms import ENDBR64, Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import in_reach, reaches
-from gdb_kprobe.kprobes.survey import Piece
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
+from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Unhandled
 from gdb_kprobe.x86.shadow import parted
 
@@ -57,6 +58,17 @@ class Function:
         """The sites that share a byte with *start* to *end*: address and reason, in their order."""
         return ((site, why) for site, size, why in self.sites if site < end and start < site + size)
 
+    def settled(self, addr: int) -> Insn | None:
+        """The instruction at *addr*, of which only the bytes count; ``None`` where it is not known for good.
+
+        That is where the guest may change the text, and where a fault has another way to go on.
+        """
+        index = bisect_left(self.addrs, addr)
+        if index == len(self.addrs) or self.addrs[index] != addr or addr in self.extable:
+            return None
+        form = self.forms[index]
+        return None if any(True for _ in self.sites_in(addr, addr + form.length)) else form.insn
+
     @cached_property
     def jump_targets(self) -> list[int]:
         """Where its own direct jumps go."""
@@ -68,14 +80,23 @@ class Function:
         )
 
 
-def read_function(piece: Piece, forms: Forms) -> Function:
-    """Decode *piece* up to its end, or to the first place that is no instruction."""
-    code = piece.code
-    found, at = forms.read(piece.addr, code, len(code))
+def make_function(piece: Piece, known: Sequence[tuple[int, Form]]) -> Function:
+    """The function that *piece* is, of which *known* are the instructions up to the first place that is none."""
+    code, at = piece.code, 0
+    if known:
+        addr, form = known[-1]
+        at = addr + form.length - piece.addr
     # Zeros behind a module's text are padding, two bytes an instruction.
     end = at if code[at:] == b"\0" else len(code)
+    addrs, forms = [addr for addr, _ in known], [form for _, form in known]
+    return Function(addrs, forms, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
+
+
+def read_up_to(piece: Piece, addr: int, end: VirtAddr, forms: Forms) -> Function:
+    """Decode *piece*, of a function that ends at *end*, up to *addr*."""
+    found, _ = forms.read(piece.addr, piece.code, min(addr - piece.addr, len(piece.code)))
     addrs, known = [addr for addr, _ in found], [form for _, form in found]
-    return Function(addrs, known, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
+    return Function(addrs, known, end, piece.sites, piece.extable, _ftrace_nop(piece))
 
 
 def _ftrace_nop(piece: Piece) -> int | None:
@@ -109,11 +130,14 @@ class Window:
         return VirtAddr(self.start + JUMP_SIZE)
 
 
-def can_optimize(function: Function, index: int, references: CodeReferences, area: AddressRange) -> Window | Refusal:
+def can_optimize(
+    function: Function, index: int, references: Callable[[], CodeReferences | None], area: AddressRange
+) -> Window | Refusal:
     """The window of the instruction *index* of *function*, or why it has none.
 
     That the instruction may be probed at all is not asked here.
 
+    :param references: what goes where in all text, or ``None``; asked only for a window of several instructions.
     :param area: where the detours are, or may be.
     """
     addrs, forms = function.addrs, function.forms
@@ -143,11 +167,14 @@ def can_optimize(function: Function, index: int, references: CodeReferences, are
     for site, reason in function.sites_in(start, at):
         return _no(reason, start, f"at {site:#x}")
     if last - index > 1:
-        if references.targets.any_in(start + 1, jump_end) or any(
+        known = references()
+        if known is None:
+            return _no(Reason.WINDOW_UNKNOWN, start, "one instruction of 5 bytes or more has no such places")
+        if known.targets.any_in(start + 1, jump_end) or any(
             forms[i].insn.raw == ENDBR64 for i in range(index + 1, last)
         ):
             return _no(Reason.WINDOW_TARGET, start)
-        if references.is_unresolved(function.range):
+        if known.is_unresolved(function.range):
             return _no(Reason.INDIRECT_JUMP, start)
     shadow = _parted(forms, index, last)
     if shadow is not None:

@@ -8,11 +8,15 @@ import pytest
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 from unicorn import x86_const as uc
 
+from gdb_kprobe.bpf.check import check
+from gdb_kprobe.handlers.count import COUNTER, ENABLE, REGIONS, lower
 from gdb_kprobe.kprobes import guest_dispatch as code
+from gdb_kprobe.kprobes.handler import Handler, Program
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
 
 CODE, TABLE, COUNTERS, STACK = (VirtAddr(0x10_0000 * n) for n in range(1, 5))
+PROGRAM = Program(check(lower(None), REGIONS), COUNTER)
 DISPATCHER, GATE = VirtAddr(CODE + 0x1000), VirtAddr(CODE)
 FORWARD, BACK = VirtAddr(CODE + 0x8000), VirtAddr(CODE + 0x9000)
 REGS = STACK + 0x8000
@@ -70,7 +74,7 @@ class Machine:
         return int(rip), ip
 
     def counter(self, index: int) -> int:
-        return int.from_bytes(self.uc.mem_read(COUNTERS + 16 * index, 8), "little")
+        return int.from_bytes(self.uc.mem_read(COUNTERS + 32 * index, 8), "little")
 
 
 @pytest.fixture
@@ -80,9 +84,10 @@ def machine() -> Machine:
 
 def counting(machine: Machine, index: int, counters: list[int], slot: int) -> int:
     at = VirtAddr(CODE + 0x2000 + 0x100 * index)
-    words = [VirtAddr(COUNTERS + 16 * counter) for counter in counters]
-    emitted = code.emit_counting_handler(at, words, VirtAddr(slot))
-    assert len(emitted) == code.COUNTING_FIXED_SIZE + code.COUNTING_SIZE * len(counters)
+    for counter in counters:
+        machine.uc.mem_write(COUNTERS + 32 * counter + ENABLE, b"\1\0\0\0")
+    handlers = [Handler(PROGRAM, VirtAddr(COUNTERS + 32 * counter)) for counter in counters]
+    emitted = code.emit_handler(at, handlers, VirtAddr(KERNEL), VirtAddr(slot))
     machine.uc.mem_write(at, emitted)
     return at
 

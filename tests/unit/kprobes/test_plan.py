@@ -43,7 +43,7 @@ def reasons(declined: tuple[tuple[Rung, Refusal], ...]) -> list[tuple[Rung, Reas
     return [(rung, refusal.reason) for rung, refusal in declined]
 
 
-NOT_YET = (Rung.OPTIMIZED, Reason.NOT_IMPLEMENTED)
+NOT_ASKED = (Rung.OPTIMIZED, Reason.POLICY)
 
 
 @pytest.mark.parametrize("code", INSNS)
@@ -51,7 +51,7 @@ def test_boosted_is_the_best_and_its_code_is_the_relocators(code: str, slots: Sl
     plan = make_plan(insn(code), Facts(), slots)
     assert plan.rung is Rung.BOOSTED
     assert plan.code == relocate(insn(code), plan.slot.code)
-    assert reasons(plan.declined) == [NOT_YET]
+    assert reasons(plan.declined) == [NOT_ASKED]
 
 
 @pytest.mark.parametrize("code", INSNS)
@@ -69,7 +69,7 @@ def test_single_step_holds_a_copy_and_tells_why_not_boosted(
     plan = make_plan(insn(code), facts, slots)
     assert plan.rung is Rung.SINGLE_STEP
     assert plan.code == copy_for_step(insn(code), plan.slot.code)
-    assert reasons(plan.declined) == [NOT_YET, (Rung.BOOSTED, why)]
+    assert reasons(plan.declined) == [NOT_ASKED, (Rung.BOOSTED, why)]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_by_the_kernels_rules_only_what_it_boosts_is_boosted(code: str, rung: Ru
     plan = make_plan(insn(code), Facts(kernel_boost=Rules.LINUX_6_12), slots)
     assert plan.rung is rung
     declined = [] if rung is Rung.BOOSTED else [(Rung.BOOSTED, Reason.KERNEL_BOOST)]
-    assert reasons(plan.declined) == [NOT_YET, *declined]
+    assert reasons(plan.declined) == [NOT_ASKED, *declined]
 
 
 @pytest.mark.parametrize("code", INSNS)
@@ -160,5 +160,5 @@ def test_a_branch_out_of_reach_of_the_slot_can_still_be_stepped() -> None:
     slots = SlotAllocator(AddressRange(VirtAddr(ADDR + 0x7000_0000), VirtAddr(ADDR + 0x7001_0000)))
     plan = make_plan(insn("e8000000c0"), Facts(), slots)  # call far below
     assert plan.rung is Rung.SINGLE_STEP
-    assert reasons(plan.declined) == [NOT_YET, (Rung.BOOSTED, Reason.OUT_OF_REACH)]
+    assert reasons(plan.declined) == [NOT_ASKED, (Rung.BOOSTED, Reason.OUT_OF_REACH)]
     assert slots.used == plan.slot.size

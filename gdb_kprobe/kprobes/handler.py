@@ -1,0 +1,51 @@
+"""What a hit does inside the guest: compiled programs, each with the data that it works on. Pure.
+
+A program is prepared once for each kind of surroundings, however many probes have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gdb_kprobe.bpf.check import CheckedProgram
+from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
+from gdb_kprobe.bpf.jit import Prepared, emit, prepare
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.x86.assemble import Assembler
+
+_NOWHERE = VirtAddr(0)
+
+
+class Program:
+    """A checked program, compared by identity. *region* is the number that it knows its data by."""
+
+    def __init__(self, checked: CheckedProgram, region: int) -> None:
+        self.checked = checked
+        self.region = region
+        self._prepared: dict[object, Prepared] = {}
+
+    def prepared(self, frame: Frame) -> Prepared:
+        """The program for *frame*."""
+        key: object = InHandler
+        if isinstance(frame, InDetour):
+            key = frame.pushed, tuple(frame.saved.items())
+        if key not in self._prepared:
+            self._prepared[key] = prepare(self.checked, replace(frame, ip=_NOWHERE))
+        return self._prepared[key].moved(frame.ip)
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """*program*, with its *data* in the region."""
+
+    program: Program
+    data: VirtAddr
+
+    def emit(self, asm: Assembler, frame: Frame) -> None:
+        """Emit it in line.
+
+        :raises DisplacementError: its data is out of reach.
+        """
+        regions: Mapping[int, VirtAddr] = {self.program.region: self.data}
+        emit(asm, self.program.prepared(frame), regions)
