@@ -14,7 +14,7 @@
       virtual: auto                  # or an address; required for premapped
       size: 16M
     policy:
-      rungs: [boosted, single-step]
+      rungs: [optimized, boosted, single-step]
       boost: relocate                # or kernel: only what the guest's own kernel would boost, to compare
     shared_memory: auto              # or off, or the file that backs the guest's RAM
 
@@ -31,8 +31,8 @@ from pathlib import Path
 from gdb_kprobe.config.document import Section, Value, read_document
 from gdb_kprobe.config.placement import check_physical, check_size, check_virtual
 from gdb_kprobe.config.profile import (
+    ALL_RUNGS,
     DEFAULT_REGION_SIZE,
-    INT3_RUNGS,
     KernelConfig,
     KernelKind,
     PolicyConfig,
@@ -172,14 +172,12 @@ def _policy(section: Section | None) -> PolicyConfig:
     rungs: list[Rung] = []
     for value in values:
         rung = as_choice(value, Rung)
-        if rung not in INT3_RUNGS:
-            raise value.error(f"not implemented yet: rung '{rung}'", f"choose from {', '.join(INT3_RUNGS)}")
         if rung in rungs:
             raise value.error(f"rung '{rung}' is there twice", "remove one")
         rungs.append(rung)
     if not rungs:
-        raise section.error("'policy.rungs' is empty: no probe could be placed", f"choose from {', '.join(INT3_RUNGS)}")
-    return PolicyConfig(tuple(rung for rung in INT3_RUNGS if rung in rungs), boost)
+        raise section.error("'policy.rungs' is empty: no probe could be placed", f"choose from {', '.join(ALL_RUNGS)}")
+    return PolicyConfig(tuple(rung for rung in ALL_RUNGS if rung in rungs), boost)
 
 
 def _shared_memory(value: Value | None) -> SharedMemory | Path:

@@ -15,7 +15,7 @@ from gdb_kprobe.model import Boost, PhysAddr, Rung, VirtAddr
 DEFAULT_REGION_SIZE = 16 << 20
 """Room for probes on 44,000 functions needs 4-7 MB; the rest is rings and tables."""
 
-INT3_RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
+ALL_RUNGS = (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)
 """The rungs of a profile that names none, best first."""
 
 
@@ -75,7 +75,7 @@ class RegionConfig:
 class PolicyConfig:
     """What a probe may be; *rungs* are the allowed ones, best first, without repeats. *boost*: what may be boosted."""
 
-    rungs: tuple[Rung, ...] = INT3_RUNGS
+    rungs: tuple[Rung, ...] = ALL_RUNGS
     boost: Boost = Boost.RELOCATE
 
 

@@ -60,7 +60,17 @@ def attach(
         undo.callback(region.unmap, machine)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
-        session = Session(machine, guest, region, breakpoints, policy.rungs, interruptible, in_guest, policy.boost)
+        session = Session(
+            machine,
+            guest,
+            region,
+            breakpoints,
+            policy.rungs,
+            interruptible,
+            in_guest,
+            policy.boost,
+            jumps=dispatch is not Dispatch.STUB,
+        )
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory)
 

@@ -8,8 +8,12 @@ from fnmatch import fnmatchcase
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
+from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
@@ -86,6 +90,23 @@ class BareGuest:
     def boost_rules(self) -> Rules:
         """Nobody's kernel: the newest one's."""
         return Rules.LINUX_6_12
+
+    @property
+    def has_lahf(self) -> bool:
+        """Nobody says so."""
+        return False
+
+    def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
+        return Piece(addr, code)
+
+    def references(self, text: TextMap) -> CodeReferences | None:
+        return None
+
+    def ftrace_sites(self, text: AddressRange) -> tuple[FtraceSite, ...]:
+        return ()
+
+    def ftrace_tracers(self) -> FtraceTracers:
+        return FtraceTracers((), changing=False)
 
     def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
         return {}

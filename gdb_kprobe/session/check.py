@@ -66,18 +66,19 @@ def examine(
     planner = Planner(guest, text, slots, rungs, boost)
     refusal: Refusal | None = None
     try:
-        slots.discard(planner.plan(place, needs_post=False, strategy=None).slot)
+        slots.discard(planner.plan(place).slot)
     except RefusedError as error:
         refusal = error.refusal
     if refusal is not None and refusal.reason in (Reason.NOT_TEXT, Reason.NOT_EXECUTABLE, Reason.INIT_TEXT):
         return Examination(place, None, 0, "", refusal, (), (), None)
-    insns = FunctionText(guest, text, place).up_to(place.addr)
+    function = FunctionText(guest, text, place)
+    insns = function.up_to(place.addr)
     index = next((index for index, insn in enumerate(insns) if insn.addr == place.addr), None)
     if index is None:
         return Examination(place, None, 0, "", refusal, (), (), None)
     insn = insns[index]
     family = can_handle(insn)
-    facts = planner.facts(insn)
+    facts = planner.facts(function, insn)
     handled = not isinstance(family, Refusal)
     return Examination(
         place,

@@ -1,6 +1,6 @@
 """Counters in the region's data pages: written by the guest, read by the host, also while the guest runs.
 
-Each is two words of 8 bytes: hits, and misses.
+What is in one is said in :mod:`gdb_kprobe.handlers.count`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import struct
 
 from gdb_kprobe.errors import RegionError
+from gdb_kprobe.handlers.count import ENABLE, MISSED
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.session.header import Header
-from gdb_kprobe.target.protocols import PhysicalMemory
+from gdb_kprobe.target.protocols import LiveMemory, PhysicalMemory
 
-SIZE = 16
+SIZE = 32
+"""Bytes from one counter to the next; :data:`gdb_kprobe.handlers.count.COUNTER_SIZE` of them are in use."""
+_ENABLED = struct.Struct("<I")
 _WORDS = struct.Struct("<QQ")
 
 
@@ -28,18 +31,28 @@ class Counter:
 
     @property
     def missed_addr(self) -> VirtAddr:
-        return offset(self.addr, 8)
+        return offset(self.addr, MISSED)
 
     def read(self) -> tuple[int, int]:
         """Hits and misses, now.
 
         :raises GuestStateError: the machine runs, and its memory is not shared with the host.
         """
-        hits, missed = _WORDS.unpack(self._memory.read_physical(self._header.physical(self.addr), SIZE))
+        hits, missed = _WORDS.unpack(self._memory.read_physical(self._header.physical(self.addr), _WORDS.size))
         return hits, missed
 
-    def clear(self) -> None:
-        self._memory.write_physical(self._header.physical(self.addr), bytes(SIZE))
+    def start(self) -> None:
+        """Have it stand at zero, and count from now on."""
+        image = bytes(ENABLE) + _ENABLED.pack(1)
+        self._memory.write_physical(self._header.physical(self.addr), image.ljust(SIZE, b"\0"))
+
+    def enable(self, enabled: bool, live: LiveMemory | None = None) -> None:
+        """Have it count, or not, from now on; *live* is the way to the memory of a machine that runs.
+
+        :raises GuestStateError: there is none.
+        """
+        write = self._memory.write_physical if live is None else live.write_live
+        write(offset(self._header.physical(self.addr), ENABLE), _ENABLED.pack(enabled))
 
 
 class Counters:
@@ -50,6 +63,7 @@ class Counters:
         self._header = header
         self._next = header.counters.start
         self._free: list[Counter] = []
+        self._quarantine: list[Counter] = []
 
     def allocate(self) -> Counter:
         """A counter that stands at zero.
@@ -67,9 +81,16 @@ class Counters:
                 )
             counter = Counter(self._memory, self._header, self._next)
             self._next = offset(self._next, SIZE)
-        counter.clear()
+        counter.start()
         return counter
 
     def free(self, counter: Counter) -> None:
-        """Give *counter* back. No vCPU may be on its way to add to it."""
-        self._free.append(counter)
+        """Give *counter* back; it waits for :meth:`release`, for somebody may be on the way to add to it."""
+        self._quarantine.append(counter)
+
+    def release(self) -> int:
+        """Nobody is in code any more that adds to counters that were given back; returns how many there are."""
+        released = len(self._quarantine)
+        self._free += self._quarantine
+        self._quarantine.clear()
+        return released

@@ -31,7 +31,9 @@ class FunctionText:
         self._guest = guest
         self._insns: list[Insn] = []
         self._fill = (0, -1, False)
-        self._rest = iter_insns(self._read(text), place.start)
+        self.code = self._read(text)
+        """What is decoded: the function, or as much of it as is needed for the place."""
+        self._rest = iter_insns(self.code, place.start)
 
     def up_to(self, addr: VirtAddr) -> list[Insn]:
         """The instructions that begin at or below *addr*, and the one behind them if that was decoded already."""

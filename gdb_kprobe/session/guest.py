@@ -5,13 +5,17 @@ Two implementations: :mod:`gdb_kprobe.session.linux_guest` and :mod:`gdb_kprobe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
+from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
 from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.model import AddressRange, CpuId, Refusal, Symbol, VirtAddr
@@ -79,6 +83,25 @@ class Guest(Protocol):
     @property
     def boost_rules(self) -> Rules:
         """The rules by which the guest's own kernel boosts its kprobes."""
+
+    @property
+    def has_lahf(self) -> bool:
+        """Whether all vCPUs have ``lahf`` and ``sahf`` in 64-bit mode."""
+
+    def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
+        """What the guest says of *code*, its text at *addr*, which is of one symbol."""
+
+    def references(self, text: TextMap) -> CodeReferences | None:
+        """What goes where in all live text, of which *text* knows what is ours; ``None`` when that is not known.
+
+        It takes seconds, but only once.
+        """
+
+    def ftrace_sites(self, text: AddressRange) -> Sequence[FtraceSite]:
+        """The records of the guest's ftrace that share a byte with *text*, as they are now."""
+
+    def ftrace_tracers(self) -> FtraceTracers:
+        """Who traces in the guest now."""
 
     def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
         """The guest's own kprobes as they are now: their addresses, and the bytes that they have overwritten there."""

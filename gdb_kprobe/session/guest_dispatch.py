@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes import guest_dispatch as code
+from gdb_kprobe.kprobes.handler import Handler
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import SLOT_HEADER, Slot
 from gdb_kprobe.linux.bp_path import BpPath
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
-from gdb_kprobe.session.counters import Counter, Counters
+from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.header import Record, RecordKind
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import write_verified
@@ -33,8 +34,7 @@ class GuestDispatch:
         :raises RegionError: the region has no room for it.
         """
         self.path = path
-        self.counters = Counters(region.memory, region.header)
-        self._unattended = self.counters.allocate()
+        self._unattended = region.counters.allocate()
         self._region = region
         self._memory = memory
         self._bits = (region.header.table.size // code.ENTRY.size).bit_length() - 1
@@ -63,14 +63,13 @@ class GuestDispatch:
     def hook_record(self) -> Record:
         return Record(self.hook, self._gate_slot, Rung.BOOSTED, RecordKind.HOOK)
 
-    def make_counting(self, addr: VirtAddr, counters: Sequence[Counter], slot: VirtAddr) -> Slot:
-        """Write a handler that counts a hit at *addr* in each of *counters* and goes on in *slot*.
+    def make_handling(self, addr: VirtAddr, handlers: Sequence[Handler], slot: VirtAddr) -> Slot:
+        """Write what runs *handlers* for a hit at *addr* and goes on in *slot*.
 
         :raises RegionError: there is no room for it.
         """
-        handler = self._allocate(code.COUNTING_FIXED_SIZE + code.COUNTING_SIZE * len(counters))
-        words = [counter.addr for counter in counters]
-        self._write(handler, addr, code.emit_counting_handler(handler.code, words, slot))
+        handler = self._allocate(len(code.emit_handler(slot, handlers, addr, slot)))
+        self._write(handler, addr, code.emit_handler(handler.code, handlers, addr, slot))
         return handler
 
     def make_stopping(self, insn: Insn, missed: Counter | None, slot: VirtAddr | None) -> Slot:

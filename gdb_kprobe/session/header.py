@@ -4,10 +4,10 @@ Written before any text is patched, so that whoever comes later (a new gdb after
 the guest's memory alone what was patched, with what, and whether it still is. All values are little-endian::
 
     +0x0000  header (one page)
-    +0x1000  records, one of 64 bytes for each patched place
-    3/16     the table of dispatch inside the guest
-    4/16     counters, 16 bytes for each probe
-    5/16     code: slots, handlers, the dispatcher
+    +0x1000  records, one of 72 bytes for each patched place
+    4/16     the table of dispatch inside the guest
+    5/16     counters, 32 bytes for each probe
+    7/16     code: slots, handlers, the dispatcher
     tables   the page tables that map the region (not mapped themselves)
 """
 
@@ -26,11 +26,11 @@ from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, 
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 2
+VERSION = 3
 
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
-_RECORD = struct.Struct("<IBBHQQQ16s16s")
-RECORD_SIZE = 64
+_RECORD = struct.Struct("<IBBHQQQ16s16sQ")
+RECORD_SIZE = 72
 RECORD_OFFSET = PAGE_SIZE
 
 NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
@@ -51,17 +51,17 @@ class Layout:
     @property
     def table_start(self) -> int:
         """Start of the table of probed addresses, and end of the records."""
-        return self.size // 16 * 3
+        return self.size // 16 * 4
 
     @property
     def counters_start(self) -> int:
         """Start of the counters, and end of the table."""
-        return self.size // 16 * 4
+        return self.size // 16 * 5
 
     @property
     def data_end(self) -> int:
         """End of header, records and data, and start of the code."""
-        return self.size // 16 * 5
+        return self.size // 16 * 7
 
     @property
     def code_end(self) -> int:
@@ -183,28 +183,43 @@ class RecordKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One patched place: the patch, its slot and its rung."""
+    """One patched place: the patch, its slot and its rung.
+
+    *borrowed* is the record of the guest's ftrace that is marked for it, a ``struct dyn_ftrace``, if there is one.
+    """
 
     patch: CodePatch
     slot: Slot
     rung: Rung
     kind: RecordKind = RecordKind.SITE
+    borrowed: VirtAddr | None = None
 
     def pack(self) -> bytes:
         old, new = self.patch.old, self.patch.new
         assert len(old) <= MAX_PATCH
         body = _RECORD.pack(
-            self.kind, len(old), _RUNGS.index(self.rung), 0, self.patch.addr, self.slot.start, self.slot.size, old, new
+            self.kind,
+            len(old),
+            _RUNGS.index(self.rung),
+            0,
+            self.patch.addr,
+            self.slot.start,
+            self.slot.size,
+            old,
+            new,
+            self.borrowed or 0,
         )
         return body.ljust(RECORD_SIZE, b"\0")
 
     @classmethod
     def unpack(cls, data: bytes) -> Record | None:
-        kind, length, rung, _, addr, slot, size, old, new = _RECORD.unpack(data[: _RECORD.size])
+        kind, length, rung, _, addr, slot, size, old, new, borrowed = _RECORD.unpack(data[: _RECORD.size])
         if not kind:
             return None
         patch = CodePatch(VirtAddr(addr), old[:length], new[:length])
-        return cls(patch, Slot(VirtAddr(slot), size), _RUNGS[rung], RecordKind(kind))
+        return cls(
+            patch, Slot(VirtAddr(slot), size), _RUNGS[rung], RecordKind(kind), VirtAddr(borrowed) if borrowed else None
+        )
 
 
 @dataclass(slots=True)

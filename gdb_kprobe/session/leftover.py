@@ -59,10 +59,13 @@ class Leftover:
         """
         self.memory.invalidate()
         self.bring_out(machine)
-        notes = tuple(note for record in self.records if (note := restore_site(self.memory, record)))
+        notes = [note for record in self.records if (note := restore_site(self.memory, record))]
+        borrowed = sum(bool(record.borrowed) for record in self.records)
+        if borrowed:
+            notes.append(f"the guest's ftrace leaves {borrowed} function(s) alone until its next boot")
         for index in range(self.header.records):
             machine.write_physical(self.header.record_address(index), bytes(RECORD_SIZE))
-        return notes
+        return tuple(notes)
 
 
 def find_leftover(machine: Machine) -> Leftover | None:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from gdb_kprobe.errors import GuestStateError, RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
+from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
+from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import E820Table, read_e820
+from gdb_kprobe.linux.ftrace import (
+    SITE_SIZE,
+    FtraceRecords,
+    FtraceSite,
+    FtraceTracers,
+    read_ftrace_records,
+    read_ftrace_tracers,
+)
 from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
@@ -19,10 +31,20 @@ from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.linux.state import GuestState, read_state
-from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_stacks, task_on_stack, task_stacks
+from gdb_kprobe.linux.tasks import (
+    StackKind,
+    cpu_stacks,
+    current_tasks,
+    live_stacks,
+    read_tasks,
+    scan_stacks,
+    task_on_stack,
+    task_stacks,
+)
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
+from gdb_kprobe.session.pieces import Snapshot, piece_at, read_references, take_snapshot
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
@@ -31,6 +53,8 @@ MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF0
 BUILD_ID_SIZE = 20
 _KERNEL_HALF = 1 << 63
 _CLOSE_NAMES = 3
+_FEATURE_LAHF_LM = 6 * 32
+"""X86_FEATURE_LAHF_LM, arch/x86/include/asm/cpufeatures.h."""
 
 
 class LinuxGuest:
@@ -122,11 +146,47 @@ class LinuxGuest:
         return Place(addr, symbol.addr, self.kallsyms.end(symbol), symbol)
 
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
-        return self._facts.reason_at(place.addr, length)
+        return self._facts.reason_at(place.addr, length) or self._ftrace_refusal(place, length)
+
+    def _ftrace_refusal(self, place: Place, length: int) -> Refusal | None:
+        for site in self.ftrace_sites(AddressRange(place.addr, offset(place.addr, length))):
+            why = None if site.is_disabled else site.why_not_borrow(self.memory.read(site.ip, SITE_SIZE))
+            if why is not None:
+                behind = self.place_of(site.window.end)
+                return Refusal(Reason.FTRACE_BUSY, place.addr, f"{place}: {why}", f"probe {behind}, behind it")
+        return None
 
     @property
     def boost_rules(self) -> Rules:
         return rules_of(self.release)
+
+    @cached_property
+    def has_lahf(self) -> bool:
+        """Linux keeps the features that all its CPUs have in ``boot_cpu_data``."""
+        at = self.kallsyms.address("boot_cpu_data") + self.btf.offset_of("cpuinfo_x86", "x86_capability")
+        word, bit = divmod(_FEATURE_LAHF_LM, 32)
+        return bool(int.from_bytes(self.memory.read(VirtAddr(at + 4 * word), 4), "little") >> bit & 1)
+
+    def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
+        return piece_at(self._facts, self.own_kprobes(), addr, code)
+
+    def references(self, text: TextMap) -> CodeReferences:
+        if self._references is None:
+            self._references = read_references(self.snapshot(text))
+        return self._references
+
+    def snapshot(self, text: TextMap) -> Snapshot:
+        """All live text as it is now; *text* knows what of it is ours."""
+        return take_snapshot(self.memory, self._facts, self.own_kprobes(), text)
+
+    def ftrace_sites(self, text: AddressRange) -> list[FtraceSite]:
+        if self._ftrace_read is None:
+            self._ftrace_read = read_ftrace_records(self.memory, self.kallsyms, self.btf)
+        found = self._ftrace_read.sites_in(text)
+        return [replace(site, data=self.memory.read(site.record, len(site.data))) for site in found]
+
+    def ftrace_tracers(self) -> FtraceTracers:
+        return read_ftrace_tracers(self.memory, self.kallsyms, self.btf)
 
     def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
         if self._kprobes_read is None:
@@ -169,13 +229,14 @@ class LinuxGuest:
         running = current_tasks(self.memory, self.kallsyms, self.btf).values()
         stacks = list(task_stacks(tasks, running))
         pointers = tuple(stack_pointers.values())
-        if any(rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None for rsp in pointers):
-            # A vCPU is on an interrupt or exception stack; only then do these hold anything alive.
-            stacks += cpu_stacks(self.memory, self.kallsyms, self.btf)
+        elsewhere = [rsp for rsp in pointers if rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None]
+        if elsewhere:
+            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.btf), elsewhere)
         words = []
         for stack in stacks:
-            # What lies below a vCPU's stack pointer is dead.
-            floor = max((rsp for rsp in pointers if rsp in stack.range), default=0)
+            # What lies below a vCPU's stack pointer is dead; of exception stacks there are several in a range.
+            nested = stack.kind is StackKind.EXCEPTION
+            floor = 0 if nested else max((rsp for rsp in pointers if rsp in stack.range), default=0)
             words += [word.value for word in scan_stacks(self.memory, (stack,), target) if word.addr >= floor]
         return words
 
@@ -206,8 +267,12 @@ class LinuxGuest:
         self._modules = modules
         self.kallsyms = self._core.with_modules(read_module_symbols(self.memory, module) for module in modules)
         self._facts_read = None
+        self._references = None
+        self._ftrace_read = None
 
     _facts_read: TextFacts | None = None
+    _references: CodeReferences | None = None
+    _ftrace_read: FtraceRecords | None = None
     _kprobes_read: Mapping[VirtAddr, bytes] | None = None
 
     def _symbol(self, location: Location) -> Symbol:

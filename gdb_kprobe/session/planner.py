@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_single_step, make_plan
@@ -12,6 +13,7 @@ from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.model import Boost, Reason, Refusal, Rung
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.windows import Windows, Wish
 from gdb_kprobe.x86.decode import Insn
 
 _ANOTHER_PLACE_HELPS = frozenset(Reason) - {
@@ -25,9 +27,11 @@ _ANOTHER_PLACE_HELPS = frozenset(Reason) - {
     Reason.POLICY,
     Reason.NEEDS_SINGLE_STEP,
     Reason.REGION_FULL,
-    Reason.NOT_IMPLEMENTED,
 }
 """Reasons for which the hint is the nearest instruction that can be probed."""
+
+
+ANY_WINDOW = Wish(Action())
 
 
 class Planner:
@@ -46,9 +50,19 @@ class Planner:
         self._slots = slots
         self._rungs = rungs
         self._kernel_boost: Rules | None = guest.boost_rules if boost is Boost.KERNEL else None
+        self._windows = Windows(guest, text, slots.area)
 
-    def plan(self, place: Place, *, needs_post: bool, strategy: Rung | None) -> Plan:
+    def plan(
+        self,
+        place: Place,
+        *,
+        needs_post: bool = False,
+        strategy: Rung | None = None,
+        wish: Wish | Refusal = ANY_WINDOW,
+    ) -> Plan:
         """Plan a probe at *place*; *strategy* is the one rung to use, if that is wanted.
+
+        *wish* is the jump that is wanted, or why there must be none.
 
         :raises RefusedError: a rule says no; the hint names the nearest instruction where none does.
         """
@@ -56,7 +70,8 @@ class Planner:
         function = FunctionText(self._guest, self._text, place)
         try:
             insn = self._probeable_insn(function, early)
-            return make_plan(insn, self.facts(insn, needs_post=needs_post, strategy=strategy), self._slots)
+            facts = self.facts(function, insn, needs_post=needs_post, strategy=strategy, wish=wish)
+            return make_plan(insn, facts, self._slots)
         except RefusedError as error:
             refusal = error.refusal
             if refusal.reason not in _ANOTHER_PLACE_HELPS:
@@ -64,8 +79,23 @@ class Planner:
             hint = self._nearest(function, needs_post, strategy)
             raise RefusedError(f"cannot probe {place}", replace(refusal, hint=hint)) from error
 
-    def facts(self, insn: Insn, *, needs_post: bool = False, strategy: Rung | None = None) -> Facts:
-        """What the rungs' rules need to know of the place of *insn*."""
+    def facts(
+        self,
+        function: FunctionText,
+        insn: Insn,
+        *,
+        needs_post: bool = False,
+        strategy: Rung | None = None,
+        wish: Wish | Refusal = ANY_WINDOW,
+    ) -> Facts:
+        """What the rungs' rules need to know of the place of *insn*, which is of *function*."""
+        facts = self._plain_facts(insn, needs_post, strategy)
+        if Rung.OPTIMIZED not in facts.rungs or needs_post:
+            return facts
+        detour = wish if isinstance(wish, Refusal) else self._windows.detour(function, insn, wish)
+        return replace(facts, detour=detour)
+
+    def _plain_facts(self, insn: Insn, needs_post: bool, strategy: Rung | None) -> Facts:
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
         return Facts(self._guest.fixup_of(insn.addr) is not None, needs_post, rungs, self._kernel_boost)
 
@@ -125,9 +155,7 @@ class Planner:
         order = sorted(range(len(insns)), key=lambda index: abs(insns[index].addr - place.addr))
         for index in order:
             insn = insns[index]
-            if function.refusal(index) is None and self._has_rung(
-                insn, self.facts(insn, needs_post=needs_post, strategy=strategy)
-            ):
+            if function.refusal(index) is None and self._has_rung(insn, self._plain_facts(insn, needs_post, strategy)):
                 return f"the nearest instruction that can be probed is {self._guest.place_of(insn.addr)}"
         return f"no instruction of {place.symbol} can be probed: choose another function"
 

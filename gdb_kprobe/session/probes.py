@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError, NameTakenError
+from gdb_kprobe.kprobes import handler as compiled
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
@@ -71,8 +72,8 @@ class Probe:
 
     @property
     def needs_host(self) -> bool:
-        """Whether a hit is more than a count: a handler in Python, or a condition."""
-        return self.pre is not None or self.post is not None or self.spec.condition is not None
+        """Whether a hit is more than what the guest does by itself: there is a handler in Python."""
+        return self.pre is not None or self.post is not None
 
     def take_counter(self) -> Counter | None:
         """Take the counter away; what it says stays counted."""
@@ -91,8 +92,8 @@ class Service:
     handler: Slot
     stops: bool
     """Whether it stops for the host."""
-    counters: tuple[Counter, ...]
-    """What it adds to."""
+    handlers: tuple[compiled.Handler, ...]
+    """What it runs, or would run if the host did not handle the hits."""
     plan: Plan
 
 
@@ -111,10 +112,29 @@ class Site:
     """Sites whose :attr:`fixup` this one is."""
     service: Service | None = None
     """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
+    strategy: Rung | None = None
+    """The one rung that was asked for; ``None``: the best there is."""
 
     @property
     def addr(self) -> VirtAddr:
         return self.plan.insn.addr
+
+    @property
+    def is_jump(self) -> bool:
+        """A jump is there, or is to be; else an int3."""
+        return self.plan.detour is not None
+
+    @property
+    def interior(self) -> tuple[VirtAddr, ...]:
+        """The instruction boundaries that its jump hides."""
+        return () if self.plan.detour is None else self.plan.detour.window.interior
+
+    @property
+    def handlers(self) -> tuple[compiled.Handler, ...]:
+        """What a hit runs inside the guest."""
+        if self.plan.detour is not None:
+            return self.plan.detour.action.handlers
+        return () if self.service is None else self.service.handlers
 
     @property
     def wanted(self) -> bool:

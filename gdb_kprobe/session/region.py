@@ -15,6 +15,7 @@ from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.linux.mapping import find_hole, plan_mapping
 from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr, offset
+from gdb_kprobe.session.counters import Counters
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, HeaderStore, Identity, Layout
 from gdb_kprobe.session.transaction import apply_physical
@@ -32,6 +33,7 @@ class Region:
     store: HeaderStore
     links: tuple[Entry, ...]
     slots: SlotAllocator
+    counters: Counters
 
     @property
     def header(self) -> Header:
@@ -155,4 +157,4 @@ def _start(
     store = HeaderStore(memory, header)
     store.create()
     area = header.code if high_water is None else AddressRange(max(high_water, header.code.start), header.code.end)
-    return Region(memory, guest.memory, store, links, SlotAllocator(area))
+    return Region(memory, guest.memory, store, links, SlotAllocator(area), Counters(memory, header))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import TargetError, UnmappedError
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.linux.ftrace import SITE_SIZE
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
-from gdb_kprobe.session.transaction import holds, write_verified
+from gdb_kprobe.session.transaction import apply, holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 
@@ -41,6 +44,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     bring_out(machine, guest, records, header)
     armed = sum(is_armed(guest.memory, site) for site in sites)
     messages = [note for record in records if (note := restore_site(guest.memory, record))]
+    messages += _return_records(guest, sites)
     if armed:
         messages.insert(0, f"an earlier session left {armed} site(s) armed; their text is restored")
     elif sites:
@@ -56,6 +60,24 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()
     return Restored(tuple(messages), None, len(sites))
+
+
+def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:
+    """Give the guest's ftrace back what was borrowed for *sites*; their text is restored."""
+    messages = []
+    tracers = None
+    for record in sites:
+        for site in guest.ftrace_sites(record.patch.range) if record.borrowed else ():
+            if site.record != record.borrowed or not site.is_disabled:
+                continue  # another record took its place, or it was given back for another site
+            tracers = tracers or guest.ftrace_tracers()
+            text = guest.memory.read(site.ip, SITE_SIZE)
+            why = tracers.why_not_return(site.ip) or site.why_not_return(site.ip, text)
+            if why is None:
+                apply(guest.memory, [CodePatch(site.record, site.data, site.returned)])
+            else:
+                messages.append(f"the guest's ftrace leaves {guest.place_of(site.ip)} alone from now on: {why}")
+    return messages
 
 
 def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:

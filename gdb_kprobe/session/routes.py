@@ -13,6 +13,7 @@ from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
 from gdb_kprobe.session.probes import Probe, Service, Site
+from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, holds, verify
 from gdb_kprobe.session.traps import EntryGate, Gate, RegionGate
@@ -23,7 +24,7 @@ class Routes:
     """The routes of the sites in *sites*, the session's own table.
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
-    session's way to have no vCPU between an int3 and its slot.
+    session's way to have no vCPU between an int3 and its slot. *counts*: some hits are counted by the guest.
     """
 
     def __init__(
@@ -36,9 +37,13 @@ class Routes:
         sites: Mapping[VirtAddr, Site],
         bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
+        programs: Programs,
+        counts: bool,
     ) -> None:
         self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
+        self._programs = programs
+        self._counts = counts
         self.listened = False
         """Somebody wants to be told of every hit: the host handles them all."""
         self._machine = machine
@@ -105,18 +110,18 @@ class Routes:
             site.service = None
 
     def allocate_counter(self, probe: Probe) -> None:
-        """Give *probe* a counter, if the guest counts.
+        """Give *probe* a counter, for the hits that the guest counts, if it does.
 
         :raises RegionError: all are in use.
         """
-        if self.in_guest is not None:
-            probe.counter = self.in_guest.counters.allocate()
+        if self._counts:
+            probe.counter = self._region.counters.allocate()
 
     def free_counter(self, probe: Probe) -> None:
         """Take the counter of *probe* back; what it said stays counted."""
         counter = probe.take_counter()
-        if counter is not None and self.in_guest is not None:
-            self.in_guest.counters.free(counter)
+        if counter is not None:
+            self._region.counters.free(counter)
 
     # -- stops --------------------------------------------------------------------------------------------------
 
@@ -149,21 +154,22 @@ class Routes:
     def _service(self, in_guest: GuestDispatch, site: Site) -> Service:
         """What *site* needs now: what it has, if that will do."""
         plan = site.plan
-        probes = tuple(probe for probe in site.probes if probe.enabled)
-        counters = tuple(probe.counter for probe in probes if probe.counter is not None)
+        probes = [probe for probe in site.probes if probe.enabled]
+        handlers = self._programs.handlers(probes)
         for_host = self.listened or plan.rung is Rung.SINGLE_STEP or bool(site.watchers)
         stops = for_host or any(probe.needs_host for probe in probes)
         old = site.service
-        if old is not None and (old.stops, old.counters, old.plan) == (stops, counters, plan):
+        if old is not None and (old.stops, old.handlers, old.plan) == (stops, handlers, plan):
             return old
         if stops:
             boosted = plan.slot.code if plan.rung is Rung.BOOSTED else None
-            handler = in_guest.make_stopping(plan.insn, next(iter(counters), None), boosted)
+            counters = (probe.counter for probe in probes if probe.counter is not None)
+            handler = in_guest.make_stopping(plan.insn, next(counters, None), boosted)
         else:
-            handler = in_guest.make_counting(site.addr, counters, plan.slot.code)
+            handler = in_guest.make_handling(site.addr, handlers, plan.slot.code)
         if old is not None:
             self._region.slots.free(old.handler)
-        site.service = Service(handler, stops, counters, plan)
+        site.service = Service(handler, stops, handlers, plan)
         return site.service
 
     def _hook(self, in_guest: GuestDispatch) -> None:

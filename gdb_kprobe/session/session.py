@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, RefusedError
+from gdb_kprobe.errors import (
+    ConnectionLostError,
+    GuestResetError,
+    GuestStateError,
+    KprobeError,
+    RefusedError,
+    RegionError,
+)
+from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
-from gdb_kprobe.language.spec import ProbeSpec
-from gdb_kprobe.model import Boost, CpuId, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.language.spec import Location, ProbeSpec
+from gdb_kprobe.linux.ftrace import SITE_SIZE
+from gdb_kprobe.model import AddressRange, Boost, CpuId, Reason, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.session.borrows import Borrows
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Record
+from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.leave import step_out
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
+from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
-from gdb_kprobe.target.protocols import Breakpoints, Machine
+from gdb_kprobe.session.windows import Wish
+from gdb_kprobe.target.protocols import Breakpoints, LiveMemory, Machine
 
 _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
 
@@ -33,13 +46,14 @@ class Detached:
     """What :meth:`Session.detach` did. *problems* names what could not be undone.
 
     *still_armed* are the sites that still hold our int3: then the breakpoint is still there, and the guest must not run
-    without it.
+    without it. *notes* say what of the guest is not as it was, though nothing is wrong.
     """
 
     restored: int
     unmapped: bool
     problems: tuple[str, ...] = ()
     still_armed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Session:
@@ -55,8 +69,12 @@ class Session:
         interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         in_guest: GuestDispatch | None = None,
         boost: Boost = Boost.RELOCATE,
+        jumps: bool = True,
     ) -> None:
-        """*in_guest* is the dispatcher in the guest; ``None``: every hit stops at the #BP entry for the host."""
+        """*in_guest* is the dispatcher in the guest; ``None``: every int3 stops at the #BP entry for the host.
+
+        *jumps*: probes may be optimized, if *rungs* says so too.
+        """
         self.machine = machine
         self.guest = guest
         self.region = region
@@ -70,9 +88,22 @@ class Session:
         self._text = TextMap()
         self._planner = Planner(guest, self._text, region.slots, rungs, boost)
         self._listeners: list[Callable[[Hit], None]] = []
+        jumps = jumps and Rung.OPTIMIZED in rungs
+        self._programs = Programs()
         self._routes = Routes(
-            machine, guest.memory, region, breakpoints, guest.bp_entry, self._sites, self._bring_out, in_guest
+            machine,
+            guest.memory,
+            region,
+            breakpoints,
+            guest.bp_entry,
+            self._sites,
+            self._bring_out,
+            in_guest,
+            self._programs,
+            counts=jumps or in_guest is not None,
         )
+        self._borrows = Borrows(guest)
+        self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, jumps)
         self._ways: dict[CpuId, Slot] = {}
         self._dispatcher = StubDispatcher(
             machine, guest, self._sites, self._tell, self._way_to, self._routes.gate, interruptible
@@ -86,11 +117,15 @@ class Session:
         :raises RefusedError: a rule says no; the refusal says which.
         """
         self._look()
-        place = self.guest.resolve(spec.location)
+        place = self._resolve(spec.location)
         site = self._sites.get(place.addr)
         if site is not None:
             return place, site.plan
-        plan = self._make_plan(place, False, strategy)
+        wish = self._jumps.wish(place.addr, ())
+        if isinstance(wish, Wish):
+            handler = self._programs.handler(spec.condition, self.region.header.counters.start)
+            wish = replace(wish, action=Action((handler,)))
+        plan = self._make_plan(place, False, strategy, wish)
         self.region.slots.discard(plan.slot)
         return place, plan
 
@@ -138,10 +173,28 @@ class Session:
         site = self._site_of(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
+            if probe.counter is not None:
+                probe.counter.enable(enabled)
             self._match_text(site)
         except BaseException:
             probe.enabled = before
             raise
+
+    def switch(self, probe: Probe, enabled: bool, memory: LiveMemory) -> None:
+        """Enable or disable *probe* while the machine runs: one store. The text stays as it is until it stops.
+
+        :raises GuestStateError: that needs more than a store, or the machine's memory cannot be reached.
+        """
+        site = self.site_of(probe)
+        handlers = () if site is None or not site.armed else site.handlers
+        counter = probe.counter
+        if counter is None or not any(handler.data == counter.addr for handler in handlers):
+            raise GuestStateError(
+                f"{probe.name} has no handler in the guest now, and text is changed only while the guest is stopped",
+                "stop it first (Ctrl-C, or 'interrupt')",
+            )
+        counter.enable(enabled, memory)
+        probe.enabled = enabled
 
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
@@ -240,6 +293,7 @@ class Session:
         self._check_boot()
         problems: list[str] = []
         self._serve_all()
+        problems += self._match_jumps()
         self._routes.lower()
         with self.region.memory.batch():
             for site in self.armed_sites():
@@ -288,6 +342,10 @@ class Session:
             if not was_lifted:
                 self._routes.lower()
             return Detached(restored, False, tuple(problems), still_armed)
+        notes = tuple(
+            f"the guest's ftrace leaves {self.guest.place_of(ip)} alone from now on: {why}"
+            for ip, why in self._borrows.kept.items()
+        )
         self._routes.tidy()
         for probe in self.probes:
             probe.take_counter()
@@ -298,7 +356,7 @@ class Session:
             raise
         except KprobeError as error:
             problems.append(f"the region stays mapped: {error.message}")
-        return Detached(restored, unmapped, tuple(problems))
+        return Detached(restored, unmapped, tuple(problems), notes=notes)
 
     def original_of(self, addr: int) -> VirtAddr | None:
         """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
@@ -307,7 +365,8 @@ class Session:
         for site in self._sites.values():
             insn = site.plan.insn
             if addr in site.plan.slot.range:
-                return insn.addr if addr == site.plan.slot.code or insn.is_branch else insn.end
+                at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
+                return insn.addr if at_it else insn.end
             if site.service is not None and addr in site.service.handler.range:
                 return insn.addr
         return None
@@ -324,6 +383,9 @@ class Session:
         """
         self._check_boot()
         self.guest.refresh()
+        self._jumps.forget()
+        self._borrows.forget()
+        self._borrows.retry()
         for site in tuple(self._sites.values()):
             if self._is_gone(site):
                 self._forget(site)
@@ -350,6 +412,7 @@ class Session:
     def _forget(self, site: Site) -> None:
         """Drop *site* and write nothing to its text: it belongs to somebody else now."""
         del self._sites[site.addr]
+        self._borrows.drop(site.plan.patch.range)
         if site.armed:
             self._mark_disarmed(site)
         for probe in site.probes:
@@ -368,13 +431,23 @@ class Session:
         return self.region.memory.batch() if self._routes.lifted else contextlib.nullcontext()
 
     def _add(self, probe: Probe, strategy: Rung | None) -> None:
-        place = self.guest.resolve(probe.spec.location)
+        place = self._resolve(probe.spec.location)
         self.probes.add(probe)
         try:
             self._attach_to_site(probe, place, strategy)
         except BaseException:
             self.probes.remove(probe)
             raise
+
+    def _resolve(self, location: Location) -> Place:
+        """Where the user wants a probe: of a function whose entry calls a tracer now, behind that call."""
+        place = self.guest.resolve(location)
+        if location.offset or place.symbol is None or place.addr in self._sites:
+            return place
+        for site in self.guest.ftrace_sites(AddressRange(place.addr, offset(place.addr, 1))):
+            if site.is_enabled and site.ip == place.addr:
+                return self.guest.resolve(replace(location, offset=SITE_SIZE))
+        return place
 
     def _delete(self, probe: Probe) -> None:
         if probe.gone:
@@ -395,28 +468,42 @@ class Session:
     def _attach_to_site(self, probe: Probe, place: Place, strategy: Rung | None) -> None:
         site = self._sites.get(place.addr)
         if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
-            self._replan(site, place, True, None)
+            self._replan(site, self._make_plan(place, True, None))
         elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
-            self._replan(site, place, False, strategy)  # it is only a fixup that is watched: any rung will do
-        if site is None:
-            plan = self._make_plan(place, probe.post is not None, strategy)
-            site = self._sites[place.addr] = self._new_site(plan)
-        elif strategy not in (None, site.plan.rung):
-            raise KprobeError(
-                f"{place} is probed already, as {site.plan.rung}",
-                f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
-            )
-        site.probes.append(probe)
+            # It is only a fixup that is watched: any rung will do.
+            self._replan(site, self._make_plan(place, False, strategy))
+        self._show(place.addr)
         probe.place = place
         try:
-            self._routes.allocate_counter(probe)
+            self._allocate_counter(probe)
+            if site is None:
+                wish = self._jumps.wish(place.addr, [probe])
+                plan = self._make_plan(place, probe.post is not None, strategy, wish)
+                site = self._sites[place.addr] = self._new_site(plan)
+            elif strategy not in (None, site.strategy, site.plan.rung):
+                raise KprobeError(
+                    f"{place} is probed already, as {site.plan.rung}",
+                    f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
+                )
+            site.strategy = site.strategy or strategy
+            site.probes.append(probe)
             self._match_text(site)
         except BaseException:
-            site.probes.remove(probe)
             probe.place = None
             self._routes.free_counter(probe)
-            self._drop_unused(site)
+            if site is not None:
+                if probe in site.probes:
+                    site.probes.remove(probe)
+                self._drop_unused(site)
             raise
+
+    def _allocate_counter(self, probe: Probe) -> None:
+        try:
+            self._routes.allocate_counter(probe)
+        except RegionError:
+            if not self._end_quarantine():
+                raise
+            self._routes.allocate_counter(probe)
 
     def _new_site(self, plan: Plan) -> Site:
         addr = plan.insn.addr
@@ -465,9 +552,13 @@ class Session:
             self._match_text(watch)
             self._drop_unused(watch)
 
-    def _replan(self, site: Site, place: Place, needs_post: bool, strategy: Rung | None) -> None:
-        """Give *site* another rung, as a probe that comes to it needs: a post-handler needs the single step."""
-        plan, old, armed = self._make_plan(place, needs_post, strategy), site.plan, site.armed
+    def _replan(self, site: Site, plan: Plan) -> None:
+        """Put *plan* in the place of the one that *site* has."""
+        old, armed = site.plan, site.armed
+        if not (plan.detour or old.detour) and plan.rung is old.rung:
+            self.region.slots.discard(plan.slot)  # only the reason is another one
+            site.plan = replace(old, declined=plan.declined)
+            return
         try:
             if armed:
                 self._disarm(site)
@@ -481,6 +572,52 @@ class Session:
                 self._arm(site)
             raise
         self.region.slots.free(old.slot)
+        if plan.detour:
+            self._routes.free(site)
+
+    def _fit(self, site: Site) -> None:
+        """Have *site* on the rung that its probes want now, and that the moment allows."""
+        if site.needs_post or not site.probes:
+            return
+        wish = self._jumps.wish(site.addr, site.probes, bool(site.watchers))
+        detour, declined = site.plan.detour, site.plan.not_optimized
+        if detour is not None:
+            if isinstance(wish, Wish) and wish.action == detour.action:
+                wish = wish if site.armed else (wish.check(detour.window) or wish)
+                if isinstance(wish, Wish):
+                    return
+        elif isinstance(wish, Refusal) or declined is None or not declined.reason.may_pass:
+            return
+        self._replan(site, self._make_plan(self.guest.place_of(site.addr), False, site.strategy, wish))
+
+    def _show(self, addr: VirtAddr) -> None:
+        """Take away the jump that hides the instruction at *addr*; it comes back when nobody needs that any more."""
+        site = self._jumps.hiding(addr)
+        if site is not None:
+            self._lower_rung(site, Refusal(Reason.PROBED_INSIDE, site.addr, f"at {self.guest.place_of(addr)}"))
+
+    def _lower_rung(self, site: Site, why: Refusal) -> None:
+        """Have *site* use an int3 for now."""
+        self._replan(site, self._make_plan(self.guest.place_of(site.addr), False, site.strategy, why))
+
+    def _match_jumps(self) -> Iterator[str]:
+        """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
+
+        Returns what went wrong.
+        """
+        self._jumps.forget()
+        for site, why in tuple(self._jumps.disturbed()):
+            if site.is_jump:
+                self._lower_rung(site, why)
+        for site in self.armed_sites():
+            declined = site.plan.not_optimized
+            if declined is not None and declined.reason.passes:
+                try:
+                    self._fit(site)
+                except ConnectionLostError:
+                    raise
+                except KprobeError as error:
+                    yield f"{self.guest.place_of(site.addr)} stays {site.plan.rung}: {error.message}"
 
     def _site_of(self, probe: Probe) -> Site:
         """:raises KprobeError: the module that it was in is gone."""
@@ -494,11 +631,13 @@ class Session:
 
     def _match_text(self, site: Site) -> None:
         """Arm or disarm *site*, as its probes want."""
+        if site.wanted:
+            self._fit(site)
         if site.wanted and not site.armed:
             self._arm(site)
         elif not site.wanted and site.armed:
             self._disarm(site)
-        elif site.armed:
+        elif site.armed and not site.is_jump:
             self._routes.serve(site)
         self._routes.tidy()
 
@@ -508,15 +647,21 @@ class Session:
         with contextlib.ExitStack() as undo:
             self._watch_fixup(site)
             undo.callback(self._unwatch_fixup, site)
-            self.region.store.add(Record(plan.patch, plan.slot, plan.rung), self.region.slots.high_water)
+            borrowed = self._borrows.record_in(plan.patch.range)
+            record = Record(plan.patch, plan.slot, plan.rung, borrowed=borrowed)
+            self.region.store.add(record, self.region.slots.high_water)
             undo.callback(self.region.store.remove, site.addr)
             write_verified(self.guest.memory, plan.slot.start, plan.slot_image)
-            undo.callback(self._routes.tidy)
-            undo.callback(self._routes.close, site)
-            self._routes.open(site)
+            if not site.is_jump:
+                undo.callback(self._routes.tidy)
+                undo.callback(self._routes.close, site)
+                self._routes.open(site)
+            undo.callback(self._borrows.give_back, plan.patch.range)
+            self._borrows.borrow(plan.patch.range)
             # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
             # the session must know of it.
             self._text.add(plan.patch)
+            self._jumps.add(site)
             site.armed = True
             undo.callback(self._mark_disarmed, site, keep_record=True)
             if self._routes.lifted:
@@ -545,26 +690,41 @@ class Session:
         if not site.armed:
             return
         self._text.remove(site.plan.patch)
+        self._jumps.remove(site)
         site.armed = False
-        self._routes.close(site)
+        if not site.is_jump:
+            self._routes.close(site)
+        self._borrows.give_back(site.plan.patch.range)
         self._dispatcher.forget(site)
         if not keep_record:
             self.region.store.remove(site.addr)
 
-    def _make_plan(self, place: Place, needs_post: bool, strategy: Rung | None) -> Plan:
-        try:
-            return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
-        except RefusedError as error:
-            if error.refusal.reason is not Reason.REGION_FULL or not self._end_quarantine():
-                raise
-            return self._planner.plan(place, needs_post=needs_post, strategy=strategy)
+    def _make_plan(
+        self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal | None = None
+    ) -> Plan:
+        """Plan *place*. Where a jump is asked for and must wait, it is planned for an int3 until then."""
+        if wish is None:
+            wish = Refusal(Reason.NEEDS_HOST, place.addr)
+        for _ in range(3):
+            try:
+                return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+            except RefusedError as error:
+                refusal = error.refusal
+                if refusal.reason.passes and strategy is Rung.OPTIMIZED:
+                    strategy, wish = None, refusal
+                elif refusal.reason is not Reason.REGION_FULL or not self._end_quarantine():
+                    raise
+        return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
 
     # -- private: vCPUs, the region, failures -------------------------------------------------------------------
 
     def _serve_all(self) -> None:
-        self._routes.listened = bool(self._listeners)
+        self._routes.listened = self._jumps.listened = bool(self._listeners)
         for site in self.armed_sites():
-            self._routes.serve(site)
+            if site.is_jump:
+                self._fit(site)
+            if not site.is_jump:
+                self._routes.serve(site)
 
     def _bring_out(self) -> None:
         """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
@@ -583,7 +743,11 @@ class Session:
         if words is None:
             return False
         inside = [self.machine.read_register(cpu, "rip") for cpu in self.machine.cpus()]
-        return self.region.slots.release(words + inside) > 0
+        released = self.region.slots.release(words + inside) > 0
+        if not self.region.slots.quarantined:
+            # Whoever adds to one does it in a slot.
+            released |= self.region.counters.release() > 0
+        return released
 
     def _way_to(self, cpu: CpuId, addr: VirtAddr) -> VirtAddr:
         """Where *cpu* is to be resumed to get to *addr*: there, unless the user has a breakpoint at it.

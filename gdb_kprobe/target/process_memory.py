@@ -1,8 +1,8 @@
-"""Guest RAM through the memory of QEMU's process, where QEMU does not share it: for reading while the guest runs.
+"""Guest RAM through the memory of QEMU's process, where QEMU does not share it: for use while the guest runs.
 
 Where a piece of guest RAM lies in the process is asked of QEMU once (``gpa2hva``); from then on it is a read of
-``/proc/PID/mem``, which takes microseconds and stops nothing. Only ever for data, and read-only: text that is written
-past QEMU's back leaves old translated code running (docs/architecture.md, "memory").
+``/proc/PID/mem``, which takes microseconds and stops nothing. Only ever for data: text that is written past QEMU's back
+leaves old translated code running (docs/architecture.md, "memory").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
 class ProcessMemory:
-    """*size* bytes of guest memory at physical *start*, which are at *host* in the process *pid*; reads only.
+    """*size* bytes of guest memory at physical *start*, which are at *host* in the process *pid*.
 
     The file is opened once, and is the memory of that process for ever: when the process has ended, reads fail, also
     when its number is another process's by then (``mem_open`` in the kernel's fs/proc/base.c keeps the memory, and not
@@ -35,7 +35,7 @@ class ProcessMemory:
         self._start = start
         self._size = size
         try:
-            self._file = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise TargetError(
                 f"the memory of process {pid} ({_name(pid)}) cannot be opened: {error.strerror}{_why_denied(error)}"
@@ -65,6 +65,20 @@ class ProcessMemory:
                 f"process {self.pid} has ended" if not data else f"process {self.pid} unmapped its memory"
             )
         return data
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        """Write data: never what is executed.
+
+        :raises TargetError: they are not in this piece of memory, or the process has ended.
+        """
+        if not self.covers(addr, len(data)):
+            raise TargetError(f"physical {addr:#x} (+{len(data)}) is not in the memory found in process {self.pid}")
+        try:
+            written = os.pwrite(self._file, data, self._host + addr - self._start)
+        except (OSError, OverflowError) as error:
+            raise TargetError(f"process {self.pid} has no memory for physical {addr:#x}: {error}") from error
+        if written != len(data):
+            raise TargetError(f"process {self.pid} has ended")
 
     def close(self) -> None:
         os.close(self._file)

@@ -8,6 +8,7 @@ packets (gdb's own connection and our socket client), one implementation of ever
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Protocol
 
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
@@ -69,6 +70,16 @@ class Memory(Protocol):
         """
 
 
+class LiveMemory(Protocol):
+    """Guest memory by physical address while the machine runs."""
+
+    def write_live(self, addr: PhysAddr, data: bytes) -> None:
+        """Write data, which is never executed.
+
+        :raises GuestStateError: it cannot be reached while the machine runs.
+        """
+
+
 class Cpus(Protocol):
     """The virtual CPUs of a stopped machine."""
 
@@ -115,6 +126,9 @@ class Breakpoints(Protocol):
 
     def is_taken(self, addr: VirtAddr) -> bool:
         """Whether somebody else, the user, has a breakpoint at *addr*."""
+
+    def taken(self) -> Collection[int]:
+        """Where the user has breakpoints."""
 
 
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gdb_kprobe.errors import TargetError
+from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr
 from gdb_kprobe.target.process_memory import ProcessMemory
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -68,11 +68,8 @@ class SharedRam:
             path = monitor.monitor(f"qom-get /objects/{name} mem-path").strip()
             if share != "true" or not path.startswith('"'):
                 continue
-            try:
-                with Path(json.loads(path)).open("rb") as file:
-                    files[name] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            except (OSError, ValueError):
-                continue
+            with contextlib.suppress(OSError, ValueError):
+                files[name] = _map(Path(json.loads(path)))
         return cls(blocks, files) if files else None
 
     def covers(self, addr: PhysAddr, size: int) -> bool:
@@ -90,12 +87,36 @@ class SharedRam:
         start = block.file_offset + addr - block.start
         return self._files[block.name][start : start + size]
 
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        """Write data, past QEMU's back: never what is executed.
+
+        :raises TargetError: it is not in the file, or may only be read.
+        """
+        block = self._block(addr, len(data))
+        if block is None:
+            raise TargetError(f"physical {addr:#x} (+{len(data)}) is not in the shared memory file")
+        start = block.file_offset + addr - block.start
+        try:
+            self._files[block.name][start : start + len(data)] = data
+        except TypeError as error:
+            raise TargetError(f"the file of the shared memory {block.name} may only be read") from error
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
     def _block(self, addr: PhysAddr, size: int) -> RamBlock | None:
         return next((block for block in self._blocks if block.start <= addr and addr + size <= block.end), None)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Map a file, for writing if that is allowed."""
+    try:
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+    except PermissionError:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
 
 class RamView:
@@ -117,6 +138,19 @@ class RamView:
         """Where these bytes can be read from while the machine runs; ``None``: only through the stub, when stopped."""
         ways = (self._shared, self._process)
         return next((way for way in ways if way is not None and way.covers(addr, size)), None)
+
+    def write_live(self, addr: PhysAddr, data: bytes) -> None:
+        """Write data while the machine runs: never what is executed.
+
+        :raises GuestStateError: its memory cannot be reached then.
+        :raises TargetError: the write was not possible.
+        """
+        way = self.live(addr, len(data))
+        if way is None:
+            raise GuestStateError(
+                f"the guest is running, and {self.not_live}", "stop it first (Ctrl-C, or 'interrupt')"
+            )
+        way.write_physical(addr, data)
 
     def close(self) -> None:
         """Give the process's memory back; then the stub is asked."""

@@ -44,7 +44,7 @@ def test_the_least_profile_has_the_defaults(write: Write) -> None:
         gdbstub="localhost:1234",
         region=RegionConfig(RegionSource.IVSHMEM, physical=None, virtual=None, size=16 << 20),
         kernel=KernelConfig(KernelKind.LINUX, symbols=None, vmlinux=None),
-        policy=PolicyConfig((Rung.BOOSTED, Rung.SINGLE_STEP)),
+        policy=PolicyConfig((Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)),
         shared_memory=SharedMemory.AUTO,
         qmp=None,
     )
@@ -106,7 +106,7 @@ def test_rungs_are_best_first_however_they_are_written(write: Write) -> None:
 @pytest.mark.parametrize("boost", Boost)
 def test_what_is_boosted_may_be_said_without_rungs(write: Write, boost: Boost) -> None:
     path = write(f"gdbstub: :1\nregion: {{source: ivshmem}}\npolicy: {{boost: {boost}}}\n")
-    assert load_profile(path).policy == PolicyConfig((Rung.BOOSTED, Rung.SINGLE_STEP), boost)
+    assert load_profile(path).policy == PolicyConfig((Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP), boost)
 
 
 def test_virtual_auto_is_no_placement(write: Write) -> None:

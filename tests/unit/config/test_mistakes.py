@@ -106,7 +106,6 @@ def test_not_a_profile(tmp_path: Path, text: str | bytes, line: int, message: st
         (changed("  source: reserved", "  source: reserve"), 5, "'region.source' cannot be 'reserve'"),
         (changed("  source: reserved", "  source: borrowed"), 5, "not implemented yet: source 'borrowed'"),
         (changed("boosted", "boost"), 9, "'policy.rungs' cannot be 'boost'"),
-        (changed("boosted", "optimized"), 9, "not implemented yet: rung 'optimized'"),
         (changed("boosted", "single-step"), 9, "rung 'single-step' is there twice"),
         (changed("[boosted, single-step]", "[]"), 9, "'policy.rungs' is empty: no probe could be placed"),
         (changed("  rungs:", "  boost: never\n  rungs:"), 9, "'policy.boost' cannot be 'never'"),

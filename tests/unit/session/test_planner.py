@@ -101,6 +101,6 @@ def test_an_examination_of_what_faults_names_the_fixup(toy: Any) -> None:
     found = examine(toy.guest, TextMap(), toy.region.slots, location, RUNGS, Boost.RELOCATE)
     assert found.tables == ("exception table: after a fault it goes on at fixup+0x0",)
     assert [trial.refusal.reason for trial in found.rungs if trial.refusal is not None] == [
-        Reason.NOT_IMPLEMENTED,
+        Reason.POLICY,
         Reason.EX_TABLE,
     ]

@@ -10,6 +10,7 @@ import pytest
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PhysAddr, VirtAddr
+from gdb_kprobe.session.counters import SIZE as COUNTER_SIZE
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.header import Header, Identity
 from gdb_kprobe.session.probes import Probe
@@ -43,7 +44,7 @@ def probe(memory: Memory, name: str, number: int | None, hits: int = 0, missed: 
     """A probe whose counter is the region's *number*th and says that; without one, the host counts."""
     made = Probe(parse_definition(f"p:{name} vfs_read"))
     if number is not None:
-        made.counter = Counter(memory, HEADER, VirtAddr(HEADER.counters.start + 16 * number))
+        made.counter = Counter(memory, HEADER, VirtAddr(HEADER.counters.start + COUNTER_SIZE * number))
         memory.words[HEADER.physical(made.counter.addr)] = hits
         memory.words[HEADER.physical(made.counter.addr) + 8] = missed
     return made
@@ -54,7 +55,7 @@ def test_all_counters_are_one_read_in_any_order() -> None:
     probes = [probe(memory, "c", 9, 2**63 + 5, 7), probe(memory, "a", 3, 23), probe(memory, "b", 4, 0, 2)]
     found = read_counts(memory, HEADER, probes).counts
     assert found == {"c": Count(2**63 + 5, 7), "a": Count(23, 0), "b": Count(0, 2)}
-    assert memory.reads == [(HEADER.physical(HEADER.counters.start) + 16 * 3, 16 * 7)]
+    assert memory.reads == [(HEADER.physical(HEADER.counters.start) + COUNTER_SIZE * 3, COUNTER_SIZE * 7)]
 
 
 def test_what_the_host_has_counted_is_added() -> None:

@@ -1,0 +1,137 @@
+"""When a site may have a jump, and which jumps hide what.
+
+The rules of the bytes are in :mod:`gdb_kprobe.kprobes.window`. Here are those of the moment: what the hits of the site
+need, what else was put within the jump's 5 bytes, and who is executing there or will come back there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+from gdb_kprobe.kprobes.detour import Action
+from gdb_kprobe.kprobes.window import Window
+from gdb_kprobe.linux.ftrace import SITE_SIZE
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
+from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.programs import Programs
+from gdb_kprobe.session.windows import Wish
+from gdb_kprobe.target.protocols import Breakpoints, Cpus
+
+_TEXT = AddressRange(VirtAddr(0xFFFF_FFFF_8000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
+"""Kernel image and modules (Documentation/arch/x86/x86_64/mm.rst)."""
+
+
+class Jumps:
+    """The jumps of *sites*, the session's own table. *allowed*: there may be any."""
+
+    def __init__(
+        self,
+        machine: Cpus,
+        guest: Guest,
+        breakpoints: Breakpoints,
+        sites: Mapping[VirtAddr, Site],
+        programs: Programs,
+        allowed: bool,
+    ) -> None:
+        self.listened = False
+        """Somebody is told of every hit, which the host handles then."""
+        self._machine = machine
+        self._guest = guest
+        self._breakpoints = breakpoints
+        self._sites = sites
+        self._programs = programs
+        self._allowed = allowed
+        self._hidden: dict[VirtAddr, VirtAddr] = {}
+        """An address that a jump hides, and the site of that."""
+        self._words: frozenset[int] | None = None
+
+    def wish(self, addr: VirtAddr, probes: Iterable[Probe], watched: bool = False) -> Wish | Refusal:
+        """The jump for *probes* at *addr*, or why there must be none.
+
+        *watched*: a hit there tells that a fault was fixed up.
+        """
+        if not self._allowed:
+            return Refusal(Reason.POLICY, addr, "every hit is to be dispatched by the stub")
+        if self.listened:
+            return Refusal(Reason.TOLD, addr, "a trace is on, or a script listens")
+        enabled = [probe for probe in probes if probe.enabled]
+        for probe in enabled:
+            if probe.needs_host:
+                return Refusal(Reason.NEEDS_HOST, addr, f"{probe.name} has a handler in Python")
+        if watched:
+            return Refusal(Reason.NEEDS_HOST, addr, "a hit there ends a fault of another probe's instruction")
+        return Wish(Action(self._programs.handlers(enabled)), partial(self.check, addr))
+
+    def check(self, addr: VirtAddr, window: Window) -> Refusal | None:
+        """Why the jump at *addr* must not be written now."""
+        place = self._guest.place_of
+        for inside in window.interior:
+            if inside in self._sites:
+                return Refusal(Reason.PROBED_INSIDE, addr, f"at {place(inside)}")
+            if self._breakpoints.is_taken(inside):
+                return Refusal(Reason.BREAKPOINT_INSIDE, addr, f"at {place(inside)}")
+        for site in self._guest.ftrace_sites(AddressRange(window.start, window.jump_end)):
+            why = None if site.is_disabled else site.why_not_borrow(self._guest.memory.read(site.ip, SITE_SIZE))
+            if why is not None:
+                return Refusal(Reason.FTRACE_BUSY, addr, f"at {place(site.ip)}: {why}")
+        if not window.interior:
+            return None
+        words = self._live_words()
+        if words is None:
+            return Refusal(Reason.WINDOW_UNKNOWN, addr, "the stacks of this guest are not known")
+        for inside in window.interior:
+            if inside in words:
+                return Refusal(Reason.WINDOW_BUSY, addr, f"at {place(inside)}; it is tried again at the next stop")
+        return None
+
+    def forget(self) -> None:
+        """The machine may have run: who is where must be found out anew."""
+        self._words = None
+
+    def add(self, site: Site) -> None:
+        """The jump of *site* is armed."""
+        self._hidden.update((addr, site.addr) for addr in site.interior)
+
+    def remove(self, site: Site) -> None:
+        """The jump of *site* is gone."""
+        for addr in site.interior:
+            self._hidden.pop(addr, None)
+
+    def hiding(self, addr: VirtAddr) -> Site | None:
+        """The site whose jump hides the instruction at *addr*."""
+        found = self._hidden.get(addr)
+        return None if found is None else self._sites[found]
+
+    def disturbed(self) -> Iterator[tuple[Site, Refusal]]:
+        """The sites whose jump must not be written before the machine runs, and why.
+
+        No CPU has executed anything since the text was restored; but the user may have set one's program counter, or a
+        breakpoint.
+        """
+        if not self._hidden:
+            return
+        for addr in self._breakpoints.taken():
+            site = self.hiding(VirtAddr(addr))
+            if site is not None:
+                at = self._guest.place_of(VirtAddr(addr))
+                yield site, Refusal(Reason.BREAKPOINT_INSIDE, site.addr, f"at {at}")
+        for cpu, rip in self._positions():
+            site = self.hiding(VirtAddr(rip))
+            if site is not None:
+                yield site, Refusal(Reason.WINDOW_BUSY, site.addr, f"vCPU {cpu} is at {rip:#x}")
+
+    def _positions(self) -> Iterator[tuple[CpuId, int]]:
+        for cpu in self._machine.cpus():
+            yield cpu, self._machine.read_register(cpu, "rip")
+
+    def _live_words(self) -> frozenset[int] | None:
+        """All that is on any stack, or in a program counter, and points into text."""
+        if self._words is None:
+            pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
+            words = self._guest.stack_words_into(_TEXT, pointers)
+            if words is None:
+                return None
+            self._words = frozenset(words).union(rip for _, rip in self._positions())
+        return self._words
