@@ -19,11 +19,12 @@ Every function raises :class:`~gdb_kprobe.errors.KprobeError` for what cannot be
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
@@ -152,14 +153,21 @@ def named(text: str, command: str) -> tuple[Probe, ...]:
 
 
 def set_enabled(probe: Probe, enabled: bool) -> None:
-    """Enable or disable *probe*."""
+    """Enable or disable *probe*, if it is handled in the guest also while that runs in the background."""
     the_plugin = plugin.the_plugin()
     if probe in the_plugin.pending:
         probe.enabled = enabled
         return
     link = the_plugin.need_link()
-    with link.stopped():
-        link.session.set_enabled(probe, enabled)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(link.stopped())
+        except GuestResetError:
+            raise
+        except GuestStateError:
+            link.session.switch(probe, enabled, link.memory)
+        else:
+            link.session.set_enabled(probe, enabled)
 
 
 def delete(probe: Probe) -> None:

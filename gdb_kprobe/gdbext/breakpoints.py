@@ -57,6 +57,9 @@ class GdbBreakpoints:
     def is_taken(self, addr: VirtAddr) -> bool:
         return addr in user_breakpoints()
 
+    def taken(self) -> set[int]:
+        return user_breakpoints()
+
 
 def user_breakpoints() -> set[int]:
     """The addresses of the user's enabled code breakpoints."""

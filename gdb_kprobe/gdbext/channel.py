@@ -130,3 +130,10 @@ def _translated(error: Exception) -> TargetError:
     if "closed" in text or "is lost" in text or "invalid" in text:
         return ConnectionLostError(f"the connection to the guest is lost: {text}")
     return TargetError(text)
+
+
+def is_running() -> bool:
+    """Whether the guest runs, as far as gdb knows. QEMU's stub runs all vCPUs, or none."""
+    # Not by way of all threads: gdb asks the stub for the list of them, which does not answer while it runs.
+    thread = gdb.selected_thread()
+    return thread is not None and thread.is_running()

@@ -7,10 +7,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-import gdb
-
 from gdb_kprobe.errors import GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import api
+from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.views import stats_view
@@ -46,13 +45,6 @@ def wanted(names: Sequence[str]) -> tuple[Probe, ...]:
     if not found:
         raise KprobeError("kprobe stats: there are no probes", "'kprobe add SYMBOL' first")
     return found
-
-
-def is_running() -> bool:
-    """Whether the guest runs, as far as gdb knows. QEMU's stub runs all vCPUs, or none."""
-    # Not by way of all threads: gdb asks the stub for the list of them, which does not answer while it runs.
-    thread = gdb.selected_thread()
-    return thread is not None and thread.is_running()
 
 
 def read(link: Link, probes: Sequence[Probe]) -> Reading:

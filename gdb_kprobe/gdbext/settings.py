@@ -72,7 +72,7 @@ class _Registered:
         self.strategy = _Choice(
             "strategy",
             "The best rung that new probes may use: auto (what the profile allows), boosted or single-step.",
-            (AUTO, Rung.BOOSTED.value, Rung.SINGLE_STEP.value),
+            (AUTO, *reversed([rung.value for rung in Rung])),
         )
         self.profile = _Text(
             "profile", "The profile that 'kprobe attach' uses when it is given none: a name or a path."

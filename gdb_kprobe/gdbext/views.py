@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gdb_kprobe.bpf.insn import text
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.kprobes.guest_dispatch import emit_handler
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.render.check import CheckView, TrialView
 from gdb_kprobe.render.stats import RateView, StatsRow, StatsView
-from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, PlaceView, PlanView, ProbeView
+from gdb_kprobe.render.views import (
+    ArgView,
+    DeclinedView,
+    HandlerView,
+    HitView,
+    InsnView,
+    PlaceView,
+    PlanView,
+    ProbeView,
+)
 from gdb_kprobe.session.check import Examination
 from gdb_kprobe.session.guest import Place
-from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.session.probes import Hit, Probe, Site
 from gdb_kprobe.session.stats import Change, Reading, changes, fastest, sum_of
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
 
@@ -72,6 +83,19 @@ def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:
         listing(plan.code, plan.slot.code),
         tuple(DeclinedView(rung, refusal.text, refusal.hint) for rung, refusal in plan.declined),
     )
+
+
+def handler_view(probe: Probe, site: Site) -> HandlerView | None:
+    """What a hit of *probe* at *site* runs inside the guest; ``None`` when the host handles it."""
+    service, counter = site.service, probe.counter
+    mine = next((one for one in site.handlers if counter is not None and one.data == counter.addr), None)
+    if mine is None or (service is not None and service.stops):
+        return None
+    code: tuple[InsnView, ...] = ()
+    if service is not None:
+        at = service.handler.code
+        code = listing(emit_handler(at, site.handlers, site.addr, site.plan.slot.code), at)
+    return HandlerView(tuple(text(insn) for insn in mine.program.checked.program), code)
 
 
 def listing(code: bytes, at: VirtAddr) -> tuple[InsnView, ...]:

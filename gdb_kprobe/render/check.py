@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.kernel_rules import Rules
-from gdb_kprobe.kprobes.survey import BY_PLACE, Survey
+from gdb_kprobe.kprobes.survey import BY_PLACE, Jumps, Survey
 from gdb_kprobe.model import Reason, Rung
 from gdb_kprobe.render.plan import listing, located
 from gdb_kprobe.render.text import WIDTH, hex_bytes, table
@@ -66,7 +66,8 @@ def survey(found: Survey, kernel: str, rules: Rules) -> str:
     """The table of all text of *kernel* (its description), the kernel's own *rules* beside it."""
     padding = found.refused[Reason.PADDING]
     base = found.instructions - padding
-    probeable, boosted = found.rungs.total(), found.rungs[Rung.BOOSTED]
+    probeable, stepped = found.rungs.total(), found.rungs[Rung.SINGLE_STEP]
+    boosted = probeable - stepped
 
     def row(label: str, count: int) -> tuple[str, str, str]:
         return label, str(count), f"{count / max(base, 1):.3%}"
@@ -74,6 +75,9 @@ def survey(found: Survey, kernel: str, rules: Rules) -> str:
     rows = []
     for rung in reversed(Rung):
         rows.append(row(rung, found.rungs[rung]))
+        if rung is Rung.OPTIMIZED and found.jumps is not None:
+            reasons = found.jumps.refused.most_common()
+            rows += [row(f"  not optimized: {reason}", count) for reason, count in reasons if count]
         if rung is Rung.SINGLE_STEP:
             rows += [row(f"  not boosted: {reason}", count) for reason, count in found.not_boosted.most_common()]
     by_place = [(reason, count) for reason, count in found.refused.most_common() if count and reason in BY_PLACE]
@@ -90,8 +94,27 @@ def survey(found: Survey, kernel: str, rules: Rules) -> str:
             f"Of the {probeable} that can be probed we boost {boosted} ({boosted / max(probeable, 1):.1%}).",
             f"The kernel's own rules ({rules}) would take {found.kernel_probes} of them, and boost "
             f"{found.kernel_boosts} ({found.kernel_boosts / max(probeable, 1):.1%}).",
+            *([] if found.jumps is None else _jumps(found, found.jumps)),
         )
     )
+
+
+def _jumps(found: Survey, jumps: Jumps) -> list[str]:
+    probeable, optimized = max(found.rungs.total(), 1), found.rungs[Rung.OPTIMIZED]
+    with_jump = jumps.entries - jumps.entries_refused.total()
+    refused = [
+        (f"  {reason}", str(count), f"{count / max(jumps.entries, 1):.3%}")
+        for reason, count in jumps.entries_refused.most_common()
+        if count
+    ]
+    return [
+        f"A jump gets {optimized / probeable:.2%} of them ({jumps.single / probeable:.2%} with an instruction that is "
+        f"long enough, {jumps.borrowed} with a nop borrowed from ftrace); the kernel's own rules would optimize "
+        f"{jumps.kernel} ({jumps.kernel / probeable:.2%}).",
+        f"Of {jumps.entries} function entries outside of forbidden text {with_jump} get one "
+        f"({with_jump / max(jumps.entries, 1):.2%}); the others:",
+        table(("function entries", "count", "share"), refused),
+    ]
 
 
 def _field(label: str, text: str) -> str:

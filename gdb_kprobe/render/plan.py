@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from gdb_kprobe.render.text import WIDTH, address, hex_bytes
-from gdb_kprobe.render.views import DeclinedView, InsnView, PlaceView, PlanView
+from gdb_kprobe.render.views import DeclinedView, HandlerView, InsnView, PlaceView, PlanView
 
 _LABEL = 13
 
@@ -41,6 +41,16 @@ def plan(view: PlanView) -> str:
     if view.listing:
         lines.append(textwrap.indent(listing(view.listing), "  "))
     lines += [line for declined in view.declined for line in _declined(declined)]
+    return "\n".join(lines)
+
+
+def handler(view: HandlerView) -> str:
+    """The eBPF program of a probe, and the code that it has become where that is not in the slot."""
+    width = len(str(len(view.program)))
+    program = "\n".join(f"{index:{width}}: {line}" for index, line in enumerate(view.program))
+    lines = [_field("eBPF", ""), textwrap.indent(program, "  ")]
+    if view.listing:
+        lines += [_field("handler", address(view.listing[0].addr)), textwrap.indent(listing(view.listing), "  ")]
     return "\n".join(lines)
 
 

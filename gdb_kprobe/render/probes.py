@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gdb_kprobe.model import Rung
 from gdb_kprobe.render.plan import located
 from gdb_kprobe.render.text import symbolic, table
 from gdb_kprobe.render.views import ProbeView
@@ -38,8 +39,13 @@ def _row(view: ProbeView) -> tuple[str, ...]:
 
 
 def flags(view: ProbeView) -> str:
-    """``[GONE]``, ``[DISABLED]`` as the kernel has them, and ``[PENDING]`` for a place that is not known yet."""
-    marks = (("GONE", view.is_gone), ("DISABLED", not view.is_enabled), ("PENDING", view.place is None))
+    """``[GONE]``, ``[DISABLED]``, ``[OPTIMIZED]`` as the kernel has them, and ``[PENDING]`` for an unknown place."""
+    marks = (
+        ("GONE", view.is_gone),
+        ("DISABLED", not view.is_enabled),
+        ("PENDING", view.place is None),
+        ("OPTIMIZED", view.rung is Rung.OPTIMIZED and view.is_enabled),
+    )
     return "".join(f"[{name}]" for name, is_set in marks if is_set)
 
 

@@ -54,6 +54,14 @@ class PlanView:
 
 
 @dataclass(frozen=True, slots=True)
+class HandlerView:
+    """What a hit runs inside the guest: *program* is its eBPF, a line each, *listing* its code, if it has its own."""
+
+    program: tuple[str, ...]
+    listing: tuple[InsnView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeView:
     """One probe of the list; *place* is None while it is not known (the guest is not up, the module not loaded)."""
 

@@ -14,11 +14,11 @@ from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, w
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
 from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import Rung
 from gdb_kprobe.render.check import check, survey
 from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.survey import survey as classify
-from gdb_kprobe.session.survey import take_snapshot
 
 
 class Check(Command):
@@ -71,10 +71,11 @@ def _all(file: Path | None) -> None:
         raise KprobeError("only a Linux guest says what its text is", "'kprobe check SYMBOL' checks one place")
     with link.stopped():
         guest.refresh()
-        snapshot = take_snapshot(guest, session.text)
+        snapshot, optimizes = guest.snapshot(session.text), Rung.OPTIMIZED in link.profile.policy.rungs
     progress = Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text")
     with interruptible():
-        found = classify(guest, snapshot, session.region.slots.area, boost, progress)
+        references = guest.references(session.text) if optimizes else None
+        found = classify(guest, snapshot, session.region.slots.area, boost, progress, references)
     write(survey(found, guest.description, guest.boost_rules))
     if file is not None:
         file.expanduser().write_text(json.dumps(found.as_json(guest.release), indent=2) + "\n")

@@ -26,6 +26,8 @@ class Detach(Command):
         args = parser.parse_args(gdb.string_to_argv(argument))
         done = plugin.the_plugin().detach()
         write(f"{done.restored} site(s) restored; the region is {'unmapped' if done.unmapped else 'still mapped'}.")
+        for note in done.notes:
+            write(f"Note: {note}.")
         for problem in done.problems:
             write(f"left alone: {problem}")
         if not args.stay:

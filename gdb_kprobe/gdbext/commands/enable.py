@@ -34,6 +34,8 @@ class Enable(_Switch):
 class Disable(_Switch):
     """Disable probes: the guest's text is restored, the probes and their counts stay.
 
+    While the guest runs ('continue &') a probe that is handled inside the guest is switched by one store.
+
     kprobe disable NAME ... | all
 
     Example:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
-from gdb_kprobe.gdbext.views import plan_view, probe_view
+from gdb_kprobe.gdbext.views import handler_view, plan_view, probe_view
+from gdb_kprobe.render.plan import handler
 from gdb_kprobe.render.plan import plan as render_plan
 from gdb_kprobe.render.probes import probe_info
 
@@ -28,6 +29,9 @@ class Info(Command):
             site = link.session.site_of(probe) if link is not None else None
             if site is not None and probe.place is not None:
                 write(render_plan(plan_view(probe, probe.place, site.plan)))
+                inside = handler_view(probe, site)
+                if inside is not None:
+                    write(handler(inside))
             if probe.last_error:
                 write(f"last error of its handler:\n{probe.last_error}")
 

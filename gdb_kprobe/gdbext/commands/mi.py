@@ -47,7 +47,12 @@ def _attach(argv: list[str]) -> dict[str, Any]:
 
 def _detach(argv: list[str]) -> dict[str, Any]:
     done = api.detach()
-    return {"restored": str(done.restored), "unmapped": str(int(done.unmapped)), "problems": list(done.problems)}
+    return {
+        "restored": str(done.restored),
+        "unmapped": str(int(done.unmapped)),
+        "problems": list(done.problems),
+        "notes": list(done.notes),
+    }
 
 
 def _add(argv: list[str]) -> dict[str, Any]:

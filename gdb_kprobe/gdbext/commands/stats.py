@@ -11,10 +11,11 @@ import gdb
 
 from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.plugin import Link
-from gdb_kprobe.gdbext.sampling import check_arguments, is_running, need_live, parser, read, samples, totals, wanted
+from gdb_kprobe.gdbext.sampling import check_arguments, need_live, parser, read, samples, totals, wanted
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView, as_data, stats
