@@ -2,17 +2,20 @@
 
 The workload's parts run on every vCPU, over and over, as long as was asked for. One system call that nothing else makes
 is made a known number of times meanwhile; its probe's count must be that. In the end the text must be what it was, and
-the log clean.
+the log clean. How many probes are jumps is told before and after the work: a jump may have had to wait for a task.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.model import Rung
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
@@ -24,7 +27,7 @@ _COUNTED = "p___x64_sys_sched_get_priority_max_0"
 _CALLS = 1000
 _TIMEOUT = 600
 
-_SITES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
+_SITES = "f'{site.addr} {site.plan.rung}' for site in plugin.the_plugin().link.session.armed_sites()"
 _SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
 
 
@@ -51,7 +54,9 @@ def check_all_functions(one: AllFunctions) -> list[str]:
             print(gdb.console("kprobe attach debian"), end="")
             print(gdb.console("kprobe add --all-functions", timeout=_TIMEOUT), end="", flush=True)
             gdb.console("python from gdb_kprobe.gdbext import api, plugin")
-            touched = set(map(int, gdb.console(f"python print(*({_SITES}))").split()))
+            sites = _sites(gdb)
+            print(_rungs(sites), flush=True)
+            touched = _touched(sites)
             gdb.cont()
             rounds = sum(1 for _ in _work(guest, one))
             guest.check()
@@ -59,6 +64,9 @@ def check_all_functions(one: AllFunctions) -> list[str]:
             hits, missed = map(int, gdb.console(f"python print(*({_SUMS}))", timeout=_TIMEOUT).split())
             print(f"{rounds} rounds of all work on each vCPU, {hits} hits, {missed} missed", flush=True)
             gdb.interrupt()
+            sites = _sites(gdb)
+            print(f"Afterwards: {_rungs(sites)}", flush=True)
+            touched |= _touched(sites)
             print(re.sub(r"\n+", "\n", gdb.console("kprobe detach", timeout=_TIMEOUT)), end="")
         problems = [*guest.dmesg_problems(), *snapshot.leftovers(touched)]
     if counted != _CALLS * one.cpus * rounds:
@@ -67,6 +75,23 @@ def check_all_functions(one: AllFunctions) -> list[str]:
         problems.append(f"{missed} hits were missed")
     print(f"Text and log of the guest: {'; '.join(problems) or 'as before, clean'}", flush=True)
     return problems
+
+
+def _sites(gdb: GdbMi) -> dict[int, Rung]:
+    """The rung of each armed site, by address."""
+    words = gdb.console(f"python print(*({_SITES}))", timeout=_TIMEOUT).split()
+    return {int(addr): Rung(rung) for addr, rung in zip(words[::2], words[1::2], strict=True)}
+
+
+def _rungs(sites: Mapping[int, Rung]) -> str:
+    counts = Counter(sites.values())
+    return ", ".join(f"{counts[rung]} {rung}" for rung in (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP))
+
+
+def _touched(sites: Mapping[int, Rung]) -> set[int]:
+    """The bytes of text that the probes are in: a jump, or an int3."""
+    sizes = {addr: JUMP_SIZE if rung is Rung.OPTIMIZED else 1 for addr, rung in sites.items()}
+    return {addr + byte for addr, size in sizes.items() for byte in range(size)}
 
 
 def _work(guest: GuestVm, one: AllFunctions) -> Iterator[None]:

@@ -11,7 +11,8 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.model import Boost
 from gdb_kprobe.render.check import survey as render_survey
 from gdb_kprobe.session.linux_guest import MODULES, open_linux
-from gdb_kprobe.session.survey import survey, take_snapshot
+from gdb_kprobe.session.pieces import read_references
+from gdb_kprobe.session.survey import survey
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
@@ -35,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
     with GuestVm(spec) as vm, RspSocket(vm.gdb_address) as channel:
         stub = QemuStub(channel)
         guest = open_linux(stub, RamView(stub, SharedRam.discover(stub)))
-        snapshot = take_snapshot(guest, TextMap())
+        snapshot = guest.snapshot(TextMap())
         channel.detach()
         # The region may be anywhere in the module area: what is in reach of all of it is in reach of the region.
-        found = survey(guest, snapshot, MODULES, boost, _progress)
+        found = survey(guest, snapshot, MODULES, boost, _progress, read_references(snapshot))
     print(render_survey(found, guest.description, guest.boost_rules))
     if options.json is not None:
         options.json.write_text(json.dumps(found.as_json(guest.release), indent=2) + "\n")

@@ -28,7 +28,8 @@ from kprobe_guest.execution_log import KERNEL_TEXT
 from kprobe_guest.spec import KernelKind
 
 KERNELS: tuple[KernelKind, ...] = ("debian", "newest")
-STRATEGIES = ("boosted", "single-step")
+STRATEGIES = ("boosted", "single-step", "optimized")
+BY_STUB_TOO = ("boosted", "single-step")
 IN_GUEST, BY_STUB = 200, 20
 """Functions of a run."""
 
@@ -91,7 +92,8 @@ def _runs(options: argparse.Namespace) -> Iterator[Run]:
     if options.all:
         for kernel, cpus in product(KERNELS, (1, 2)):
             yield Run(Dispatch.GUEST, "boosted", kernel, cpus, options.n or IN_GUEST)
-            for strategy in STRATEGIES:
+            yield Run(Dispatch.GUEST, "optimized", kernel, cpus, options.n or IN_GUEST)
+            for strategy in BY_STUB_TOO:
                 yield Run(Dispatch.STUB, strategy, kernel, cpus, options.n or BY_STUB)
         return
     count = options.n or (IN_GUEST if options.dispatch is Dispatch.GUEST else BY_STUB)

@@ -1,0 +1,159 @@
+"""``gdb-kprobe bench``: what one hit costs, side by side on one guest, in one run.
+
+All rows observe the same system call, the rows of the guest's own events at the same instructions as ours, behind the
+entries of functions; those on ftrace at the entries themselves. Repetitions of the rows are interleaved. Hits are
+compared with the calls made: a row that does not see every call proves nothing, and fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.launcher.bench import kernel_events
+from gdb_kprobe.launcher.bench.machine import Machine
+from gdb_kprobe.launcher.bench.places import Call, find_path
+from gdb_kprobe.launcher.bench.places import Path as CallPath
+from gdb_kprobe.launcher.bench.rows import Row, make_row, show
+from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear
+from gdb_kprobe.model import Dispatch, VirtAddr
+from gdb_kprobe.testing import GdbMi
+from kprobe_guest import GuestSpec, GuestVm
+
+NUMBERS = (0, 8, 32)
+MANY = 512
+
+CALL = Call(293, ("0", "0"))
+"""``pipe2`` that cannot say which files it opened: it makes a pipe and takes it away. 67 functions once, on 6.1."""
+_NO_PROGRAM = "/tmp/no_program"
+DEEP_CALL = Call(59, (f"s:{_NO_PROGRAM}", "0", "0"))
+"""``execve`` of a text file: it makes an address space, and takes it away. 183 functions once, on 6.1."""
+
+_PREPARE = f"echo text >{_NO_PROGRAM} && chmod +x {_NO_PROGRAM}"
+_DEEP_CALLS = 3_000
+
+
+@dataclass(slots=True)
+class _Samples:
+    """What the repetitions of a row found: us a hit, and the hits of all."""
+
+    us: list[float] = field(default_factory=list)
+    hits: int = 0
+    expected: int = 0
+
+    def add(self, us_per_hit: float, measured: Measured) -> None:
+        self.us.append(us_per_hit)
+        self.hits += measured.hits
+        self.expected += measured.expected
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the rows observe: *behind* and *entries* of the same functions; *many* on the way of a deeper call."""
+
+    entries: Sequence[VirtAddr]
+    behind: Sequence[VirtAddr]
+    many: Sequence[VirtAddr]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the table, write the file; returns the exit status."""
+    with GuestVm(GuestSpec(kernel=options.kernel)) as guest, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+        version = guest.qmp("query-version")
+        assert isinstance(version, dict)
+        print(f"QEMU {'.'.join(str(version['qemu'][part]) for part in ('major', 'minor', 'micro'))}, TCG")
+        print(f"kernel {guest.check_output('uname -srv').strip()}")
+        machine = Machine.of(gdb, guest)
+        guest.check_output(_PREPARE)
+        kernel_events.prepare(guest)
+        places = _find_places(machine)
+        print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)
+        samples: dict[str, _Samples] = {}
+        for repetition in range(options.repetitions):
+            _repeat(machine, places, samples)
+            print(f"repetition {repetition + 1} of {options.repetitions}", flush=True)
+        problems = guest.dmesg_problems()
+    # gdb steps over its breakpoint, and once in some 500 steps QEMU executes nothing: then gdb comes to it again.
+    rows = [
+        make_row(name, found.us, found.hits, found.expected, found.expected // 50 if name == "gdb_breakpoint" else 0)
+        for name, found in samples.items()
+    ]
+    print(show(rows))
+    options.json.write_text(json.dumps([row.entry() for row in rows], indent=2) + "\n")
+    return _verdict(rows, problems)
+
+
+def _verdict(rows: Sequence[Row], problems: Sequence[str]) -> int:
+    wrong = [row for row in rows if not row.exact]
+    for row in wrong:
+        print(f"FAILED: {row.name} saw {row.hits} of {row.expected_hits} calls")
+    for problem in problems:
+        print(f"FAILED: the guest's log says: {problem}")
+    return 1 if wrong or problems else 0
+
+
+def _find_places(machine: Machine) -> _Places:
+    """Places that our jumps and the kernel's are both possible at.
+
+    :raises KprobeError: there are too few.
+    """
+    seen = [kernel_events.functions_of(machine.guest, call.times(1)) for call in (CALL, DEEP_CALL)]
+    with _attached(machine, Dispatch.GUEST):
+        path, deep = (find_path(machine, call, entries) for call, entries in zip((CALL, DEEP_CALL), seen, strict=True))
+    entries, behind = _for_the_kernel(machine, path)
+    if len(behind) < max(NUMBERS) or len(deep.apart) < MANY:
+        raise KprobeError(f"only {len(behind)} places of functions, {len(deep.apart)} of the deep call")
+    return _Places(entries[: max(NUMBERS)], behind[: max(NUMBERS)], deep.apart[:MANY])
+
+
+def _for_the_kernel(machine: Machine, path: CallPath) -> tuple[list[VirtAddr], list[VirtAddr]]:
+    optimized = kernel_events.possible(machine.guest, [addr for _, addr in path.functions], kernel_events.Way.OPTIMIZED)
+    on_ftrace = kernel_events.possible(machine.guest, [entry for entry, _ in path.functions], kernel_events.Way.FTRACE)
+    both = [(entry, addr) for entry, addr in path.functions if entry in on_ftrace and addr in optimized]
+    return [entry for entry, _ in both], [addr for _, addr in both]
+
+
+def _repeat(machine: Machine, places: _Places, samples: dict[str, _Samples]) -> None:
+    """Measure each row once more."""
+    cheap: dict[str, Measured] = {}
+    dear: dict[str, Measured] = {}
+    for name, way in DEAR.items():
+        with _attached(machine, way.dispatch):
+            dear[name] = measure_dear(machine, way, CALL, places.behind[0])
+    for name, way in CHEAP.items():
+        with _attached(machine, way.dispatch):
+            cheap[name] = measure(machine, way, CALL, places.entries if way.at_entry else places.behind, NUMBERS)
+    way = replace(CHEAP["optimized_count"], calls=_DEEP_CALLS)
+    with _attached(machine, way.dispatch):
+        many = measure(machine, way, DEEP_CALL, places.many, (0, MANY))
+    unobserved = statistics.median(measured.points[0][1] for measured in cheap.values())
+    for name, measured in dear.items():
+        samples.setdefault(name, _Samples()).add(measured.points[0][1] - unobserved, measured)
+    for name, measured in cheap.items():
+        samples.setdefault(name, _Samples()).add(measured.us_per_hit(), measured)
+    count = cheap["optimized_count"]
+    samples.setdefault("optimized_count_8", _Samples()).add(count.us_per_hit(*NUMBERS[:2]), count)
+    samples.setdefault("optimized_count_512", _Samples()).add(many.us_per_hit(), many)
+
+
+@contextmanager
+def _attached(machine: Machine, dispatch: Dispatch | None) -> Iterator[None]:
+    if dispatch is None:
+        yield
+        return
+    machine.gdb.console(f"kprobe attach --dispatch {dispatch} debian")
+    yield
+    machine.gdb.console("kprobe detach")

@@ -1,0 +1,100 @@
+"""The guest that a bench runs on and the gdb beside it: probes by address, and runs with their time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gdb_kprobe.model import Rung, VirtAddr
+from gdb_kprobe.testing import GdbMi
+from kprobe_guest import GuestVm
+
+_TIMEOUT = 600
+
+# Runs in gdb: one command of MI for each of many probes would take longer than arming it.
+_IN_GDB = """
+import json
+from gdb_kprobe.gdbext import api, plugin, settings
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.session.function_text import FunctionText
+from gdb_kprobe.session.probes import Probe
+
+def bench_boundaries(entries):
+    session = plugin.the_plugin().need_link().session
+    texts = (FunctionText(session.guest, session.text, session.guest.place_of(entry)) for entry in entries)
+    print(json.dumps([[insn.addr for insn in text.whole()] for text in texts]))
+
+def bench_arm(prefix, addrs, condition):
+    link = plugin.the_plugin().need_link()
+    strategy = settings.settings().strategy
+    new = [Probe(parse_definition(f"p:{prefix}_{addr:x} {addr:#x} {condition}"), strategy=strategy) for addr in addrs]
+    with link.stopped():
+        link.session.guest.refresh()
+        link.session.add_many(new, strategy)
+
+def bench_hits(prefix):
+    site_of = plugin.the_plugin().need_link().session.site_of
+    probes = [probe for probe in api.probes() if probe.name.startswith(prefix)]
+    print(json.dumps({probe.place.addr: [site_of(probe).plan.rung, probe.hits] for probe in probes}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """*clock* is the clock of the processor time of QEMU's process (``clock_gettime``)."""
+
+    gdb: GdbMi
+    guest: GuestVm
+    clock: int
+
+    @classmethod
+    def of(cls, gdb: GdbMi, guest: GuestVm) -> Machine:
+        """Define in *gdb* what the methods here call."""
+        gdb.console(f"python exec({_IN_GDB!r})")
+        # As clock_getcpuclockid(3) does: CPUCLOCK_SCHED of a process.
+        return cls(gdb, guest, (~guest.pid << 3) | 2)
+
+    # -- probes: attached, and the guest stopped ----------------------------------------------------------------
+
+    def arm(self, addrs: Iterable[VirtAddr], rung: Rung, condition: str = "", prefix: str = "bench") -> None:
+        """Probe those of *addrs* where *rung* is possible; names begin with *prefix*."""
+        self.gdb.console(f"set kprobe strategy {rung}")
+        self.gdb.console(f"python bench_arm({prefix!r}, {list(addrs)}, {condition!r})", _TIMEOUT)
+
+    def disarm(self) -> None:
+        self.gdb.console("kprobe delete all", _TIMEOUT)
+
+    def hits(self, prefix: str = "", rung: Rung = Rung.OPTIMIZED) -> dict[VirtAddr, int]:
+        """The hits of the probes on *rung* whose names begin with *prefix*, by address."""
+        found = json.loads(self.gdb.console(f"python bench_hits({prefix!r})", _TIMEOUT))
+        return {VirtAddr(int(addr)): hits for addr, (its_rung, hits) in found.items() if its_rung == rung}
+
+    def boundaries(self, entries: Sequence[VirtAddr]) -> list[list[VirtAddr]]:
+        """The addresses of all instructions of each function."""
+        found = json.loads(self.gdb.console(f"python bench_boundaries({list(entries)})", _TIMEOUT))
+        return [[VirtAddr(addr) for addr in insns] for insns in found]
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def run_attached(self, command: str) -> None:
+        """Let the stopped guest run *command*, and stop it."""
+        self.gdb.cont()
+        self.guest.check_output(command, _TIMEOUT)
+        self.gdb.interrupt()
+
+    def wall_seconds(self, command: str) -> float:
+        """Seconds that *command* takes in the running guest."""
+        started = time.monotonic()
+        self.guest.check_output(command, _TIMEOUT)
+        return time.monotonic() - started
+
+    def cpu_seconds(self, command: str) -> float:
+        """Seconds of processor time that QEMU needs for *command* in the running guest.
+
+        Where nothing leaves the guest that is the time it takes, without what else the host is busy with.
+        """
+        started = time.clock_gettime(self.clock)
+        self.guest.check_output(command, _TIMEOUT)
+        return time.clock_gettime(self.clock) - started

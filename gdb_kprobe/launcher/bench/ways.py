@@ -1,0 +1,180 @@
+"""The ways to observe a place of the guest that are compared, and how the cost of a hit is measured with each.
+
+A way where nothing leaves the guest is cheap, and measured as a slope: the time of the same call with no, a few and
+many places observed, all of which each call passes once. A dear way, which stops the machine, is measured at one place:
+the time of many calls less the time of few.
+
+Starting the program may pass the places too. So the same number of programs that make no call is run before, and what
+these hit is taken off: what is left must be the calls made, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.launcher.bench import kernel_events
+from gdb_kprobe.launcher.bench.machine import Machine
+from gdb_kprobe.launcher.bench.places import Call
+from gdb_kprobe.launcher.bench.rows import slope
+from gdb_kprobe.model import Dispatch, Rung, VirtAddr
+
+NEVER = "if di == 0x123456789 && (si & 0x40)"
+_TIMED = 3
+"""Runs of which the fastest counts; one before is not timed: QEMU translates the guest's code anew after a stop."""
+_FEW, _MANY = 10, 110
+"""Calls of a dear way."""
+
+_COUNTING_BREAKPOINT = (
+    "python import gdb; "
+    "Counting = type('Counting', (gdb.Breakpoint,), "
+    "dict(hits=0, stop=lambda self: setattr(self, 'hits', self.hits + 1) or False)); "
+    "counting = Counting('*{addr:#x}', type=gdb.BP_HARDWARE_BREAKPOINT, internal=True)"
+)
+
+Count = Callable[[], int]
+Observe = Callable[[Machine, Sequence[VirtAddr]], AbstractContextManager[Count]]
+"""Observes all places while it is entered, and lets the guest run; gives a function that tells the hits so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """*calls* is the number of calls of a run; *dispatch* is ours, ``None``: detached.
+
+    *rejects*: it counts no hit; that the places are passed is seen by a second probe at each, in a run of its own.
+    """
+
+    observe: Observe
+    calls: int = 0
+    dispatch: Dispatch | None = None
+    at_entry: bool = False
+    rejects: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Microseconds that a call takes, by the number of places observed; and the hits of all runs."""
+
+    points: tuple[tuple[int, float], ...]
+    hits: int
+    expected: int
+
+    def us_per_hit(self, *places: int) -> float:
+        """The slope over the points with so many places; without any, over all."""
+        return slope([point for point in self.points if not places or point[0] in places])
+
+
+def measure(machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr], numbers: Sequence[int]) -> Measured:
+    """Measure a cheap way with each of *numbers* of *places*."""
+    points: list[tuple[int, float]] = []
+    hits = 0
+    runs = 1 + _TIMED
+    for number in numbers:
+        with way.observe(machine, places[:number]) as count:
+            machine.guest.check_output(call.times(0))  # the first program after arming may take other ways
+            before = count()
+            for _ in range(runs):
+                machine.guest.check_output(call.times(0))
+            idle = count() - before
+            before += idle
+            seconds = [machine.cpu_seconds(call.times(way.calls)) for _ in range(runs)]
+            hits += count() - before - idle
+        points.append((number, min(seconds[1:]) / way.calls * 1e6))
+    expected = 0 if way.rejects else runs * way.calls * sum(numbers)
+    if way.rejects:
+        _prove_passed(machine, call, places[: max(numbers)], way.calls)
+    return Measured(tuple(points), hits, expected)
+
+
+def measure_dear(machine: Machine, way: Way, call: Call, place: VirtAddr) -> Measured:
+    """Measure a dear way; the time of a call that nobody observes is still to be taken off."""
+    runs = (_FEW, _FEW, _MANY)
+    with way.observe(machine, [place]) as count:
+        before = count()
+        for _ in runs:
+            machine.guest.check_output(call.times(0))
+        idle = count() - before
+        before += idle
+        _, few, many = (machine.wall_seconds(call.times(calls)) for calls in runs)
+        hits = count() - before - idle
+    return Measured(((1, (many - few) / (_MANY - _FEW) * 1e6),), hits, sum(runs))
+
+
+def _prove_passed(machine: Machine, call: Call, places: Sequence[VirtAddr], calls: int) -> None:
+    """See that a filter that rejects every hit is asked at all: beside it a probe without one counts every call."""
+    with _probes(machine, places, Rung.OPTIMIZED, NEVER) as rejected:
+        machine.gdb.interrupt()
+        machine.arm(places, Rung.OPTIMIZED, prefix="passed")
+        machine.gdb.cont()
+        counts = []
+        for number in (0, calls):
+            machine.guest.check_output(call.times(number))
+            machine.gdb.interrupt()
+            counts.append(sum(machine.hits("passed").values()))
+            machine.gdb.cont()
+        first, second = counts
+        if second - 2 * first != calls * len(places) or rejected():
+            raise KprobeError(f"{second - 2 * first} of {calls * len(places)} hits came to the filters")
+
+
+@contextmanager
+def _probes(
+    machine: Machine, places: Sequence[VirtAddr], rung: Rung, condition: str = "", prefix: str = "bench"
+) -> Iterator[Count]:
+    def count() -> int:
+        machine.gdb.interrupt()
+        hits = sum(machine.hits(prefix, rung).values())
+        machine.gdb.cont()
+        return hits
+
+    machine.arm(places, rung, condition, prefix)
+    if missing := set(places) - set(machine.hits(prefix, rung)):
+        raise KprobeError(f"no {rung} probe at {', '.join(map(hex, sorted(missing)))}")
+    machine.gdb.cont()
+    yield count
+    machine.gdb.interrupt()
+    machine.disarm()
+
+
+@contextmanager
+def _kernel_events(machine: Machine, places: Sequence[VirtAddr], way: kernel_events.Way) -> Iterator[Count]:
+    with kernel_events.events(machine.guest, places, way):
+        yield lambda: kernel_events.hits(machine.guest)
+
+
+@contextmanager
+def _gdb_breakpoint(machine: Machine, places: Sequence[VirtAddr]) -> Iterator[Count]:
+    """What one does without this project: a breakpoint whose ``stop()`` counts and returns False."""
+
+    def count() -> int:
+        machine.gdb.interrupt()
+        hits = int(machine.gdb.console("python print(counting.hits)"))
+        machine.gdb.cont()
+        return hits
+
+    (place,) = places
+    machine.gdb.console(_COUNTING_BREAKPOINT.format(addr=place))
+    machine.gdb.cont()
+    yield count
+    machine.gdb.interrupt()
+    machine.gdb.console("python counting.delete()")
+
+
+DEAR: dict[str, Way] = {
+    "gdb_breakpoint": Way(_gdb_breakpoint, dispatch=Dispatch.GUEST),
+    "stub_single_step": Way(partial(_probes, rung=Rung.SINGLE_STEP), dispatch=Dispatch.STUB),
+    "stub_boosted": Way(partial(_probes, rung=Rung.BOOSTED), dispatch=Dispatch.STUB),
+}
+CHEAP: dict[str, Way] = {
+    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 3_000, Dispatch.GUEST),
+    "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 20_000, Dispatch.GUEST),
+    "optimized_filter_reject": Way(
+        partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 20_000, Dispatch.GUEST, rejects=True
+    ),
+    "kernel_event_int3": Way(partial(_kernel_events, way=kernel_events.Way.INT3), 3_000),
+    "kernel_event_optimized": Way(partial(_kernel_events, way=kernel_events.Way.OPTIMIZED), 5_000),
+    "kernel_event_ftrace": Way(partial(_kernel_events, way=kernel_events.Way.FTRACE), 5_000, at_entry=True),
+}

@@ -1,0 +1,71 @@
+"""What a bench makes of its measurements; the expected figures are worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdb_kprobe.launcher.bench.places import Call, far_enough
+from gdb_kprobe.launcher.bench.rows import Row, make_row, show, slope
+from gdb_kprobe.launcher.bench.ways import Measured
+from gdb_kprobe.model import VirtAddr
+
+
+def test_slope_of_points_on_a_line() -> None:
+    assert slope([(0, 5.0), (8, 9.0), (32, 21.0)]) == pytest.approx(0.5)
+
+
+def test_slope_has_the_least_squares() -> None:
+    # x - mean: -1, 0, 1; y - mean: -5/3, 1/3, 4/3; sum of products 3, of squares 2.
+    assert slope([(0, 1.0), (1, 3.0), (2, 4.0)]) == pytest.approx(1.5)
+
+
+def test_measured_takes_only_the_points_asked_for() -> None:
+    measured = Measured(((0, 10.0), (8, 12.0), (32, 90.0)), hits=40, expected=40)
+    assert measured.us_per_hit(0, 8) == pytest.approx(0.25)
+    assert measured.us_per_hit(8, 32) == pytest.approx(3.25)
+    assert measured.us_per_hit() > 2
+
+
+def test_row_is_median_and_range() -> None:
+    row = make_row("row", [3.0, 9.0, 4.0], hits=7, expected_hits=7)
+    assert (row.us_per_hit, row.spread) == (4.0, 6.0)
+
+
+@pytest.mark.parametrize(("spread", "noisy"), [(0.9, False), (1.0, False), (1.1, True)])
+def test_row_is_noisy_from_a_third_of_its_value_on(spread: float, noisy: bool) -> None:
+    assert Row("row", 3.0, spread, 1, 1).noisy is noisy
+
+
+def test_row_that_is_not_positive_is_noisy() -> None:
+    assert Row("row", -1.0, 0.0, 1, 1).noisy
+
+
+@pytest.mark.parametrize(("hits", "exact"), [(99, False), (100, True), (102, True), (103, False)])
+def test_row_allows_only_as_many_hits_again_as_it_says(hits: int, exact: bool) -> None:
+    assert Row("row", 1.0, 0.0, hits, 100, again=2).exact is exact
+
+
+def test_entry_of_the_file() -> None:
+    assert Row("row", 3.0, 2.0, 8, 8).entry() == {
+        "name": "row",
+        "us_per_hit": 3.0,
+        "spread": 2.0,
+        "hits": 8,
+        "expected_hits": 8,
+        "noisy": True,
+    }
+
+
+def test_table_compares_with_the_first_row() -> None:
+    lines = show([Row("dear", 2000.0, 1.0, 1, 1), Row("cheap", 0.02, 0.01, 2, 2)]).splitlines()
+    assert lines[1].split() == ["dear", "2000.000", "1.000", "1", "1", "1"]
+    assert lines[2].split() == ["cheap", "0.020", "0.010", "100,000", "2", "2", "noisy"]
+
+
+def test_places_far_enough_for_jumps() -> None:
+    # The jump at 0 hides 1 and 4; the next that it does not is 5, whose own hides 9.
+    assert far_enough([VirtAddr(addr) for addr in (0, 1, 4, 5, 9, 10, 17)]) == (0, 5, 10, 17)
+
+
+def test_command_of_a_call() -> None:
+    assert Call(293, ("0", "b:")).times(20) == "workload syscall 293 20 0 b:"
