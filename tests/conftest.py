@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.cli import boot_command
+from kprobe_guest.errors import GuestFailedError
 
 # A machine that is busy with guests is slow at times; how long an example takes proves nothing.
 settings.register_profile("guests", deadline=None)
@@ -35,8 +36,7 @@ class GuestPool:
         if guest is None:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
-            guest = GuestVm(spec)
-            guest.__enter__()
+            guest = _boot(spec)
         self._guests[spec] = guest
         return guest
 
@@ -49,6 +49,17 @@ class GuestPool:
         for guest in self._guests.values():
             guest.close()
         self._guests.clear()
+
+
+def _boot(spec: GuestSpec) -> GuestVm:
+    try:
+        return GuestVm(spec).__enter__()
+    except GuestFailedError as error:
+        # QEMU before 8.0: a guest with several vCPUs that switches jump labels, as it does while it boots, may die of
+        # its own int3 (README, "Limits"). Nobody has touched it yet.
+        if spec.vcpus == 1 or "Oops: int3" not in error.what:
+            raise
+    return GuestVm(spec).__enter__()
 
 
 def _usable(guest: GuestVm) -> bool:

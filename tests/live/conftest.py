@@ -50,8 +50,12 @@ class Probed:
         """Add a probe and return what ``-kprobe-list`` says of it."""
         gdb.console(f"set kprobe strategy {strategy}")
         probe: dict[str, str] = gdb.command(f'-kprobe-add "{definition}"')["probe"]
-        self.touched.add(int(probe["addr"], 16))
+        self.touched |= patched_by(probe)
         return probe
+
+    def patched(self, gdb: GdbMi) -> set[int]:
+        """The bytes of text that gdb's probes are in while the guest runs."""
+        return {addr for probe in gdb.command("-kprobe-list")["probes"] for addr in patched_by(probe)}
 
     def hits(self, gdb: GdbMi) -> dict[str, int]:
         """Hits by probe name; no probe may have missed one."""
@@ -71,6 +75,12 @@ class Probed:
         assert status["running"], status
         assert self.guest.dmesg_problems() == []
         assert self.snapshot.leftovers(self.touched) == []
+
+
+def patched_by(probe: dict[str, str]) -> set[int]:
+    """The bytes of text that *probe*, of ``-kprobe-list``, is in: a jump, or an int3."""
+    addr = int(probe["addr"], 16)
+    return set(range(addr, addr + (5 if probe["rung"] == "optimized" else 1)))
 
 
 @pytest.fixture

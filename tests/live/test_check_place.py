@@ -30,9 +30,9 @@ def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
         trap = words(gdb.console("kprobe check exc_int3"))
         init = words(gdb.console("kprobe check start_kernel"))
         gdb.console("kprobe detach")
-    assert "(vfs_read+0x0) answer it can be probed, boosted boundary yes: instruction 1 of the function" in entry
+    assert "(vfs_read+0x0) answer it can be probed, optimized boundary yes: instruction 1 of the function" in entry
     assert "bytes 0f 1f 44 00 00 instruction nop dword ptr [rax + rax] (nop)" in entry
-    assert "optimized no: not implemented yet" in entry
+    assert "optimized yes, in the slot: 0x" in entry
     assert "boosted yes, in the slot: 0x" in entry
     assert "single-step yes, in the slot: 0x" in entry
     assert "table ftrace site, by its looks" in entry

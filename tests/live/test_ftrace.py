@@ -3,7 +3,7 @@
 The function tracer is switched on and off for all functions while the entries of some hold a jump of ours: the guest
 verifies its text then, and warns at each byte that it does not know.
 
-GDB_KPROBE_FULL=1 in the environment runs it with 2 vCPUs, too.
+GDB_KPROBE_FULL=1 in the environment runs all on both kernels, and with 2 vCPUs, too.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ PRESENT = re.compile(r"^ +\S.*?\[\d+\] .*?: (\S+) <-", re.M)
 
 both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-cpus = pytest.mark.parametrize(
-    "vcpus", [1, pytest.param(2, marks=pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1"))]
-)
+only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
+one_kernel = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+cpus = pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=only_full)])
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -195,7 +195,7 @@ def test_records_follow_the_modules(booted_guest: Boot, kernel: Any) -> None:
     assert counts == [len(listed), len(listed) - of_loop, len(listed)]
 
 
-@both_kernels
+@one_kernel
 @cpus
 def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vcpus: int) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
@@ -253,7 +253,7 @@ def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vc
     assert vm.dmesg_problems() == []
 
 
-@both_kernels
+@one_kernel
 def test_a_module_goes_with_its_borrowed_function(booted_guest: Boot, kernel: Any) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel))
     module = vm.check_output("find /modules -name 'loop.ko*'").strip()
@@ -281,7 +281,7 @@ def switch_tracer(vm: GuestVm, name: str) -> None:
     vm.check_output(f"echo {name} > {TRACING}/current_tracer", timeout=120)
 
 
-@both_kernels
+@one_kernel
 def test_the_guest_minds_what_is_not_done_so(kernel: Any) -> None:
     """Why it is done at all: an int3 without the flag, and the flag cleared while a tracer covers the function."""
     with hurt_guest(GuestSpec(kernel=kernel)) as vm:

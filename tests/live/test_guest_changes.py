@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.testing import GdbCommandError, GdbTimeoutError
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
@@ -95,7 +96,15 @@ def test_a_breakpoint_right_behind_a_probe_stops_every_time(probed: Callable[[Gu
         for _ in range(CALLS):
             assert int(gdb.wait_stop(60)["frame"]["addr"], 16) == behind
             gdb.cont()
-        worker.join(60)
+        # gdb steps over its breakpoint, and once in some 500 steps QEMU executes nothing: then it stops there again.
+        again = 0
+        worker.join(2)
+        while worker.is_alive() and again < 3:
+            with contextlib.suppress(GdbTimeoutError):
+                assert int(gdb.wait_stop(60)["frame"]["addr"], 16) == behind
+                again += 1
+                gdb.cont()
+            worker.join(2)
         assert not worker.is_alive()
         gdb.interrupt()
         assert guest.hits(gdb) == {"mine": CALLS}

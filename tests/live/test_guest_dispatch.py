@@ -79,7 +79,7 @@ def test_only_hits_that_need_the_host_stop_the_machine(probed: Boot, vcpus: int)
         guest.add(gdb, "p:counted __x64_sys_getpriority")
         gdb.console("python seen = []")
         gdb.console("python api.add('p:handled __x64_sys_geteuid', lambda hit: seen.append(hit.hit))")
-        guest.touched.add(int(gdb.command("-kprobe-list")["probes"][1]["addr"], 16))
+        guest.touched |= guest.patched(gdb)
         gdb.cont()
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 20000") for _ in range(vcpus)]
         jobs += [guest.guest.spawn(f"workload syscall {GETEUID} 30") for _ in range(vcpus)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.live
 GETPRIORITY = 140
 CALLS = 5000
 ADDRESSES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
+
+only_full = pytest.mark.skipif(not os.environ.get("GDB_KPROBE_FULL"), reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -41,11 +44,13 @@ def test_a_pattern_arms_what_the_guest_calls_so(probed: Boot) -> None:
         armed, of = armed_of(gdb.console("kprobe add 'vfs_*'"))
         assert of == len(live)
         assert armed == of == len(gdb.command("-kprobe-list")["probes"])
-        guest.touched |= touched(gdb)
-        assert guest.touched == live
+        assert touched(gdb) == live
+        guest.touched |= guest.patched(gdb)
         gdb.cont()
         vm.run("true")  # it runs now
-        assert guest.probed_bytes() == guest.touched
+        # The last byte of a jump may be what was there before.
+        assert guest.probed_bytes() <= guest.touched
+        assert guest.probed_bytes() >= live
         before = guest.hits(gdb)
         vm.check_output("dd if=/dev/zero of=/dev/null bs=1 count=1000")
         after = guest.hits(gdb)
@@ -65,7 +70,7 @@ def test_a_pattern_arms_what_the_guest_calls_so(probed: Boot) -> None:
         gdb.console("kprobe detach")
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
 def test_every_function_at_once(probed: Boot, vcpus: int) -> None:
     """The guest does all kinds of work with a probe on every function that can have one; then it is as it was."""
     guest = probed(GuestSpec(vcpus=vcpus))
@@ -78,8 +83,8 @@ def test_every_function_at_once(probed: Boot, vcpus: int) -> None:
         assert armed / of > 0.95
         hits = "python from gdb_kprobe.gdbext import api; print(api.get('p___x64_sys_getpriority_0').hits)"
         sites = gdb.console(f"python from gdb_kprobe.gdbext import plugin; print(*({ADDRESSES}))")
-        guest.touched |= set(map(int, sites.split()))
-        assert len(guest.touched) == armed
+        assert len(sites.split()) == armed
+        guest.touched |= {int(addr) + byte for addr in sites.split() for byte in range(5)}
         gdb.cont()
         jobs = [vm.spawn(f"workload syscall {GETPRIORITY} {CALLS}", timeout=120) for _ in range(vcpus)]
         vm.check_output(

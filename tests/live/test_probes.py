@@ -50,15 +50,16 @@ def test_module_function(probed: Callable[[GuestSpec], Any], kernel: Any, second
         gdb.console("kprobe detach")
 
 
-def test_disabled_probe_leaves_the_original_text(probed: Callable[[GuestSpec], Any]) -> None:
+@pytest.mark.parametrize(("strategy", "size"), [("boosted", 1), ("auto", 5)])
+def test_disabled_probe_leaves_the_original_text(probed: Callable[[GuestSpec], Any], strategy: str, size: int) -> None:
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
-        addr = int(guest.add(gdb, "p:one __x64_sys_getpriority")["addr"], 16)
-        guest.add(gdb, "p:two __x64_sys_getpriority")
+        addr = int(guest.add(gdb, "p:one __x64_sys_getpriority", strategy)["addr"], 16)
+        guest.add(gdb, "p:two __x64_sys_getpriority", strategy)
         assert guest.snapshot.differences() == (), "a guest that is stopped for the user shows its own text"
         gdb.cont()
-        guest.guest.run("true")  # it runs now: the int3 is there
-        assert guest.probed_bytes() == {addr}
+        guest.guest.run("true")  # it runs now: the probe is there
+        assert guest.probed_bytes() == guest.patched(gdb) == set(range(addr, addr + size))
         gdb.interrupt()
         gdb.console("kprobe disable one")
         gdb.cont()

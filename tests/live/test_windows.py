@@ -1,4 +1,4 @@
-"""How much of a live kernel's text gets a jump; each of the rest with its reason.
+"""The windows of jumps in a live kernel's text: what is displaced does elsewhere what it did there.
 
 GDB_KPROBE_FULL=1 in the environment: both kernels, with and without mitigations.
 """
@@ -9,22 +9,19 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.kprobes.forms import Forms
-from gdb_kprobe.kprobes.kernel_rules import rules_of
 from gdb_kprobe.kprobes.patch import TextMap
-from gdb_kprobe.kprobes.survey import Piece
-from gdb_kprobe.kprobes.window import Window, can_optimize, read_function
-from gdb_kprobe.kprobes.window_survey import WindowSurvey, WindowSurveyor, probeable_of
+from gdb_kprobe.kprobes.piece import Piece
+from gdb_kprobe.kprobes.window import Window, can_optimize, make_function
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
-from gdb_kprobe.model import AddressRange, Boost, VirtAddr
+from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.linux_guest import MODULES, open_linux
-from gdb_kprobe.session.survey import Snapshot, pieces, survey, take_snapshot
+from gdb_kprobe.session.pieces import pieces, read_references
 from gdb_kprobe.testing.proof.emulator import Emulator, has_meaning, is_extended, random_state
 from gdb_kprobe.testing.proof.operands import make_sensible
 from gdb_kprobe.testing.proof.state import PAGE, differences
@@ -53,52 +50,26 @@ PROVED = 3000 if FULL else 500
 
 
 @dataclass
-class Surveyed:
-    """A guest's text by the piece, its branch targets, and the shares."""
+class Text:
+    """A guest's text by the piece, and its branch targets."""
 
     release: str
-    snapshot: Snapshot
     pieces: list[Piece]
     references: CodeReferences
-    seconds: float
-    shares: WindowSurvey
-    probeable: int
 
 
 @pytest.fixture(scope="module")
-def surveyed(guest_pool: Any) -> Callable[[GuestSpec], Surveyed]:
-    known: dict[GuestSpec, Surveyed] = {}
+def text_of(guest_pool: Any) -> Callable[[GuestSpec], Text]:
+    known: dict[GuestSpec, Text] = {}
 
-    def get(spec: GuestSpec) -> Surveyed:
+    def get(spec: GuestSpec) -> Text:
         if spec not in known:
             vm = guest_pool.get(spec)
             vm.stop()
             guest = open_linux(GuestMonitor(vm), GuestRam(vm))
-            snapshot = take_snapshot(guest, TextMap())
+            snapshot = guest.snapshot(TextMap())
             vm.cont()
-            kallsyms = guest.kallsyms
-            starts = sorted({addr for table in kallsyms.tables for addr in table.addrs})
-            thunks = sorted(
-                addr
-                for table in kallsyms.tables
-                for addr, name in zip(table.addrs, table.names, strict=True)
-                if name.startswith("__x86_indirect_thunk_")
-            )
-            began = monotonic()
-            references = find_references(
-                snapshot.windows,
-                starts,
-                snapshot.facts.tables,
-                thunks=AddressRange(VirtAddr(thunks[0]), VirtAddr(thunks[-1] + 32)) if thunks else None,
-                jump_tables=not thunks,
-            )
-            seconds = monotonic() - began
-            found = list(pieces(guest, snapshot))
-            surveyor = WindowSurveyor(references, MODULES, rules_of(guest.release))
-            for piece in found:
-                surveyor.count(piece)
-            probeable = survey(guest, snapshot, MODULES, Boost.RELOCATE).rungs.total()
-            known[spec] = Surveyed(guest.release, snapshot, found, references, seconds, surveyor.survey, probeable)
+            known[spec] = Text(guest.release, list(pieces(snapshot)), read_references(snapshot))
         return known[spec]
 
     return get
@@ -109,34 +80,9 @@ def name_of(spec: GuestSpec) -> str:
 
 
 @pytest.mark.parametrize("spec", GUESTS, ids=name_of)
-def test_share_of_the_text_that_gets_a_jump(spec: GuestSpec, surveyed: Callable[[GuestSpec], Surveyed]) -> None:
-    found = surveyed(spec)
-    shares, total = found.shares, found.shares.probeable
-    print(f"\n{found.release} {' '.join(spec.extra_cmdline)}")
-    print(f"branch targets {len(found.references.targets)} in {found.seconds:.1f} s")
-    print(f"probeable boundaries {total}, a jump {shares.optimized / total:.2%} ({shares.single / total:.2%} alone,")
-    print(f"  with a borrowed nop {shares.borrowed / total:.2%}); by the kernel's rules {shares.kernel / total:.2%}")
-    for reason, count in shares.refused.most_common():
-        print(f"  {count / total:7.2%} {count:8} {reason}")
-    entries_with = shares.entries - shares.entries_refused.total()
-    print(f"function entries {shares.entries}, a jump {entries_with / shares.entries:.2%}")
-    for reason, count in shares.entries_refused.most_common():
-        print(f"  {count / shares.entries:7.2%} {count:8} {reason}")
-    assert shares.optimized >= 0.85 * total
-
-
-@pytest.mark.parametrize("spec", GUESTS, ids=name_of)
-def test_the_boundaries_are_those_of_the_survey(spec: GuestSpec, surveyed: Callable[[GuestSpec], Surveyed]) -> None:
-    found = surveyed(spec)
-    assert found.shares.probeable == found.probeable
-
-
-@pytest.mark.parametrize("spec", GUESTS, ids=name_of)
-def test_the_displaced_code_does_what_the_window_does(
-    spec: GuestSpec, surveyed: Callable[[GuestSpec], Surveyed]
-) -> None:
+def test_the_displaced_code_does_what_the_window_does(spec: GuestSpec, text_of: Callable[[GuestSpec], Text]) -> None:
     """Random windows of several instructions of the live text, in unicorn."""
-    found = surveyed(spec)
+    found = text_of(spec)
     rng = random.Random(SEED)
     emulator, forms = Emulator(), Forms()
     proved: dict[str, int] = {"windows": 0, "states": 0, "with a call": 0, "with a jcc": 0, "returning at the end": 0}
@@ -144,11 +90,11 @@ def test_the_displaced_code_does_what_the_window_does(
         piece = rng.choice(found.pieces)
         if piece.rule is not None:
             continue
-        function = read_function(piece, forms)
-        indexes = probeable_of(function)
-        if not indexes:
+        function = make_function(piece, forms.read(piece.addr, piece.code, len(piece.code))[0])
+        if not function.addrs:
             continue
-        window = can_optimize(function, rng.choice(indexes), found.references, MODULES)
+        index = rng.randrange(len(function.addrs))
+        window = can_optimize(function, index, lambda: found.references, MODULES)
         if not isinstance(window, Window) or not window.interior:
             continue
         insns = insns_of(window, piece)

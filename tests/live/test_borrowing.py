@@ -1,0 +1,151 @@
+"""The guest's own function tracer, switched while probes are in its nops: no splat, no lost text, it still works."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.linux.ftrace import read_ftrace_records
+from gdb_kprobe.model import Reason
+from gdb_kprobe.testing import GdbCommandError
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY = 140
+FUNCTION = "__x64_sys_getpriority"
+CALLS = 1000
+TRACING = "/sys/kernel/tracing"
+
+Boot = Callable[[GuestSpec], Any]
+
+# With two vCPUs switching so much text under load kills a guest by itself under TCG.
+on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
+on_each_rung = pytest.mark.parametrize("strategy", ["optimized", "boosted"])
+
+
+def call(guest: Any) -> None:
+    guest.check_output(f"workload syscall {GETPRIORITY} {CALLS}")
+
+
+def traced(guest: Any) -> int:
+    """How often the guest's tracer sees the function in :data:`CALLS` calls of it."""
+    guest.check_output(f"echo {FUNCTION} >{TRACING}/set_ftrace_filter && echo function >{TRACING}/current_tracer")
+    call(guest)
+    seen = guest.check_output(f"grep -c 'getpriority <-' {TRACING}/trace || :")
+    guest.check_output(f"echo nop >{TRACING}/current_tracer && echo >{TRACING}/set_ftrace_filter")
+    return int(seen)
+
+
+def marks(probed: Any) -> list[tuple[int, int]]:
+    """All of ftrace's records with their flags but those of their history, by the test's own view of guest memory."""
+    kernel = probed.snapshot.guest
+    kernel.memory.invalidate()
+    records = read_ftrace_records(kernel.memory, kernel.kallsyms, kernel.btf)
+    return [(site.ip, site.flags & ~site.layout.history) for site in records]
+
+
+@on_each_rung
+@on_both_kernels
+def test_the_tracer_is_switched_while_a_probe_is_in_its_nop(probed: Boot, kernel: Any, strategy: str) -> None:
+    guest = probed(GuestSpec(kernel=kernel))
+    vm = guest.guest
+    before = marks(guest)
+    with guest.gdb() as gdb:
+        place = FUNCTION if kernel == "debian" else f"{FUNCTION}+4"
+        found = gdb.console(f"kprobe check {place}")
+        assert "nop" in found
+        assert guest.add(gdb, f"p:probe {place}", strategy)["rung"] == strategy
+        gdb.cont()
+        vm.check_output(f"echo function >{TRACING}/current_tracer")
+        call(vm)
+        assert int(vm.check_output(f"wc -l <{TRACING}/trace")) > 100
+        vm.check_output(f"echo function_graph >{TRACING}/current_tracer")
+        call(vm)
+        vm.check_output(f"echo nop >{TRACING}/current_tracer")
+        call(vm)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"probe": 3 * CALLS}
+        gdb.console("kprobe delete probe")
+        assert marks(guest) == before
+        gdb.cont()
+        assert traced(vm) == CALLS
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+
+
+@on_both_kernels
+def test_a_probe_comes_behind_the_call_of_a_tracer_that_is_on(probed: Boot, kernel: Any) -> None:
+    guest = probed(GuestSpec(kernel=kernel))
+    vm = guest.guest
+    vm.check_output(f"echo {FUNCTION} >{TRACING}/set_ftrace_filter && echo function >{TRACING}/current_tracer")
+    with guest.gdb() as gdb:
+        if kernel == "debian":
+            probe = guest.add(gdb, f"p:probe {FUNCTION}")
+            assert int(probe["addr"], 16) == guest.snapshot.guest.kallsyms.address(FUNCTION) + 5
+        else:  # the call is behind endbr64's place, where a probe disturbs nobody
+            probe = guest.add(gdb, f"p:probe {FUNCTION}", "boosted")
+        call_at = int(probe["addr"], 16) + (-5 if kernel == "debian" else 4)
+        with pytest.raises(GdbCommandError, match=str(Reason.FTRACE_BUSY)):
+            gdb.console(f"kprobe p:there {call_at:#x}")
+        gdb.cont()
+        call(vm)
+        assert int(vm.check_output(f"grep -c 'getpriority <-' {TRACING}/trace")) == CALLS
+        vm.check_output(f"echo nop >{TRACING}/current_tracer")
+        call(vm)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"probe": 2 * CALLS}
+        gdb.console("kprobe detach")
+    vm.check_output(f"echo >{TRACING}/set_ftrace_filter")
+
+
+def test_what_a_tracer_covers_by_now_stays_marked_and_is_told(probed: Boot) -> None:
+    """It was not counted when it came, and must not be missed when it goes."""
+    # A guest of its own: the mark stays.
+    guest = probed(GuestSpec(extra_cmdline=("marked=1",)))
+    vm = guest.guest
+    before = marks(guest)
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:probe {FUNCTION}")
+        gdb.cont()
+        vm.check_output(f"echo function >{TRACING}/current_tracer")
+        gdb.interrupt()
+        gdb.console("kprobe delete probe")
+        assert len(set(marks(guest)) - set(before)) > 1000, "the tracer is on"
+        gdb.cont()
+        vm.check_output(f"echo nop >{TRACING}/current_tracer")
+        gdb.interrupt()
+        answer = gdb.console("kprobe detach")
+    assert "Note" not in answer, "nobody covers it any more: it was given back"
+    assert [ip for ip, _ in marks(guest)] == [ip for ip, _ in before]
+    assert traced(vm) == CALLS
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:probe {FUNCTION}")
+        gdb.cont()
+        vm.check_output(f"echo function >{TRACING}/current_tracer")
+        gdb.interrupt()
+        answer = gdb.console("kprobe detach")
+    assert re.search(rf"Note: the guest's ftrace leaves {FUNCTION}\+0x0 alone from now on: a tracer", answer)
+    vm.check_output(f"echo nop >{TRACING}/current_tracer")
+
+
+def test_a_gdb_that_was_killed_leaves_what_the_next_one_gives_back(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    vm = guest.guest
+    before = marks(guest)
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:probe {FUNCTION}")
+        gdb.cont()
+        call(vm)
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    call(vm)
+    assert marks(guest) != before
+    with guest.gdb() as gdb:
+        gdb.console("kprobe detach")
+    assert marks(guest) == before
+    assert traced(vm) == CALLS
