@@ -89,7 +89,7 @@ def handler_view(probe: Probe, site: Site) -> HandlerView | None:
     """What a hit of *probe* at *site* runs inside the guest; ``None`` when the host handles it."""
     service, counter = site.service, probe.counter
     mine = next((one for one in site.handlers if counter is not None and one.data == counter.addr), None)
-    if mine is None or (service is not None and service.stops):
+    if mine is None or site.stops:
         return None
     code: tuple[InsnView, ...] = ()
     if service is not None:

@@ -130,6 +130,11 @@ class Site:
         return () if self.plan.detour is None else self.plan.detour.window.interior
 
     @property
+    def stops(self) -> bool:
+        """A hit stops the machine, for the host handles it."""
+        return not self.is_jump and (self.service is None or self.service.stops)
+
+    @property
     def handlers(self) -> tuple[compiled.Handler, ...]:
         """What a hit runs inside the guest."""
         if self.plan.detour is not None:
