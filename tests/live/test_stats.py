@@ -136,7 +136,8 @@ def test_live_runs_the_guest_and_stops_it_again(probed: Boot, vcpus: int) -> Non
         gdb.command(f"kprobe attach {guest.profile}")
         gdb.command(f"kprobe {PRIO}")
         # A hit of this one stops for gdb, which must go on handling them meanwhile.
-        gdb.command(f"kprobe {NICE} if di != 0")
+        gdb.command("python from gdb_kprobe.gdbext import api")
+        gdb.command(f"python api.add('{NICE}', lambda hit: None)")
         rows = [line.split() for line in gdb.command("kprobe list").splitlines()[1:]]
         guest.touched |= {int(row[0], 16) for row in rows}
         gdb.type("kprobe stats --live --interval 0.3 --count 5 --json")
