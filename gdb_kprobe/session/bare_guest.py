@@ -105,6 +105,9 @@ class BareGuest:
     def ftrace_sites(self, text: AddressRange) -> tuple[FtraceSite, ...]:
         return ()
 
+    def ftrace_use(self, text: AddressRange) -> None:
+        return None
+
     def ftrace_tracers(self) -> FtraceTracers:
         return FtraceTracers((), changing=False)
 

@@ -6,6 +6,7 @@ there is nothing to borrow then, and nothing to give back.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from gdb_kprobe.errors import StaleTextError, UnmappedError
@@ -14,6 +15,20 @@ from gdb_kprobe.linux.ftrace import SITE_SIZE, FtraceSite, FtraceTracers
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.transaction import apply
+
+
+def give_back(guest: Guest, site: FtraceSite, tracers: FtraceTracers) -> str | None:
+    """Take our mark from the record of *site*, whose text is restored; returns why it must stay, for the user."""
+    try:
+        now = replace(site, data=guest.memory.read(site.record, len(site.data)))
+        text = guest.memory.read(site.ip, SITE_SIZE)
+        why = tracers.why_not_return(site.ip) or now.why_not_return(site.ip, text)
+        if why is None:
+            apply(guest.memory, [CodePatch(now.record, now.data, now.returned)])
+            return None
+    except (StaleTextError, UnmappedError) as error:
+        why = error.message
+    return f"the guest's ftrace leaves {guest.place_of(site.ip)} alone from now on: {why}"
 
 
 @dataclass(slots=True)
@@ -33,28 +48,30 @@ class Borrows:
         """By the address of the nop."""
         self._tracers: FtraceTracers | None = None
         self.kept: dict[VirtAddr, str] = {}
-        """The nops that are ftrace's again but for their mark, and why: it leaves these functions alone."""
+        """The nops that are ftrace's again but for their mark, and what the user is to know of it."""
 
     def forget(self) -> None:
         """The machine may have run: who traces must be found out anew."""
         self._tracers = None
 
-    def record_in(self, text: AddressRange) -> VirtAddr | None:
-        """The record that must be marked before *text* is patched."""
-        return next((loan.site.record for loan in self._loans_for(text)), None)
+    def needed(self, text: AddressRange) -> tuple[FtraceSite, ...]:
+        """What must be marked while *text* is patched, as it is without our mark."""
+        held = self._loans_in(text)
+        if held:
+            return tuple(loan.site for loan in held)
+        return tuple(site for site in self._guest.ftrace_sites(text) if not site.is_disabled)
 
-    def borrow(self, text: AddressRange) -> None:
-        """Mark what *text*, which is about to be patched, shares with ftrace.
+    def borrow(self, text: AddressRange, sites: Iterable[FtraceSite]) -> None:
+        """Mark *sites*, which are :meth:`needed` for *text*, for it is about to be patched.
 
         :raises StaleTextError: the guest has changed a record since it was asked whether it may be borrowed.
         """
-        for loan in self._loans_for(text):
-            ip = loan.site.ip
-            if ip not in self._loans:
-                apply(self._guest.memory, [CodePatch(loan.site.record, loan.site.data, loan.site.borrowed)])
-                self._loans[ip] = loan
-            self.kept.pop(ip, None)
-            loan.users.add(text.start)
+        for site in sites:
+            if site.ip not in self._loans:
+                apply(self._guest.memory, [CodePatch(site.record, site.data, site.borrowed)])
+                self._loans[site.ip] = _Loan(site)
+            self.kept.pop(site.ip, None)
+            self._loans[site.ip].users.add(text.start)
 
     def give_back(self, text: AddressRange) -> None:
         """*text*, which was patched, is as it was."""
@@ -79,22 +96,11 @@ class Borrows:
         near = range(text.start - SITE_SIZE + 1, text.end)
         return [self._loans[ip] for ip in near if ip in self._loans]
 
-    def _loans_for(self, text: AddressRange) -> list[_Loan]:
-        free = (site for site in self._guest.ftrace_sites(text) if not site.is_disabled)
-        return self._loans_in(text) or [_Loan(site) for site in free]
-
     def _return(self, site: FtraceSite) -> None:
         if self._tracers is None:
             self._tracers = self._guest.ftrace_tracers()
-        why = self._tracers.why_not_return(site.ip)
-        if why is None:
-            try:
-                now = replace(site, data=self._guest.memory.read(site.record, len(site.data)))
-                why = now.why_not_return(site.ip, self._guest.memory.read(site.ip, SITE_SIZE))
-                if why is None:
-                    apply(self._guest.memory, [CodePatch(now.record, now.data, now.returned)])
-                    del self._loans[site.ip]
-            except (StaleTextError, UnmappedError) as error:
-                why = error.message
-        if why is not None:
-            self.kept[site.ip] = why
+        told = give_back(self._guest, site, self._tracers)
+        if told is None:
+            del self._loans[site.ip]
+        else:
+            self.kept[site.ip] = told

@@ -100,6 +100,9 @@ class Guest(Protocol):
     def ftrace_sites(self, text: AddressRange) -> Sequence[FtraceSite]:
         """The records of the guest's ftrace that share a byte with *text*, as they are now."""
 
+    def ftrace_use(self, text: AddressRange) -> tuple[VirtAddr, str] | None:
+        """Which nop in *text* the guest's ftrace uses so that it cannot be patched now, and why; ``None``: none."""
+
     def ftrace_tracers(self) -> FtraceTracers:
         """Who traces in the guest now."""
 

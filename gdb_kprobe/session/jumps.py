@@ -11,7 +11,6 @@ from functools import partial
 
 from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.window import Window
-from gdb_kprobe.linux.ftrace import SITE_SIZE
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Probe, Site
@@ -72,10 +71,10 @@ class Jumps:
                 return Refusal(Reason.PROBED_INSIDE, addr, f"at {place(inside)}")
             if self._breakpoints.is_taken(inside):
                 return Refusal(Reason.BREAKPOINT_INSIDE, addr, f"at {place(inside)}")
-        for site in self._guest.ftrace_sites(AddressRange(window.start, window.jump_end)):
-            why = None if site.is_disabled else site.why_not_borrow(self._guest.memory.read(site.ip, SITE_SIZE))
-            if why is not None:
-                return Refusal(Reason.FTRACE_BUSY, addr, f"at {place(site.ip)}: {why}")
+        traced = self._guest.ftrace_use(AddressRange(window.start, window.jump_end))
+        if traced is not None:
+            ip, why = traced
+            return Refusal(Reason.FTRACE_BUSY, addr, f"at {place(ip)}: {why}")
         if not window.interior:
             return None
         words = self._live_words()

@@ -149,12 +149,12 @@ class LinuxGuest:
         return self._facts.reason_at(place.addr, length) or self._ftrace_refusal(place, length)
 
     def _ftrace_refusal(self, place: Place, length: int) -> Refusal | None:
-        for site in self.ftrace_sites(AddressRange(place.addr, offset(place.addr, length))):
-            why = None if site.is_disabled else site.why_not_borrow(self.memory.read(site.ip, SITE_SIZE))
-            if why is not None:
-                behind = self.place_of(site.window.end)
-                return Refusal(Reason.FTRACE_BUSY, place.addr, f"{place}: {why}", f"probe {behind}, behind it")
-        return None
+        found = self.ftrace_use(AddressRange(place.addr, offset(place.addr, length)))
+        if found is None:
+            return None
+        ip, why = found
+        behind = self.place_of(offset(ip, SITE_SIZE))
+        return Refusal(Reason.FTRACE_BUSY, place.addr, f"{place}: {why}", f"probe {behind}, behind it")
 
     @property
     def boost_rules(self) -> Rules:
@@ -184,6 +184,13 @@ class LinuxGuest:
             self._ftrace_read = read_ftrace_records(self.memory, self.kallsyms, self.btf)
         found = self._ftrace_read.sites_in(text)
         return [replace(site, data=self.memory.read(site.record, len(site.data))) for site in found]
+
+    def ftrace_use(self, text: AddressRange) -> tuple[VirtAddr, str] | None:
+        for site in self.ftrace_sites(text):
+            why = None if site.is_disabled else site.why_not_borrow(self.memory.read(site.ip, SITE_SIZE))
+            if why is not None:
+                return site.ip, why
+        return None
 
     def ftrace_tracers(self) -> FtraceTracers:
         return read_ftrace_tracers(self.memory, self.kallsyms, self.btf)

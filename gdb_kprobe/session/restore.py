@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import TargetError, UnmappedError
-from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.linux.ftrace import SITE_SIZE
 from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.session.borrows import give_back
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
-from gdb_kprobe.session.transaction import apply, holds, write_verified
+from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 
@@ -71,12 +70,9 @@ def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:
             if site.record != record.borrowed or not site.is_disabled:
                 continue  # another record took its place, or it was given back for another site
             tracers = tracers or guest.ftrace_tracers()
-            text = guest.memory.read(site.ip, SITE_SIZE)
-            why = tracers.why_not_return(site.ip) or site.why_not_return(site.ip, text)
-            if why is None:
-                apply(guest.memory, [CodePatch(site.record, site.data, site.returned)])
-            else:
-                messages.append(f"the guest's ftrace leaves {guest.place_of(site.ip)} alone from now on: {why}")
+            told = give_back(guest, site, tracers)
+            if told is not None:
+                messages.append(told)
     return messages
 
 

@@ -342,10 +342,7 @@ class Session:
             if not was_lifted:
                 self._routes.lower()
             return Detached(restored, False, tuple(problems), still_armed)
-        notes = tuple(
-            f"the guest's ftrace leaves {self.guest.place_of(ip)} alone from now on: {why}"
-            for ip, why in self._borrows.kept.items()
-        )
+        notes = tuple(self._borrows.kept.values())
         self._routes.tidy()
         for probe in self.probes:
             probe.take_counter()
@@ -647,8 +644,9 @@ class Session:
         with contextlib.ExitStack() as undo:
             self._watch_fixup(site)
             undo.callback(self._unwatch_fixup, site)
-            borrowed = self._borrows.record_in(plan.patch.range)
-            record = Record(plan.patch, plan.slot, plan.rung, borrowed=borrowed)
+            borrowed = self._borrows.needed(plan.patch.range)
+            marked = next((site.record for site in borrowed), None)
+            record = Record(plan.patch, plan.slot, plan.rung, borrowed=marked)
             self.region.store.add(record, self.region.slots.high_water)
             undo.callback(self.region.store.remove, site.addr)
             write_verified(self.guest.memory, plan.slot.start, plan.slot_image)
@@ -657,7 +655,7 @@ class Session:
                 undo.callback(self._routes.close, site)
                 self._routes.open(site)
             undo.callback(self._borrows.give_back, plan.patch.range)
-            self._borrows.borrow(plan.patch.range)
+            self._borrows.borrow(plan.patch.range, borrowed)
             # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
             # the session must know of it.
             self._text.add(plan.patch)
