@@ -84,7 +84,7 @@ def add(definition: str, pre: Handler | None = None, post: Handler | None = None
         the_plugin.pending.append(new)
         return new
     with the_plugin.link.stopped():
-        return the_plugin.link.session.add(new, new.strategy)
+        return the_plugin.link.session.add(new)
 
 
 def add_matching(
@@ -104,7 +104,7 @@ def add_matching(
         new = [Probe(_at_entry(place, by_address=names[str(place)] > 1), strategy=strategy) for place in places]
         if not new:
             raise KprobeError(f"no function's name matches {pattern}", "'kprobe add PREFIX<TAB>' completes symbols")
-        refused = link.session.add_many(new, strategy, lambda done: progress(done, len(new)))
+        refused = link.session.add_many(new, lambda done: progress(done, len(new)))
     not_added = {id(probe) for probe, _ in refused}
     return [probe for probe in new if id(probe) not in not_added], refused
 

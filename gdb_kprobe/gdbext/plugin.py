@@ -189,7 +189,7 @@ class Plugin:
         for probe in waiting:
             try:
                 with link.stopped():
-                    link.session.add(probe, probe.strategy)
+                    link.session.add(probe)
             except KprobeError as error:
                 self.pending.append(probe)
                 refused.append((probe, str(error)))

@@ -112,12 +112,15 @@ class Site:
     """Sites whose :attr:`fixup` this one is."""
     service: Service | None = None
     """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
-    strategy: Rung | None = None
-    """The one rung that was asked for; ``None``: the best there is."""
 
     @property
     def addr(self) -> VirtAddr:
         return self.plan.insn.addr
+
+    @property
+    def strategy(self) -> Rung | None:
+        """The one rung that a probe of it asks for; ``None``: the best there is."""
+        return next((probe.strategy for probe in self.probes if probe.strategy is not None), None)
 
     @property
     def is_jump(self) -> bool:

@@ -129,18 +129,18 @@ class Session:
         self.region.slots.discard(plan.slot)
         return place, plan
 
-    def add(self, probe: Probe, strategy: Rung | None = None) -> Probe:
-        """Arm *probe* (or only define it, when it is not enabled). *strategy* is the one rung to use, if any.
+    def add(self, probe: Probe) -> Probe:
+        """Arm *probe* (or only define it, when it is not enabled).
 
         :raises RefusedError: a rule says no.
         :raises KprobeError: its name is taken, or the guest does not hold what it should; nothing was changed.
         """
         self._look()
-        self._add(probe, strategy)
+        self._add(probe)
         return probe
 
     def add_many(
-        self, probes: Iterable[Probe], strategy: Rung | None = None, progress: Callable[[int], None] = lambda done: None
+        self, probes: Iterable[Probe], progress: Callable[[int], None] = lambda done: None
     ) -> list[tuple[Probe, KprobeError]]:
         """Arm *probes*; returns those that cannot be, with the reason. *progress* is told how many were tried.
 
@@ -154,7 +154,7 @@ class Session:
                 for done, probe in enumerate(probes):
                     progress(done)
                     try:
-                        self._add(probe, strategy)
+                        self._add(probe)
                     except ConnectionLostError:
                         raise
                     except KprobeError as error:
@@ -427,11 +427,11 @@ class Session:
         """
         return self.region.memory.batch() if self._routes.lifted else contextlib.nullcontext()
 
-    def _add(self, probe: Probe, strategy: Rung | None) -> None:
+    def _add(self, probe: Probe) -> None:
         place = self._resolve(probe.spec.location)
         self.probes.add(probe)
         try:
-            self._attach_to_site(probe, place, strategy)
+            self._attach_to_site(probe, place)
         except BaseException:
             self.probes.remove(probe)
             raise
@@ -462,8 +462,8 @@ class Session:
         self._routes.free_counter(probe)
         self._drop_unused(site)
 
-    def _attach_to_site(self, probe: Probe, place: Place, strategy: Rung | None) -> None:
-        site = self._sites.get(place.addr)
+    def _attach_to_site(self, probe: Probe, place: Place) -> None:
+        site, strategy = self._sites.get(place.addr), probe.strategy
         if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
             self._replan(site, self._make_plan(place, True, None))
         elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
@@ -482,7 +482,6 @@ class Session:
                     f"{place} is probed already, as {site.plan.rung}",
                     f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
                 )
-            site.strategy = site.strategy or strategy
             site.probes.append(probe)
             self._match_text(site)
         except BaseException:

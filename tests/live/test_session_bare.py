@@ -79,8 +79,8 @@ class BareSession:
         return False
 
     def add(self, place: str, rung: Rung, **handlers: Any) -> Probe:
-        probe = Probe(parse_definition(f"p:{place.replace('+', '_')} {place}"), **handlers)
-        return self.session.add(probe, rung)
+        probe = Probe(parse_definition(f"p:{place.replace('+', '_')} {place}"), strategy=rung, **handlers)
+        return self.session.add(probe)
 
     def stop(self) -> CpuId:
         """Resume, and wait for a stop."""

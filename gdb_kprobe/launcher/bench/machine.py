@@ -32,7 +32,7 @@ def bench_arm(prefix, addrs, condition):
     new = [Probe(parse_definition(f"p:{prefix}_{addr:x} {addr:#x} {condition}"), strategy=strategy) for addr in addrs]
     with link.stopped():
         link.session.guest.refresh()
-        link.session.add_many(new, strategy)
+        link.session.add_many(new)
 
 def bench_hits(prefix):
     site_of = plugin.the_plugin().need_link().session.site_of

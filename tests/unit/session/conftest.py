@@ -406,7 +406,7 @@ class Toy:
         """``add("f_push")``, ``add("p:name f_push+1 if di == 6")``."""
         rung = options.pop("rung", None)
         text = definition if definition.startswith("p") else f"p:{definition.replace('+', '_')} {definition}"
-        return self.session.add(Probe(parse_definition(text), pre, post, **options), rung)
+        return self.session.add(Probe(parse_definition(text), pre, post, strategy=rung, **options))
 
     def call(self, name: str, cpu: int = 1, **registers: int) -> int | None:
         """Call a function of the guest, with edi = 6 and esi = 7; returns rax, or None when it stopped for the user."""
