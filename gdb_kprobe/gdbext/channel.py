@@ -86,7 +86,7 @@ def stopped_cpu() -> CpuId:
     :raises GuestStateError: it runs.
     """
     cpu = selected_cpu()
-    if gdb.selected_thread().is_running():
+    if is_running():
         raise GuestStateError("the guest is running", "stop it first (Ctrl-C, or 'interrupt')")
     return cpu
 

@@ -6,7 +6,7 @@ need, what else was put within the jump's 5 bytes, and who is executing there or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import partial
 
 from gdb_kprobe.kprobes.detour import Action
@@ -23,7 +23,10 @@ _TEXT = AddressRange(VirtAddr(0xFFFF_FFFF_8000_0000), VirtAddr(0xFFFF_FFFF_FF00_
 
 
 class Jumps:
-    """The jumps of *sites*, the session's own table. *allowed*: there may be any."""
+    """The jumps of *sites*, the session's own table. *allowed*: there may be any.
+
+    *listeners* are who is told of every hit: while there is one the host handles them all.
+    """
 
     def __init__(
         self,
@@ -32,15 +35,15 @@ class Jumps:
         breakpoints: Breakpoints,
         sites: Mapping[VirtAddr, Site],
         programs: Programs,
+        listeners: Sized,
         allowed: bool,
     ) -> None:
-        self.listened = False
-        """Somebody is told of every hit, which the host handles then."""
         self._machine = machine
         self._guest = guest
         self._breakpoints = breakpoints
         self._sites = sites
         self._programs = programs
+        self._listeners = listeners
         self._allowed = allowed
         self._hidden: dict[VirtAddr, VirtAddr] = {}
         """An address that a jump hides, and the site of that."""
@@ -53,7 +56,7 @@ class Jumps:
         """
         if not self._allowed:
             return Refusal(Reason.POLICY, addr, "every hit is to be dispatched by the stub")
-        if self.listened:
+        if self._listeners:
             return Refusal(Reason.TOLD, addr, "a trace is on, or a script listens")
         enabled = [probe for probe in probes if probe.enabled]
         for probe in enabled:

@@ -6,7 +6,7 @@ text is restored :meth:`Routes.close`; whatever is served in between follows its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
@@ -24,7 +24,8 @@ class Routes:
     """The routes of the sites in *sites*, the session's own table.
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
-    session's way to have no vCPU between an int3 and its slot. *counts*: some hits are counted by the guest.
+    session's way to have no vCPU between an int3 and its slot. *listeners* are who is told of every hit: while there is
+    one the host handles them all. *counts*: some hits are counted by the guest.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class Routes:
         bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
         programs: Programs,
+        listeners: Sized,
         counts: bool,
     ) -> None:
         self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
         self._programs = programs
+        self._listeners = listeners
         self._counts = counts
-        self.listened = False
-        """Somebody wants to be told of every hit: the host handles them all."""
         self._machine = machine
         self._memory = memory
         self._region = region
@@ -156,7 +157,7 @@ class Routes:
         plan = site.plan
         probes = [probe for probe in site.probes if probe.enabled]
         handlers = self._programs.handlers(probes)
-        for_host = self.listened or plan.rung is Rung.SINGLE_STEP or bool(site.watchers)
+        for_host = bool(self._listeners) or plan.rung is Rung.SINGLE_STEP or bool(site.watchers)
         stops = for_host or any(probe.needs_host for probe in probes)
         old = site.service
         if old is not None and (old.stops, old.handlers, old.plan) == (stops, handlers, plan):

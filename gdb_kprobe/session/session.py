@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import (
@@ -100,10 +100,11 @@ class Session:
             self._bring_out,
             in_guest,
             self._programs,
+            self._listeners,
             counts=jumps or in_guest is not None,
         )
         self._borrows = Borrows(guest)
-        self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, jumps)
+        self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, self._listeners, jumps)
         self._ways: dict[CpuId, Slot] = {}
         self._dispatcher = StubDispatcher(
             machine, guest, self._sites, self._tell, self._way_to, self._routes.gate, interruptible
@@ -291,9 +292,8 @@ class Session:
         if not self._routes.lifted:
             return ()
         self._check_boot()
-        problems: list[str] = []
         self._serve_all()
-        problems += self._match_jumps()
+        problems = self._match_jumps()
         self._routes.lower()
         with self.region.memory.batch():
             for site in self.armed_sites():
@@ -577,13 +577,14 @@ class Session:
             return
         wish = self._jumps.wish(site.addr, site.probes, bool(site.watchers))
         detour, declined = site.plan.detour, site.plan.not_optimized
-        if detour is not None:
-            if isinstance(wish, Wish) and wish.action == detour.action:
-                wish = wish if site.armed else (wish.check(detour.window) or wish)
-                if isinstance(wish, Wish):
-                    return
-        elif isinstance(wish, Refusal) or declined is None or not declined.reason.may_pass:
-            return
+        if detour is None:
+            if isinstance(wish, Refusal) or declined is None or not declined.reason.may_pass:
+                return
+        elif isinstance(wish, Wish) and wish.action == detour.action:
+            why = None if site.armed else wish.check(detour.window)
+            if why is None:
+                return
+            wish = why
         self._replan(site, self._make_plan(self.guest.place_of(site.addr), False, site.strategy, wish))
 
     def _show(self, addr: VirtAddr) -> None:
@@ -596,7 +597,7 @@ class Session:
         """Have *site* use an int3 for now."""
         self._replan(site, self._make_plan(self.guest.place_of(site.addr), False, site.strategy, why))
 
-    def _match_jumps(self) -> Iterator[str]:
+    def _match_jumps(self) -> list[str]:
         """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
 
         Returns what went wrong.
@@ -605,6 +606,7 @@ class Session:
         for site, why in tuple(self._jumps.disturbed()):
             if site.is_jump:
                 self._lower_rung(site, why)
+        problems: list[str] = []
         for site in self.armed_sites():
             declined = site.plan.not_optimized
             if declined is not None and declined.reason.passes:
@@ -613,7 +615,8 @@ class Session:
                 except ConnectionLostError:
                     raise
                 except KprobeError as error:
-                    yield f"{self.guest.place_of(site.addr)} stays {site.plan.rung}: {error.message}"
+                    problems.append(f"{self.guest.place_of(site.addr)} stays {site.plan.rung}: {error.message}")
+        return problems
 
     def _site_of(self, probe: Probe) -> Site:
         """:raises KprobeError: the module that it was in is gone."""
@@ -702,21 +705,25 @@ class Session:
         """Plan *place*. Where a jump is asked for and must wait, it is planned for an int3 until then."""
         if wish is None:
             wish = Refusal(Reason.NEEDS_HOST, place.addr)
-        for _ in range(3):
-            try:
-                return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
-            except RefusedError as error:
-                refusal = error.refusal
-                if refusal.reason.passes and strategy is Rung.OPTIMIZED:
-                    strategy, wish = None, refusal
-                elif refusal.reason is not Reason.REGION_FULL or not self._end_quarantine():
-                    raise
-        return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+        try:
+            return self._plan_in_room(place, needs_post, strategy, wish)
+        except RefusedError as error:
+            if strategy is not Rung.OPTIMIZED or not error.refusal.reason.passes:
+                raise
+            return self._plan_in_room(place, needs_post, None, error.refusal)
+
+    def _plan_in_room(self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal) -> Plan:
+        """Plan *place*; where the region is full, once more without what waits in quarantine for nothing."""
+        try:
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+        except RefusedError as error:
+            if error.refusal.reason is not Reason.REGION_FULL or not self._end_quarantine():
+                raise
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
 
     # -- private: vCPUs, the region, failures -------------------------------------------------------------------
 
     def _serve_all(self) -> None:
-        self._routes.listened = self._jumps.listened = bool(self._listeners)
         for site in self.armed_sites():
             if site.is_jump:
                 self._fit(site)
