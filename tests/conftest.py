@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -102,6 +103,13 @@ def booted_guest(guest_pool: GuestPool, request: pytest.FixtureRequest) -> Itera
             guest_pool.discard(guest)
         else:
             guest.check()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("GDB_KPROBE_FULL"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; set GDB_KPROBE_FULL=1"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 import zlib
@@ -18,8 +17,6 @@ from kprobe_guest import GuestFailedError, GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
-FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 GETPRIORITY = 140
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -99,7 +96,7 @@ def test_at_reset_and_at_random_moments_of_a_boot() -> None:
     assert len(kinds) >= 4, kinds
 
 
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_in_user_mode_with_page_table_isolation(probed: Boot, vcpus: int) -> None:
     guest = probed(GuestSpec(vcpus=vcpus, extra_cmdline=("pti=on",)))
     vm = guest.guest

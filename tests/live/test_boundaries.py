@@ -27,11 +27,10 @@ BootedGuest = Callable[[GuestSpec], GuestVm]
 Record = Callable[[str, object], None]
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 IN_GUEST, BY_STUB = (200, 20) if FULL else (10, 3)
 SOME_PARTS = PARTS if FULL else ("pipes", "copies", "tasks", SPIN)
-KERNELS = ("debian", pytest.param("newest", marks=only_full))
+KERNELS = ("debian", pytest.param("newest", marks=pytest.mark.full))
 RUNTIME = 1800 if FULL else 300
 """Seconds."""
 
@@ -74,7 +73,7 @@ def test_hits_in_the_guest_are_what_was_executed(
 
 @pytest.mark.timeout(RUNTIME)
 @pytest.mark.parametrize("strategy", ["boosted", "single-step"])
-@pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=only_full)])
+@pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hits_by_the_stub_are_what_was_executed(
     booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int, strategy: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import random
 import re
 import struct
@@ -42,12 +41,11 @@ from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
-FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 OFF = ("mitigations=off",)
 GUESTS = [
     GuestSpec(),
     *(
-        pytest.param(spec, marks=pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1"))
+        pytest.param(spec, marks=pytest.mark.full)
         for spec in (
             GuestSpec(extra_cmdline=OFF),
             GuestSpec(kernel="newest"),

@@ -6,7 +6,6 @@ with an exact number of calls or NMIs.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +31,7 @@ AC, DF = 1 << 18, 1 << 10
 Boot = Callable[[GuestSpec], Any]
 
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
-only_full = pytest.mark.skipif(not os.environ.get("GDB_KPROBE_FULL"), reason="takes minutes; set GDB_KPROBE_FULL=1")
-on_both_kernels = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+on_both_kernels = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 on_both_rungs = pytest.mark.parametrize("rung", ["optimized", "boosted"])
 
 

@@ -31,7 +31,6 @@ Probe = Callable[[GuestSpec], Any]
 Record = Callable[[str, object], None]
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 HITS = 50
 """Of each family, on each rung."""
@@ -233,7 +232,7 @@ BY_KERNEL = {"debian": {"rip-relative mov gs"}, "newest": {"rip-relative mov gs"
     [
         ("debian", 1, FEW_HITS),
         ("debian", 2, HITS),
-        pytest.param("newest", 1, FEW_HITS, marks=only_full),
+        pytest.param("newest", 1, FEW_HITS, marks=pytest.mark.full),
         ("newest", 2, FEW_HITS),
     ],
 )
@@ -247,8 +246,8 @@ def test_every_family_counts_every_call(
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
-@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_two_thousand_hits_in_one_run(
     probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
 ) -> None:
@@ -259,7 +258,7 @@ def test_two_thousand_hits_in_one_run(
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_indirect_calls_and_jumps_without_retpolines(
     probed: Probe, sites: Sites, record_property: Record, kernel: Any, rung: str
 ) -> None:
@@ -270,8 +269,8 @@ def test_indirect_calls_and_jumps_without_retpolines(
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
-@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_every_family_with_page_table_isolation(
     probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
 ) -> None:

@@ -6,7 +6,6 @@ table at the end (``pytest -s``) says how many forms there are, and by which ora
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections import Counter
@@ -39,10 +38,6 @@ STATES = 4
 
 REFUSED = {Reason.FAR_TRANSFER, Reason.SOFTWARE_INTERRUPT, Reason.RAISES_UD, Reason.FOREIGN_INT3, Reason.TRANSACTION}
 """What no slot can hold."""
-
-
-FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="other text of the same kernels; set GDB_KPROBE_FULL=1")
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +165,9 @@ def test_step_that_qemu_does_not_end_is_put_right(bare: BareMachine) -> None:
     params=[
         GuestSpec(kernel="debian"),
         GuestSpec(kernel="newest"),
-        pytest.param(GuestSpec(kernel="debian", extra_cmdline=("mitigations=off",)), marks=only_full),
-        pytest.param(GuestSpec(kernel="newest", extra_cmdline=("mitigations=off",)), marks=only_full),
-        pytest.param(GuestSpec(kernel="newest", cpu="default", vcpus=2), marks=only_full),
+        pytest.param(GuestSpec(kernel="debian", extra_cmdline=("mitigations=off",)), marks=pytest.mark.full),
+        pytest.param(GuestSpec(kernel="newest", extra_cmdline=("mitigations=off",)), marks=pytest.mark.full),
+        pytest.param(GuestSpec(kernel="newest", cpu="default", vcpus=2), marks=pytest.mark.full),
     ],
     ids=["debian", "newest", "debian-off", "newest-off", "newest-default-cpu"],
 )

@@ -8,7 +8,6 @@ GDB_KPROBE_FULL=1 in the environment runs all on both kernels, and with 2 vCPUs,
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -50,10 +49,8 @@ WORK = "ls -lR /etc /proc/self > /dev/null; workload syscall 140 23; cat /proc/m
 PRESENT = re.compile(r"^ +\S.*?\[\d+\] .*?: (\S+) <-", re.M)
 
 both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
-FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
-one_kernel = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=only_full)])
-cpus = pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=only_full)])
+one_kernel = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
+cpus = pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.full)])
 
 Boot = Callable[[GuestSpec], Any]
 

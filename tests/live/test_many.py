@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ GETPRIORITY = 140
 CALLS = 5000
 ADDRESSES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
 
-only_full = pytest.mark.skipif(not os.environ.get("GDB_KPROBE_FULL"), reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -70,7 +68,7 @@ def test_a_pattern_arms_what_the_guest_calls_so(probed: Boot) -> None:
         gdb.console("kprobe detach")
 
 
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=only_full), 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_every_function_at_once(probed: Boot, vcpus: int) -> None:
     """The guest does all kinds of work with a probe on every function that can have one; then it is as it was."""
     guest = probed(GuestSpec(vcpus=vcpus))

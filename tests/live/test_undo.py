@@ -7,7 +7,6 @@ its full count. That the text is as it was, the log clean and the guest running 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import time
@@ -22,8 +21,6 @@ from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
 
-FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
-only_full = pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1")
 
 GETPRIORITY = 140
 CALLS = 100_000
@@ -47,7 +44,7 @@ Boot = Callable[[GuestSpec], Any]
 Probes = tuple[tuple[str, str], ...]
 
 
-@pytest.fixture(params=[pytest.param(1, marks=only_full), 2], ids=["1cpu", "2cpu"])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.full), 2], ids=["1cpu", "2cpu"])
 def guest(probed: Boot, request: pytest.FixtureRequest) -> Any:
     return probed(GuestSpec(vcpus=request.param))
 

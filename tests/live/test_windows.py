@@ -36,7 +36,7 @@ OFF = ("mitigations=off",)
 GUESTS = [
     GuestSpec(),
     *(
-        pytest.param(spec, marks=pytest.mark.skipif(not FULL, reason="takes minutes; set GDB_KPROBE_FULL=1"))
+        pytest.param(spec, marks=pytest.mark.full)
         for spec in (
             GuestSpec(extra_cmdline=OFF),
             GuestSpec(kernel="newest"),
