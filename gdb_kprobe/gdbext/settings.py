@@ -71,7 +71,7 @@ class _Registered:
         )
         self.strategy = _Choice(
             "strategy",
-            "The best rung that new probes may use: auto (what the profile allows), boosted or single-step.",
+            "The rung of new probes: auto (the best that the profile allows), optimized, boosted or single-step.",
             (AUTO, *reversed([rung.value for rung in Rung])),
         )
         self.profile = _Text(

@@ -8,7 +8,7 @@ from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
-from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_single_step, make_plan
+from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_jump, can_single_step, make_plan
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.model import Boost, Reason, Refusal, Rung
 from gdb_kprobe.session.function_text import FunctionText
@@ -155,11 +155,16 @@ class Planner:
         order = sorted(range(len(insns)), key=lambda index: abs(insns[index].addr - place.addr))
         for index in order:
             insn = insns[index]
-            if function.refusal(index) is None and self._has_rung(insn, self._plain_facts(insn, needs_post, strategy)):
+            if function.refusal(index) is None and self._has_rung(function, insn, needs_post, strategy):
                 return f"the nearest instruction that can be probed is {self._guest.place_of(insn.addr)}"
         return f"no instruction of {place.symbol} can be probed: choose another function"
 
-    def _has_rung(self, insn: Insn, facts: Facts) -> bool:
+    def _has_rung(self, function: FunctionText, insn: Insn, needs_post: bool, strategy: Rung | None) -> bool:
         if isinstance(can_handle(insn), Refusal):
             return False
-        return can_boost(insn, facts) is None or can_single_step(insn, facts) is None
+        facts = self._plain_facts(insn, needs_post, strategy)
+        if can_boost(insn, facts) is None or can_single_step(insn, facts) is None:
+            return True
+        # Last, for its window is more work to find.
+        facts = self.facts(function, insn, needs_post=needs_post, strategy=strategy)
+        return can_jump(insn, facts) is None

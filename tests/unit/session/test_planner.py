@@ -12,6 +12,7 @@ from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import Boost, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.function_text import FunctionText, without_kprobes
+from gdb_kprobe.session.planner import Planner
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
 
@@ -77,6 +78,17 @@ def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Any) -> None:
             toy.guest, TextMap(), toy.region.slots, parse_definition(f"p {place}").location, RUNGS, Boost.KERNEL
         )
         assert next(trial.rung for trial in found.rungs if trial.refusal is None) is rung
+
+
+def test_the_hint_names_the_nearest_place_for_a_jump_where_only_jumps_are_wanted(toy: Any) -> None:
+    planner = Planner(toy.guest, TextMap(), toy.region.slots, tuple(Rung))
+    place = toy.guest.resolve(parse_definition("p f_call+8").location)
+    with pytest.raises(RefusedError) as caught:
+        planner.plan(place, strategy=Rung.OPTIMIZED)
+    assert caught.value.refusal.hint.startswith("the nearest instruction that can be probed is f_call+0x")
+    nearest = caught.value.refusal.hint.rpartition(" ")[2]
+    found = planner.plan(toy.guest.resolve(parse_definition(f"p {nearest}").location), strategy=Rung.OPTIMIZED)
+    assert found.rung is Rung.OPTIMIZED
 
 
 def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Any) -> None:
