@@ -126,7 +126,8 @@ run_tests() {
     check 'ruff format' "$bin/ruff" format --check .
     check 'mypy' "$bin/mypy"
     check 'import layers' "$bin/lint-imports"
-    check 'tests' "$bin/python" -m pytest
+    # Two at a time: each has guests of its own, of up to two vCPUs. A file's tests share theirs.
+    check 'tests' "$bin/python" -m pytest --numprocesses 2 --dist loadfile --durations 40
     local seconds=$((SECONDS - begin))
     printf '\n=== %d min %02d s\n' $((seconds / 60)) $((seconds % 60))
     [ ${#failed[@]} = 0 ] || fail "failed: $(printf '%s; ' "${failed[@]}")"

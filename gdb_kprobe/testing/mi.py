@@ -197,6 +197,9 @@ class GdbMi:
             self.transcript.append(f"<- {record['type']} {record['message']} {record['payload']}")
             if record["type"] == "result" and record["token"] is not None:
                 self._results[record["token"]] = record
+                if record["message"] == "running":
+                    # "*running" comes later, maybe after the caller waits for the next stop
+                    self._stops.clear()
             elif record["type"] == "notify" and record["message"] == "stopped":
                 self._stops.append(record["payload"] or {})
             elif record["type"] == "notify" and record["message"] == "running":

@@ -235,13 +235,17 @@ def test_what_is_put_within_the_window_takes_the_jump_away_and_back(probed: Boot
 
         def run(rung: str, reason: Reason | None = None) -> None:
             nonlocal expected
-            gdb.cont()
-            call(guest)
-            expected += CALLS
-            gdb.interrupt()
-            assert rungs(gdb)["outer"] == rung
+            for _ in range(5):
+                gdb.cont()
+                call(guest)
+                expected += CALLS
+                gdb.interrupt()
+                assert guest.hits(gdb)["outer"] == expected
+                # As in finish_late(): a tick within the window leaves a word that somebody's frame may still hold.
+                if rung == "boosted" or not why_not(gdb, "outer").startswith(str(Reason.WINDOW_BUSY)):
+                    break
+            assert rungs(gdb)["outer"] == rung, why_not(gdb, "outer")
             assert why_not(gdb, "outer").startswith(str(reason or ""))
-            assert guest.hits(gdb)["outer"] == expected
 
         run("optimized")
         for inside in interior:
