@@ -114,6 +114,7 @@ def trace(vm: GuestVm, work: str = WORK, tracer: str = "function") -> dict[str, 
     vm.check_output(f"cd {TRACING}; echo > trace; echo 1 > tracing_on; echo {tracer} > current_tracer", timeout=120)
     vm.check_output(work, timeout=240)
     vm.check_output(f"cd {TRACING}; echo 0 > tracing_on; cp trace /tmp/trace; echo nop > current_tracer", timeout=240)
+    vm.check_output(f"echo 1 > {TRACING}/tracing_on")  # as it was: other tests use this guest
     counts: dict[str, int] = {}
     for name in PRESENT.findall(vm.read_file("/tmp/trace", timeout=240).decode()):
         counts[name] = counts.get(name, 0) + 1

@@ -193,7 +193,8 @@ def test_a_task_asleep_in_a_call_within_a_window_makes_the_jump_wait(probed: Boo
         print(found)
         assert woken
         before = guest.hits(gdb)
-        vm.check_output("dd if=/dev/zero of=/dev/null bs=1 count=1000")
+        # Asleep at the same calls once more: in a read of a pipe, in nanosleep, and in wait.
+        vm.check_output("mkfifo /tmp/g; (sleep 1 >/tmp/g) & sleep 0.5 </tmp/g & cat /tmp/g; wait; rm /tmp/g")
         after = guest.hits(gdb)
         assert any(after[name] > before[name] for name in woken), (before, after)
         gdb.interrupt()

@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdb_kprobe.errors import KprobeError
@@ -27,16 +27,10 @@ from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 
 NUMBERS = (0, 8, 32)
-MANY = 512
+MANY = (0, 8, 512)
 
 CALL = Call(293, ("0", "0"))
-"""``pipe2`` that cannot say which files it opened: it makes a pipe and takes it away. 67 functions once, on 6.1."""
-_NO_PROGRAM = "/tmp/no_program"
-DEEP_CALL = Call(59, (f"s:{_NO_PROGRAM}", "0", "0"))
-"""``execve`` of a text file: it makes an address space, and takes it away. 183 functions once, on 6.1."""
-
-_PREPARE = f"echo text >{_NO_PROGRAM} && chmod +x {_NO_PROGRAM}"
-_DEEP_CALLS = 3_000
+"""``pipe2`` that cannot say which files it opened: it makes a pipe and takes it away. 57 functions once, on 6.1."""
 
 
 @dataclass(slots=True)
@@ -55,7 +49,7 @@ class _Samples:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where the rows observe: *behind* and *entries* of the same functions; *many* on the way of a deeper call."""
+    """Where the rows observe: *behind* and *entries* of the same functions; *many* anywhere on the way."""
 
     entries: Sequence[VirtAddr]
     behind: Sequence[VirtAddr]
@@ -77,7 +71,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"QEMU {'.'.join(str(version['qemu'][part]) for part in ('major', 'minor', 'micro'))}, TCG")
         print(f"kernel {guest.check_output('uname -srv').strip()}")
         machine = Machine.of(gdb, guest)
-        guest.check_output(_PREPARE)
         kernel_events.prepare(guest)
         places = _find_places(machine)
         print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)
@@ -110,13 +103,13 @@ def _find_places(machine: Machine) -> _Places:
 
     :raises KprobeError: there are too few.
     """
-    seen = [kernel_events.functions_of(machine.guest, call.times(1)) for call in (CALL, DEEP_CALL)]
+    seen = kernel_events.functions_of(machine.guest, CALL.times(1))
     with _attached(machine, Dispatch.GUEST):
-        path, deep = (find_path(machine, call, entries) for call, entries in zip((CALL, DEEP_CALL), seen, strict=True))
+        path = find_path(machine, CALL, seen)
     entries, behind = _for_the_kernel(machine, path)
-    if len(behind) < max(NUMBERS) or len(deep.apart) < MANY:
-        raise KprobeError(f"only {len(behind)} places of functions, {len(deep.apart)} of the deep call")
-    return _Places(entries[: max(NUMBERS)], behind[: max(NUMBERS)], deep.apart[:MANY])
+    if len(behind) < max(NUMBERS) or len(path.apart) < max(MANY):
+        raise KprobeError(f"only {len(behind)} places of functions, {len(path.apart)} in all")
+    return _Places(entries[: max(NUMBERS)], behind[: max(NUMBERS)], path.apart[: max(MANY)])
 
 
 def _for_the_kernel(machine: Machine, path: CallPath) -> tuple[list[VirtAddr], list[VirtAddr]]:
@@ -136,17 +129,16 @@ def _repeat(machine: Machine, places: _Places, samples: dict[str, _Samples]) -> 
     for name, way in CHEAP.items():
         with _attached(machine, way.dispatch):
             cheap[name] = measure(machine, way, CALL, places.entries if way.at_entry else places.behind, NUMBERS)
-    way = replace(CHEAP["optimized_count"], calls=_DEEP_CALLS)
+    way = CHEAP["optimized_count"]
     with _attached(machine, way.dispatch):
-        many = measure(machine, way, DEEP_CALL, places.many, (0, MANY))
+        many = measure(machine, way, CALL, places.many, MANY)
     unobserved = statistics.median(measured.points[0][1] for measured in cheap.values())
     for name, measured in dear.items():
         samples.setdefault(name, _Samples()).add(measured.points[0][1] - unobserved, measured)
     for name, measured in cheap.items():
         samples.setdefault(name, _Samples()).add(measured.us_per_hit(), measured)
-    count = cheap["optimized_count"]
-    samples.setdefault("optimized_count_8", _Samples()).add(count.us_per_hit(*NUMBERS[:2]), count)
-    samples.setdefault("optimized_count_512", _Samples()).add(many.us_per_hit(), many)
+    for number in MANY[1:]:
+        samples.setdefault(f"optimized_count_{number}", _Samples()).add(many.us_per_hit(0, number), many)
 
 
 @contextmanager

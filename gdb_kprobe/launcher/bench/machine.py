@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestVm
 
-_TIMEOUT = 600
+TIMEOUT = 600
 
 # Runs in gdb: one command of MI for each of many probes would take longer than arming it.
 _IN_GDB = """
@@ -61,40 +61,34 @@ class Machine:
     def arm(self, addrs: Iterable[VirtAddr], rung: Rung, condition: str = "", prefix: str = "bench") -> None:
         """Probe those of *addrs* where *rung* is possible; names begin with *prefix*."""
         self.gdb.console(f"set kprobe strategy {rung}")
-        self.gdb.console(f"python bench_arm({prefix!r}, {list(addrs)}, {condition!r})", _TIMEOUT)
+        self.gdb.console(f"python bench_arm({prefix!r}, {list(addrs)}, {condition!r})", TIMEOUT)
 
     def disarm(self) -> None:
-        self.gdb.console("kprobe delete all", _TIMEOUT)
+        self.gdb.console("kprobe delete all", TIMEOUT)
 
     def hits(self, prefix: str = "", rung: Rung = Rung.OPTIMIZED) -> dict[VirtAddr, int]:
         """The hits of the probes on *rung* whose names begin with *prefix*, by address."""
-        found = json.loads(self.gdb.console(f"python bench_hits({prefix!r})", _TIMEOUT))
+        found = json.loads(self.gdb.console(f"python bench_hits({prefix!r})", TIMEOUT))
         return {VirtAddr(int(addr)): hits for addr, (its_rung, hits) in found.items() if its_rung == rung}
 
     def boundaries(self, entries: Sequence[VirtAddr]) -> list[list[VirtAddr]]:
         """The addresses of all instructions of each function."""
-        found = json.loads(self.gdb.console(f"python bench_boundaries({list(entries)})", _TIMEOUT))
+        found = json.loads(self.gdb.console(f"python bench_boundaries({list(entries)})", TIMEOUT))
         return [[VirtAddr(addr) for addr in insns] for insns in found]
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
-    def run_attached(self, command: str) -> None:
-        """Let the stopped guest run *command*, and stop it."""
-        self.gdb.cont()
-        self.guest.check_output(command, _TIMEOUT)
-        self.gdb.interrupt()
-
-    def wall_seconds(self, command: str) -> float:
-        """Seconds that *command* takes in the running guest."""
+    def wall_seconds(self, work: Callable[[], object]) -> float:
+        """Seconds that *work* takes in the running guest."""
         started = time.monotonic()
-        self.guest.check_output(command, _TIMEOUT)
+        work()
         return time.monotonic() - started
 
-    def cpu_seconds(self, command: str) -> float:
-        """Seconds of processor time that QEMU needs for *command* in the running guest.
+    def cpu_seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of processor time that QEMU needs for *work* in the running guest.
 
         Where nothing leaves the guest that is the time it takes, without what else the host is busy with.
         """
         started = time.clock_gettime(self.clock)
-        self.guest.check_output(command, _TIMEOUT)
+        work()
         return time.clock_gettime(self.clock) - started

@@ -1,12 +1,14 @@
 """Where a bench puts many probes at once: instructions that each call of a system call executes exactly once.
 
 They are found by our own jumps: every function that the guest's tracer sees in a call has one, a known number of calls
-is made, and those with as many hits more than without the calls are on the call's way, once. Then the same with their
+is made, and those with as many hits are on the call's way, once. Then the same with their
 instructions.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +16,10 @@ from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.bench.machine import Machine
 from gdb_kprobe.model import Rung, VirtAddr
 
-_CALLS = 300
-_EACH = 16
+_CALLS = (300, 30_000)
+_IDLE = 3.0
+"""Seconds in which nobody may pass the place."""
+_EACH = 64
 """Instructions of a function that are tried, at most: its first ones are executed most often."""
 
 
@@ -28,7 +32,15 @@ class Call:
 
     def times(self, calls: int) -> str:
         """The command that makes it *calls* times."""
-        return " ".join(("workload syscall", str(self.number), str(calls), *self.arguments))
+        return self._command(str(calls))
+
+    @property
+    def on_request(self) -> str:
+        """The command that makes it as often as each line of its input says."""
+        return self._command("-")
+
+    def _command(self, calls: str) -> str:
+        return " ".join(("workload syscall", str(self.number), calls, *self.arguments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,7 @@ class Path:
     """What one *call* executes exactly once.
 
     *functions* have the entry and the next instruction of functions, both of which are, and both may be a jump;
-    *apart* are instructions which may all be jumps at the same time. Those that starting the program passes come last.
+    *apart* are instructions which may all be jumps at the same time.
     """
 
     call: Call
@@ -63,17 +75,27 @@ def far_enough(boundaries: Sequence[VirtAddr]) -> tuple[VirtAddr, ...]:
 
 
 def _armed_once(machine: Machine, call: Call, addrs: Sequence[VirtAddr]) -> list[VirtAddr]:
-    """Those of *addrs* where a jump is possible that *call* goes through once.
-
-    Those come first that starting the program goes through least often.
-    """
+    """Those of *addrs* where a jump is possible that *call* goes through once, and asking for calls does not."""
     machine.arm(addrs, Rung.OPTIMIZED)
-    counts = [machine.hits()]
-    for calls in (_CALLS, 2 * _CALLS):
-        machine.run_attached(call.times(calls))
-        counts.append(machine.hits())
+    machine.gdb.cont()
+    counts = []
+    with machine.guest.dialogue(call.on_request) as ask:
+        for calls in (0, *_CALLS, 0):
+            ask(str(calls))
+            machine.gdb.interrupt()
+            counts.append(machine.hits())
+            machine.gdb.cont()
+        time.sleep(_IDLE)
+    machine.gdb.interrupt()
+    idle = machine.hits()
     machine.disarm()
-    before, after, last = counts
-    # Hits beside those of the calls, in the first run and in the second.
-    others = {addr: (after[addr] - before[addr] - _CALLS, last[addr] - after[addr] - 2 * _CALLS) for addr in last}
-    return sorted((addr for addr, (one, two) in others.items() if one == two), key=lambda addr: (*others[addr], addr))
+    return [addr for addr in sorted(idle) if _is_on_the_way([found[addr] for found in counts], idle[addr])]
+
+
+def _is_on_the_way(counts: Sequence[int], idle: int) -> bool:
+    """Whether nothing but the calls has passed a place; not what they leave to do later either (RCU), or a clock does.
+
+    *counts* are its hits after each request, *idle* those at the end.
+    """
+    expected = itertools.accumulate((0, *_CALLS, 0))
+    return all(found - counts[0] == calls for found, calls in zip(counts, expected, strict=True)) and idle == counts[-1]

@@ -4,8 +4,8 @@ A way where nothing leaves the guest is cheap, and measured as a slope: the time
 many places observed, all of which each call passes once. A dear way, which stops the machine, is measured at one place:
 the time of many calls less the time of few.
 
-Starting the program may pass the places too. So the same number of programs that make no call is run before, and what
-these hit is taken off: what is left must be the calls made, exactly.
+Telling a process to make so many calls may pass the places too. So it is told to make none as often before, and what
+that hit is taken off: what is left must be the calls made, exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.launcher.bench import kernel_events
-from gdb_kprobe.launcher.bench.machine import Machine
+from gdb_kprobe.launcher.bench.machine import TIMEOUT, Machine
 from gdb_kprobe.launcher.bench.places import Call
 from gdb_kprobe.launcher.bench.rows import slope
 from gdb_kprobe.model import Dispatch, Rung, VirtAddr
@@ -53,6 +53,11 @@ class Way:
     at_entry: bool = False
     rejects: bool = False
 
+    @property
+    def counted_by_guest(self) -> bool:
+        """The guest must run a command to tell the hits."""
+        return self.dispatch is None
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -73,15 +78,13 @@ def measure(machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr], 
     hits = 0
     runs = 1 + _TIMED
     for number in numbers:
-        with way.observe(machine, places[:number]) as count:
-            machine.guest.check_output(call.times(0))  # the first program after arming may take other ways
+        with way.observe(machine, places[:number]) as count, _caller(machine, way, call) as run:
+            run((0,) * runs, machine.cpu_seconds)  # the first after arming may take other ways
             before = count()
-            for _ in range(runs):
-                machine.guest.check_output(call.times(0))
+            run((0,) * runs, machine.cpu_seconds)
             idle = count() - before
-            before += idle
-            seconds = [machine.cpu_seconds(call.times(way.calls)) for _ in range(runs)]
-            hits += count() - before - idle
+            seconds = run((way.calls,) * runs, machine.cpu_seconds)
+            hits += count() - before - 2 * idle
         points.append((number, min(seconds[1:]) / way.calls * 1e6))
     expected = 0 if way.rejects else runs * way.calls * sum(numbers)
     if way.rejects:
@@ -92,15 +95,37 @@ def measure(machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr], 
 def measure_dear(machine: Machine, way: Way, call: Call, place: VirtAddr) -> Measured:
     """Measure a dear way; the time of a call that nobody observes is still to be taken off."""
     runs = (_FEW, _FEW, _MANY)
-    with way.observe(machine, [place]) as count:
+    with way.observe(machine, [place]) as count, _caller(machine, way, call) as run:
+        run((0,), machine.wall_seconds)
         before = count()
-        for _ in runs:
-            machine.guest.check_output(call.times(0))
+        run((0,) * len(runs), machine.wall_seconds)
         idle = count() - before
-        before += idle
-        _, few, many = (machine.wall_seconds(call.times(calls)) for calls in runs)
-        hits = count() - before - idle
+        _, few, many = run(runs, machine.wall_seconds)
+        hits = count() - before - 2 * idle
     return Measured(((1, (many - few) / (_MANY - _FEW) * 1e6),), hits, sum(runs))
+
+
+Clock = Callable[[Callable[[], object]], float]
+Run = Callable[[Sequence[int], Clock], list[float]]
+"""Makes so many calls, and so many, ...; gives the seconds of each."""
+
+
+@contextmanager
+def _caller(machine: Machine, way: Way, call: Call) -> Iterator[Run]:
+    """A process that makes calls when it is told to; it is there throughout where hits can be counted meanwhile."""
+
+    def with_one(ask: Callable[[str], str], numbers: Sequence[int], clock: Clock) -> list[float]:
+        return [clock(partial(ask, str(calls))) for calls in numbers]
+
+    def with_one_each(numbers: Sequence[int], clock: Clock) -> list[float]:
+        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
+            return with_one(ask, numbers, clock)
+
+    if way.counted_by_guest:
+        yield with_one_each
+    else:
+        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
+            yield partial(with_one, ask)
 
 
 def _prove_passed(machine: Machine, call: Call, places: Sequence[VirtAddr], calls: int) -> None:
@@ -110,14 +135,16 @@ def _prove_passed(machine: Machine, call: Call, places: Sequence[VirtAddr], call
         machine.arm(places, Rung.OPTIMIZED, prefix="passed")
         machine.gdb.cont()
         counts = []
-        for number in (0, calls):
-            machine.guest.check_output(call.times(number))
-            machine.gdb.interrupt()
-            counts.append(sum(machine.hits("passed").values()))
-            machine.gdb.cont()
-        first, second = counts
-        if second - 2 * first != calls * len(places) or rejected():
-            raise KprobeError(f"{second - 2 * first} of {calls * len(places)} hits came to the filters")
+        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
+            for number in (0, 0, calls):
+                ask(str(number))
+                machine.gdb.interrupt()
+                counts.append(sum(machine.hits("passed").values()))
+                machine.gdb.cont()
+        first, second, third = counts
+        found = third - second - (second - first)
+        if found != calls * len(places) or rejected():
+            raise KprobeError(f"{found} of {calls * len(places)} hits came to the filters")
 
 
 @contextmanager
@@ -169,12 +196,12 @@ DEAR: dict[str, Way] = {
     "stub_boosted": Way(partial(_probes, rung=Rung.BOOSTED), dispatch=Dispatch.STUB),
 }
 CHEAP: dict[str, Way] = {
-    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 3_000, Dispatch.GUEST),
-    "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 20_000, Dispatch.GUEST),
+    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 10_000, Dispatch.GUEST),
+    "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 50_000, Dispatch.GUEST),
     "optimized_filter_reject": Way(
-        partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 20_000, Dispatch.GUEST, rejects=True
+        partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 50_000, Dispatch.GUEST, rejects=True
     ),
-    "kernel_event_int3": Way(partial(_kernel_events, way=kernel_events.Way.INT3), 3_000),
-    "kernel_event_optimized": Way(partial(_kernel_events, way=kernel_events.Way.OPTIMIZED), 5_000),
-    "kernel_event_ftrace": Way(partial(_kernel_events, way=kernel_events.Way.FTRACE), 5_000, at_entry=True),
+    "kernel_event_int3": Way(partial(_kernel_events, way=kernel_events.Way.INT3), 10_000),
+    "kernel_event_optimized": Way(partial(_kernel_events, way=kernel_events.Way.OPTIMIZED), 20_000),
+    "kernel_event_ftrace": Way(partial(_kernel_events, way=kernel_events.Way.FTRACE), 20_000, at_entry=True),
 }

@@ -2,6 +2,7 @@
 #
 #   workload syscall NR N [ARG...]   N times the system call NR (-1: for ever). ARG is a number, s:STRING (passed by
 #                                    address), or b: (the address of a buffer of 64 KiB)
+#   workload syscall NR - [ARG...]   the same for each line "N" of the input
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #   workload part NAME N             N times system calls of one kind (workload_parts.S)
@@ -16,7 +17,7 @@
         .set    SYS_exit, 60
         .set    SYS_clock_gettime, 228
 
-        .globl  _start, usage, exit, number, same, print, print_number, flush, handler, restorer
+        .globl  _start, usage, exit, number, same, print, print_number, flush, handler, restorer, read_line, leave
         .text
 _start:
         mov     r15, [rsp]                      # argc
@@ -56,8 +57,12 @@ do_syscall:
         call    number
         mov     r12, rax                        # NR
         mov     rdi, [r14 + 24]
+        xor     eax, eax
+        cmp     word ptr [rdi], 0x2d            # "-"
+        sete    [rip + asked]
+        je      5f
         call    number
-        mov     r13, rax                        # N
+5:      mov     r13, rax                        # N
         xor     ebx, ebx
 1:      lea     rax, [rbx + 4]                  # argv[4 + i] is argument i
         cmp     rax, r15
@@ -70,7 +75,12 @@ do_syscall:
         mov     [rcx + rbx * 8], rax
         inc     ebx
         jmp     1b
-2:      mov     rbp, r13
+2:      cmp     byte ptr [rip + asked], 0
+        je      6f
+        call    read_line
+        call    number
+        mov     r13, rax
+6:      mov     rbp, r13
         test    rbp, rbp
         jz      4f
 3:      mov     rdi, [rip + arguments]
@@ -94,8 +104,12 @@ do_syscall:
         call    print_number
         lea     rsi, [rip + text_newline]
         call    print
+        cmp     byte ptr [rip + asked], 0
+        jne     7f
         xor     edi, edi
         jmp     exit
+7:      call    flush
+        jmp     2b
 
 # workload spin SECONDS: a million turns, then a look at the clock.
 do_spin:
@@ -145,6 +159,20 @@ exit:   mov     ebx, edi
 leave:  mov     eax, SYS_exit
         mov     edi, ebx
         syscall
+
+# rdi = the next line of the input, without its end; at the end of the input the process ends
+read_line:
+        xor     eax, eax                        # read
+        xor     edi, edi
+        lea     rsi, [rip + input]
+        mov     edx, 255
+        syscall
+        xor     ebx, ebx
+        test    rax, rax
+        jle     leave
+        lea     rdi, [rip + input]
+        mov     byte ptr [rdi + rax - 1], 0
+        ret
 
 # write the line
 flush:  mov     eax, SYS_write
@@ -281,6 +309,7 @@ timespec:
         .quad   0, 0
 trapped:
         .long   0
+asked:  .byte   0
 line_end:
         .quad   line
         .fill   24, 1, 0
@@ -291,6 +320,7 @@ digits_end:
         .balign 4096
 buffer: .fill   65536, 1, 0
 line:   .fill   256, 1, 0
+input:  .fill   256, 1, 0
 
         .section .rodata
 word_syscall:   .asciz "syscall"
@@ -305,4 +335,4 @@ text_newline:   .asciz "\n"
 text_spun:      .asciz "workload: spin done\n"
 text_trapped:   .asciz "workload: SIGTRAP arrived\n"
 text_not_trapped: .asciz "workload: SIGTRAP did not arrive\n"
-text_usage:     .asciz "usage: workload syscall NR N [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"
+text_usage:     .asciz "usage: workload syscall NR N|- [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"

@@ -53,16 +53,8 @@ do_part:
 # workload serve: for each line "NAME N WORKERS" of the input that many processes make N rounds each, at the same time,
 # each in a directory of its own; then one line of report. The process itself is the first worker.
 do_serve:
-        xor     eax, eax                        # read
-        xor     edi, edi
-        lea     rsi, [rip + input]
-        mov     edx, 255
-        syscall
-        lea     rsi, [rip + input]
-        xor     edi, edi
-        test    rax, rax
-        jle     leave_quietly
-        mov     byte ptr [rsi + rax - 1], 0     # the line's end
+        call    read_line
+        mov     rsi, rdi
         lea     rdi, [rip + fields]
         mov     [rdi], rsi
 1:      mov     al, [rsi]
@@ -637,7 +629,6 @@ space:  .fill   65536, 1, 0
         .balign 16
 stack:  .fill   4096, 1, 0
 stack_end:
-input:  .fill   256, 1, 0
 nothing:
         .fill   256, 1, 0                                               # zero as long as nobody writes to it
 adjusted:
