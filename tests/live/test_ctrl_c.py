@@ -73,6 +73,10 @@ class Oracle:
             places.add(int(insn.end))
         if set(insn.prefixes) & {0xF2, 0xF3}:
             places.add(pc)  # a repeated instruction advances by one turn
+        if insn.is_pause:
+            # QEMU executes the next one too (README, "Limits").
+            behind = self.following(insn.end)
+            return None if behind is None else places | behind
         return places
 
     def _evaluate(self, expression: str) -> int:

@@ -1,8 +1,7 @@
 """Where a bench puts many probes at once: instructions that each call of a system call executes exactly once.
 
 They are found by our own jumps: every function that the guest's tracer sees in a call has one, a known number of calls
-is made, and those with as many hits are on the call's way, once. Then the same with their
-instructions.
+is made, and those with as many hits are on the call's way, once. Then the same with their instructions.
 """
 
 from __future__ import annotations
