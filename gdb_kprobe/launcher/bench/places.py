@@ -74,7 +74,10 @@ def far_enough(boundaries: Sequence[VirtAddr]) -> tuple[VirtAddr, ...]:
 
 
 def _armed_once(machine: Machine, call: Call, addrs: Sequence[VirtAddr]) -> list[VirtAddr]:
-    """Those of *addrs* where a jump is possible that *call* goes through once, and asking for calls does not."""
+    """Those of *addrs* where a jump is possible that *call* goes through once.
+
+    Those come first that asking for calls goes through least often.
+    """
     machine.arm(addrs, Rung.OPTIMIZED)
     machine.gdb.cont()
     counts = []
@@ -88,13 +91,17 @@ def _armed_once(machine: Machine, call: Call, addrs: Sequence[VirtAddr]) -> list
     machine.gdb.interrupt()
     idle = machine.hits()
     machine.disarm()
-    return [addr for addr in sorted(idle) if _is_on_the_way([found[addr] for found in counts], idle[addr])]
+    found = {addr: _hits_of_a_request([hits[addr] for hits in counts], idle[addr]) for addr in idle}
+    return sorted((addr for addr, hits in found.items() if hits is not None), key=lambda addr: (found[addr], addr))
 
 
-def _is_on_the_way(counts: Sequence[int], idle: int) -> bool:
-    """Whether nothing but the calls has passed a place; not what they leave to do later either (RCU), or a clock does.
+def _hits_of_a_request(counts: Sequence[int], idle: int) -> int | None:
+    """How often asking for calls passes a place; ``None`` if anything else but the calls does.
 
-    *counts* are its hits after each request, *idle* those at the end.
+    What the calls leave to do later does (RCU), and what a clock does. *counts* are the hits of the place after each
+    request, *idle* those at the end.
     """
-    expected = itertools.accumulate((0, *_CALLS, 0))
-    return all(found - counts[0] == calls for found, calls in zip(counts, expected, strict=True)) and idle == counts[-1]
+    beside = {
+        after - before - calls for (before, after), calls in zip(itertools.pairwise(counts), (*_CALLS, 0), strict=True)
+    }
+    return beside.pop() if len(beside) == 1 and idle == counts[-1] else None
