@@ -108,7 +108,11 @@ def _find_places(machine: Machine) -> _Places:
         path = find_path(machine, CALL, seen)
     entries, behind = _for_the_kernel(machine, path)
     if len(behind) < max(NUMBERS) or len(path.apart) < max(MANY):
-        raise KprobeError(f"only {len(behind)} places of functions, {len(path.apart)} in all")
+        raise KprobeError(
+            f"the call of the bench passes {len(behind)} functions and {len(path.apart)} instructions of this kernel "
+            f"just once, where probes can be jumps; {max(NUMBERS)} and {max(MANY)} are needed",
+            "another --kernel, or a call with a longer way (CALL in launcher/bench)",
+        )
     return _Places(entries[: max(NUMBERS)], behind[: max(NUMBERS)], path.apart[: max(MANY)])
 
 
