@@ -42,9 +42,7 @@ SUBCOMMANDS = (
     guest_cli.Subcommand("demo", "put kprobes on a live Debian guest and count them", demo.arguments, demo.run),
     guest_cli.Subcommand("bench", "measure what a hit costs", bench.arguments, bench.run),
     guest_cli.Subcommand("check", "classify every instruction of a guest's kernel", check.arguments, check.run),
-    guest_cli.Subcommand(
-        "torture", "probe every instruction of many functions, or every function", torture.arguments, torture.run
-    ),
+    guest_cli.Subcommand("torture", "prove on guests of its own that probes are safe", torture.arguments, torture.run),
 )
 
 

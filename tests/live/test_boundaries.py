@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from gdb_kprobe.launcher.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
+from gdb_kprobe.launcher.torture.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Function, Kind, Limits

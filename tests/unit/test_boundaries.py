@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gdb_kprobe.launcher.boundary_check import differences
+from gdb_kprobe.launcher.torture.boundary_check import differences
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, Rung, Symbol, VirtAddr
 from gdb_kprobe.testing.boundaries import Armed, Counts
 from gdb_kprobe.testing.functions import Function, Kind, Limits, executions

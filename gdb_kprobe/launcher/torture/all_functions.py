@@ -7,6 +7,7 @@ the log clean. How many probes are jumps is told before and after the work: a ju
 
 from __future__ import annotations
 
+import argparse
 import re
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
 from gdb_kprobe.model import Rung
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
@@ -45,7 +47,28 @@ class AllFunctions:
         return f"every function, {self.minutes:g} minutes, kernel {self.kernel}, {self.cpus} vCPUs{more}"
 
 
-def check_all_functions(one: AllFunctions) -> list[str]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--minutes", type=float, default=1, metavar="N", help="how long (1)")
+    parser.add_argument("--append", action="append", default=[], metavar="WORD", help="for the kernel's command line")
+    parser.add_argument("--kernel", choices=KERNELS, default="debian")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    started = time.monotonic()
+    one = AllFunctions(options.kernel, options.cpus, options.minutes, tuple(options.append))
+    print(f"\n{one}", flush=True)
+    try:
+        problems = _check(one)
+    except FAILURES as error:
+        problems = [str(error)]
+        print(f"FAILED: {error}", flush=True)
+    return conclude(started, int(not problems), int(bool(problems)))
+
+
+def _check(one: AllFunctions) -> list[str]:
     """Do it, and tell what happens; returns what went wrong."""
     spec = GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_cmdline=one.options)
     with GuestVm(spec) as guest:

@@ -1,9 +1,7 @@
-"""``gdb-kprobe torture``: what proves a probe safe, as commands that anybody can repeat on a kernel of their own.
+"""``gdb-kprobe torture boundaries``: every instruction of many functions is probed, and every hit compared.
 
-``boundaries``: a guest boots, functions that its workload runs are chosen, and one after another all their instructions
-are probed and every hit is compared (:mod:`gdb_kprobe.launcher.boundary_check`). ``all-functions``: a probe on every
-function at once, under load (:mod:`gdb_kprobe.launcher.all_functions`). In the end the guest's text must be what it
-was, and its log clean.
+A guest boots, functions that its workload runs are chosen, and one after another all their instructions are probed
+(:mod:`gdb_kprobe.launcher.torture.boundary_check`). In the end the guest's text must be what it was, and its log clean.
 """
 
 from __future__ import annotations
@@ -16,18 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from gdb_kprobe.launcher.all_functions import AllFunctions, check_all_functions
-from gdb_kprobe.launcher.boundary_check import ROUNDS, STUB_LIMITS, Outcome, boundary_check
+from gdb_kprobe.launcher.torture.boundary_check import ROUNDS, STUB_LIMITS, Outcome, boundary_check
+from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.text import table
-from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTimeoutError, boundaries
+from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Limits
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.errors import GuestError
 from kprobe_guest.execution_log import KERNEL_TEXT
 from kprobe_guest.spec import KernelKind
 
-KERNELS: tuple[KernelKind, ...] = ("debian", "newest")
 STRATEGIES = ("boosted", "single-step", "optimized")
 BY_STUB_TOO = ("boosted", "single-step")
 IN_GUEST, BY_STUB = 200, 20
@@ -52,9 +48,6 @@ class Run:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("what", choices=["boundaries", "all-functions"])
-    parser.add_argument("--minutes", type=float, default=1, metavar="N", help="all-functions: how long (1)")
-    parser.add_argument("--append", action="append", default=[], metavar="WORD", help="for the kernel's command line")
     parser.add_argument("--all", action="store_true", help="both kernels, 1 and 2 vCPUs, both dispatchers; an hour")
     parser.add_argument("-n", type=int, metavar="N", help=f"functions ({IN_GUEST}; by the stub {BY_STUB})")
     parser.add_argument("--dispatch", type=Dispatch, choices=[Dispatch.GUEST, Dispatch.STUB], default=Dispatch.GUEST)
@@ -68,24 +61,10 @@ def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
     passed = failed = 0
-    if options.what == "all-functions":
-        problems = _all_functions(AllFunctions(options.kernel, options.cpus, options.minutes, tuple(options.append)))
-        print(f"In {time.monotonic() - started:.0f} s:\n{int(not problems)} passed, {int(bool(problems))} failed")
-        return 1 if problems else 0
     for one in _runs(options):
         ok, wrong = _run(one)
         passed, failed = passed + ok, failed + wrong
-    print(f"In {time.monotonic() - started:.0f} s:\n{passed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
-def _all_functions(one: AllFunctions) -> list[str]:
-    print(f"\n{one}", flush=True)
-    try:
-        return check_all_functions(one)
-    except (GuestError, GdbCommandError, GdbDiedError, GdbTimeoutError, AssertionError) as error:
-        print(f"FAILED: {error}", flush=True)
-        return [str(error)]
+    return conclude(started, passed, failed)
 
 
 def _runs(options: argparse.Namespace) -> Iterator[Run]:
@@ -107,7 +86,7 @@ def _run(one: Run) -> tuple[int, int]:
     problems: list[str] = []
     try:
         problems += _check(one, outcomes)
-    except (GuestError, GdbCommandError, GdbDiedError, GdbTimeoutError, AssertionError) as error:
+    except FAILURES as error:
         problems.append(f"after {outcomes[-1].function if outcomes else 'the start'}: {error}")
     _summarize(outcomes)
     for problem in problems:

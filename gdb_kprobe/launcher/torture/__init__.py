@@ -1,0 +1,37 @@
+"""``gdb-kprobe torture``: what proves a probe safe, as commands that anybody can repeat on a kernel of their own.
+
+Each kind is a module with ``arguments(parser)``, which declares its options, and ``run(options)``, which boots its
+guests, tells what it does, ends with ``N passed, N failed`` (:func:`gdb_kprobe.launcher.torture.report.conclude`), and
+returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from gdb_kprobe.launcher.torture import all_functions, boundaries
+from kprobe_guest import cli as guest_cli
+
+KINDS = (
+    guest_cli.Subcommand(
+        "boundaries", "probe every instruction of many functions", boundaries.arguments, boundaries.run
+    ),
+    guest_cli.Subcommand(
+        "all-functions", "a probe on every function at once, under load", all_functions.arguments, all_functions.run
+    ),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the kinds."""
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="KIND")
+    for kind in KINDS:
+        sub = kinds.add_parser(kind.name, help=kind.summary, description=kind.summary)
+        kind.arguments(sub)
+        sub.set_defaults(torture=kind.run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    status: int = options.torture(options)
+    return status
