@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.model import Rung, VirtAddr
@@ -18,13 +18,19 @@ _IN_GDB = """
 import json
 from gdb_kprobe.gdbext import api, plugin, settings
 from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.probes import Probe
 
-def bench_boundaries(entries):
+def bench_functions(entries):
     session = plugin.the_plugin().need_link().session
-    texts = (FunctionText(session.guest, session.text, session.guest.place_of(entry)) for entry in entries)
-    print(json.dumps([[insn.addr for insn in text.whole()] for text in texts]))
+    found = []
+    for entry in entries:
+        insns = FunctionText(session.guest, session.text, session.guest.place_of(entry)).whole()
+        sites = session.guest.ftrace_sites(AddressRange(insns[0].addr, insns[-1].end)) if insns else ()
+        flow = [[insn.addr, insn.end if insn.falls_through else None, insn.branch_target] for insn in insns]
+        found.append([flow, [site.ip for site in sites]])
+    print(json.dumps(found))
 
 def bench_arm(prefix, addrs, condition):
     link = plugin.the_plugin().need_link()
@@ -39,6 +45,39 @@ def bench_hits(prefix):
     probes = [probe for probe in api.probes() if probe.name.startswith(prefix)]
     print(json.dumps({probe.place.addr: [site_of(probe).plan.rung, probe.hits] for probe in probes}))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCode:
+    """A function: where each of its instructions may go on, and the *nop* that the guest's ftrace has there.
+
+    A call goes on behind itself, and at what it calls.
+    """
+
+    flow: Mapping[VirtAddr, tuple[VirtAddr, ...]]
+    nop: VirtAddr | None
+
+    @property
+    def insns(self) -> tuple[VirtAddr, ...]:
+        return tuple(self.flow)
+
+    def in_loop(self, addr: VirtAddr) -> bool:
+        """Whether the function may execute the instruction at *addr* again, if only now and then (a lost race)."""
+        seen: set[VirtAddr] = set()
+        ahead = list(self.flow[addr])
+        while ahead:
+            at = ahead.pop()
+            if at not in seen and at in self.flow:
+                seen.add(at)
+                ahead += self.flow[at]
+        return addr in seen
+
+    @property
+    def behind_nop(self) -> VirtAddr | None:
+        """The instruction behind the nop: at the nop the kernel's own kprobes are on ftrace."""
+        if self.nop is None or self.nop not in self.insns[:-1]:
+            return None
+        return self.insns[self.insns.index(self.nop) + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +110,17 @@ class Machine:
         found = json.loads(self.gdb.console(f"python bench_hits({prefix!r})", TIMEOUT))
         return {VirtAddr(int(addr)): hits for addr, (its_rung, hits) in found.items() if its_rung == rung}
 
-    def boundaries(self, entries: Sequence[VirtAddr]) -> list[list[VirtAddr]]:
-        """The addresses of all instructions of each function."""
-        found = json.loads(self.gdb.console(f"python bench_boundaries({list(entries)})", TIMEOUT))
-        return [[VirtAddr(addr) for addr in insns] for insns in found]
+    def functions(self, entries: Sequence[VirtAddr]) -> list[FunctionCode]:
+        """The functions that begin at *entries*, as far as they have instructions."""
+        found = json.loads(self.gdb.console(f"python bench_functions({list(entries)})", TIMEOUT))
+        return [
+            FunctionCode(
+                {VirtAddr(at): tuple(VirtAddr(to) for to in then if to is not None) for at, *then in insns},
+                VirtAddr(nops[0]) if nops else None,
+            )
+            for insns, nops in found
+            if insns
+        ]
 
     # -- runs ---------------------------------------------------------------------------------------------------
 

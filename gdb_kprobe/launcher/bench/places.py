@@ -18,7 +18,7 @@ from gdb_kprobe.model import Rung, VirtAddr
 _CALLS = (300, 30_000)
 _IDLE = 3.0
 """Seconds in which nobody may pass the place."""
-_EACH = 64
+_EACH = 128
 """Instructions of a function that are tried, at most: its first ones are executed most often."""
 
 
@@ -46,8 +46,8 @@ class Call:
 class Path:
     """What one *call* executes exactly once.
 
-    *functions* have the entry and the next instruction of functions, both of which are, and both may be a jump;
-    *apart* are instructions which may all be jumps at the same time.
+    *functions* have the nop of the guest's ftrace and the instruction behind it of functions, both of which are, and
+    both may be a jump; *apart* are instructions which may all be jumps at the same time.
     """
 
     call: Call
@@ -57,11 +57,12 @@ class Path:
 
 def find_path(machine: Machine, call: Call, functions: Sequence[VirtAddr]) -> Path:
     """Find the way of *call* through *functions*. *machine* is attached and stopped, and has no probes."""
-    boundaries = machine.boundaries(_armed_once(machine, call, functions))
-    seconds = {insns[1]: insns[0] for insns in boundaries if len(insns) > 1}
-    passed = _armed_once(machine, call, tuple(seconds))
-    apart = _armed_once(machine, call, [addr for insns in boundaries for addr in far_enough(insns)[:_EACH]])
-    return Path(call, tuple((seconds[addr], addr) for addr in passed), tuple(apart))
+    found = machine.functions(_armed_once(machine, call, functions))
+    nops = {code.behind_nop: code.nop for code in found if code.behind_nop is not None and code.nop is not None}
+    passed = _armed_once(machine, call, tuple(nops))
+    straight = [far_enough([addr for addr in code.insns if not code.in_loop(addr)])[:_EACH] for code in found]
+    apart = _armed_once(machine, call, list(itertools.chain(*straight)))
+    return Path(call, tuple((nops[addr], addr) for addr in passed), tuple(apart))
 
 
 def far_enough(boundaries: Sequence[VirtAddr]) -> tuple[VirtAddr, ...]:

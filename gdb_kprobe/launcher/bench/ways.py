@@ -23,7 +23,7 @@ from gdb_kprobe.launcher.bench.rows import slope
 from gdb_kprobe.model import Dispatch, Rung, VirtAddr
 
 NEVER = "if di == 0x123456789 && (si & 0x40)"
-_TIMED = 3
+_TIMED = 5
 """Runs of which the fastest counts; one before is not timed: QEMU translates the guest's code anew after a stop."""
 _FEW, _MANY = 10, 110
 """Calls of a dear way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gdb_kprobe.launcher.bench.machine import FunctionCode
 from gdb_kprobe.launcher.bench.places import Call, far_enough
 from gdb_kprobe.launcher.bench.rows import Row, make_row, show, slope
 from gdb_kprobe.launcher.bench.ways import Measured
@@ -69,3 +70,23 @@ def test_places_far_enough_for_jumps() -> None:
 
 def test_command_of_a_call() -> None:
     assert Call(293, ("0", "b:")).times(20) == "workload syscall 293 20 0 b:"
+
+
+def _code(flow: dict[int, tuple[int, ...]], nop: int | None = None) -> FunctionCode:
+    entries = {VirtAddr(at): tuple(map(VirtAddr, then)) for at, then in flow.items()}
+    return FunctionCode(entries, None if nop is None else VirtAddr(nop))
+
+
+def test_only_what_can_come_again_is_in_a_loop() -> None:
+    # 2 tries; 5, behind the return, tries again, and goes back to 2. 6 is behind a jump backwards that ends at 4.
+    code = _code({1: (2,), 2: (3,), 3: (4, 5), 4: (), 5: (6, 2), 6: (4,)})
+    assert [at for at in code.insns if code.in_loop(at)] == [2, 3, 5]
+
+
+def test_a_call_leads_behind_itself_and_elsewhere() -> None:
+    assert not _code({1: (2, 900), 2: ()}).in_loop(VirtAddr(1))
+
+
+@pytest.mark.parametrize(("nop", "behind"), [(1, 4), (4, 9), (9, None), (2, None), (None, None)])
+def test_what_is_behind_the_nop(nop: int | None, behind: int | None) -> None:
+    assert _code({1: (4,), 4: (9,), 9: ()}, nop).behind_nop == behind
