@@ -1,0 +1,135 @@
+"""Jumps of ours right beside a jump label of the guest's, and beside its target, while the guest switches it."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.x86.decode import Insn, iter_insns
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+FUNCTION = "__set_task_comm"
+"""Has one jump label, that of the tracepoint task_rename, which a file of tracefs switches."""
+RENAME, CALLS = "workload syscall 157 {calls} 15 s:thirteen-long", 200_000
+"""``prctl(PR_SET_NAME)``. With a name of this length 6.12 executes what lies before the label's target, else not."""
+STOPS = 20
+TRACING = "/sys/kernel/tracing"
+INSTANCE = f"{TRACING}/instances/renames"
+SWITCH = f"{INSTANCE}/events/task/task_rename/enable"
+SWITCHES = f"while [ ! -e /tmp/enough ]; do echo 1 >{SWITCH}; sleep 0.01; echo 0 >{SWITCH}; echo; done | wc -l"
+"""Prints how often the label was switched on and off."""
+JUMPS = ("before", "behind", "above", "target")
+
+
+def label_of(kernel: Any, insns: list[Insn]) -> tuple[int, int]:
+    """The address of the function's only jump label, and where it jumps to."""
+    tables = kernel.text_facts().tables
+    pairs = zip(tables.jump_labels, tables.jump_targets, strict=True)
+    (found,) = [pair for pair in pairs if insns[0].addr <= pair[0] < insns[-1].end]
+    return found
+
+
+def windows(insns: list[Insn]) -> Iterator[tuple[int, int]]:
+    """Of each instruction where a jump there would begin, and where what it displaces ends."""
+    for index, insn in enumerate(insns):
+        ends = (other.end for other in insns[index:] if other.end >= insn.addr + JUMP_SIZE)
+        if (end := next(ends, None)) is not None:
+            yield insn.addr, end
+
+
+def beside(kernel: Any) -> dict[str, int]:
+    """Where to probe: as near before and behind the label as can be, as near before its target, and at its target.
+
+    ``theirs`` is for the guest's own kprobe: an instruction that every call executes, and no jump of ours displaces.
+    """
+    (symbol,) = kernel.kallsyms.lookup(FUNCTION)
+    code = kernel.memory.read(symbol.addr, kernel.kallsyms.end(symbol) - symbol.addr)
+    insns = list(iter_insns(code, symbol.addr))
+    label, target = label_of(kernel, insns)
+    (at_label,) = [insn for insn in insns if insn.addr == label]
+
+    def last_before(addr: int) -> int:
+        return max((end, start) for start, end in windows(insns) if end <= addr)[1]
+
+    (theirs,) = [insn.addr for insn in insns if str(insn) == "push rbp"]
+    assert theirs < last_before(label)
+    return {
+        "before": last_before(label),
+        "behind": at_label.end,
+        "above": last_before(target),
+        "target": target,
+        "theirs": theirs,
+    }
+
+
+def recorded(vm: Any) -> int:
+    """How many renames the guest's tracer has recorded."""
+    text = vm.check_output(f"cat {INSTANCE}/per_cpu/cpu*/stats")
+    return sum(int(number) for number in re.findall(r"^(?:entries|overrun): (\d+)", text, re.M))
+
+
+def executed(vm: Any) -> int:
+    """How often the guest's own kprobe in the function was hit."""
+    _, hits, misses = vm.check_output(f"cat {TRACING}/kprobe_profile").split()
+    return int(hits) + int(misses)
+
+
+def rungs(gdb: GdbMi) -> dict[str, str]:
+    return {probe["name"]: probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]}
+
+
+@pytest.mark.parametrize("kernel", ["debian", "newest"])
+def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], kernel: Any) -> None:
+    """The guest's own kprobe in the function counts its calls, and its tracer how often the label jumped.
+
+    With more than one vCPU, QEMU 7.2 kills a guest that switches jump labels by itself.
+    """
+    guest = probed(GuestSpec(kernel=kernel))
+    vm = guest.guest
+    places = beside(guest.snapshot.guest)
+    chosen = random.Random(1)
+    vm.check_output(f"mkdir {INSTANCE}; echo 0 >/proc/sys/debug/kprobes-optimization")
+    vm.check_output(f"echo 'p:theirs {places['theirs']:#x}' >{TRACING}/kprobe_events")
+    vm.check_output(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")
+    before = executed(vm)
+    with guest.gdb() as gdb:
+        for name in JUMPS:
+            assert guest.add(gdb, f"p:{name} {places[name]:#x}")["rung"] == "optimized"
+        gdb.cont()
+        switching = vm.spawn(SWITCHES, timeout=120)
+        calling = vm.spawn(RENAME.format(calls=CALLS), timeout=120)
+        waited = 0
+        for _ in range(STOPS):
+            time.sleep(chosen.uniform(0, 0.2))
+            gdb.interrupt()
+            name = chosen.choice(JUMPS)
+            gdb.console(f"kprobe disable {name}")
+            gdb.console(f"kprobe enable {name}")
+            waited += rungs(gdb)[name] != "optimized"
+            gdb.cont()
+        assert vm.finish(calling, timeout=120) == (0, f"workload: {CALLS} calls done, last result 0\n")
+        vm.check_output("touch /tmp/enough")
+        status, switched = vm.finish(switching, timeout=30)
+        assert status == 0
+        calls = executed(vm) - before
+        hits = guest.hits(gdb)
+        print(
+            f"{switched.strip()} times on and off; {calls} calls, {hits['target']} at the target; {waited} had to wait"
+        )
+        always = calls if kernel == "debian" else CALLS
+        assert hits == {"before": calls, "behind": calls, "above": always, "target": recorded(vm)}
+        assert 0 < hits["target"] < calls
+        assert int(switched) > STOPS
+        gdb.interrupt()
+        assert rungs(gdb) == dict.fromkeys(JUMPS, "optimized")
+        gdb.console("kprobe detach")
+    vm.check_output(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; rmdir {INSTANCE}")
