@@ -244,6 +244,14 @@ class Session:
     def dispatches_in_guest(self) -> bool:
         return self._routes.in_guest is not None
 
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody is on the way through the region: no word on any kernel stack points into it, as far as is known.
+
+        So no hit is under way that is not counted yet. vCPUs are out of it at every stop of the user's.
+        """
+        return self._stack_words() == []
+
     # -- stops --------------------------------------------------------------------------------------------------
 
     def on_breakpoint(self, cpu: CpuId) -> bool:
@@ -772,7 +780,7 @@ class Session:
         return slot.code
 
     def _unmap_if_unused(self) -> bool:
-        if self._stack_words() != []:
+        if not self.is_quiet:
             return False
         self.region.unmap(self.machine)
         return True

@@ -76,6 +76,11 @@ def counts(gdb: GdbMi) -> dict[VirtAddr, Counts]:
     return {VirtAddr(int(addr)): Counts(*count) for addr, count in found.items()}
 
 
+def is_quiet(gdb: GdbMi) -> bool:
+    """Whether no task of the stopped guest is on the way through a probe: every hit is counted."""
+    return gdb.console("python print(plugin.the_plugin().need_link().session.is_quiet)").strip() == "True"
+
+
 def disarm(gdb: GdbMi) -> None:
     """Delete all probes."""
     gdb.console("kprobe delete all", _TIMEOUT)
