@@ -7,7 +7,6 @@ import pytest
 from gdb_kprobe.launcher.bench.machine import FunctionCode
 from gdb_kprobe.launcher.bench.places import Call, far_enough
 from gdb_kprobe.launcher.bench.rows import Row, make_row, show, slope
-from gdb_kprobe.launcher.bench.ways import Measured
 from gdb_kprobe.model import VirtAddr
 
 
@@ -18,13 +17,6 @@ def test_slope_of_points_on_a_line() -> None:
 def test_slope_has_the_least_squares() -> None:
     # x - mean: -1, 0, 1; y - mean: -5/3, 1/3, 4/3; sum of products 3, of squares 2.
     assert slope([(0, 1.0), (1, 3.0), (2, 4.0)]) == pytest.approx(1.5)
-
-
-def test_measured_takes_only_the_points_asked_for() -> None:
-    measured = Measured(((0, 10.0), (8, 12.0), (32, 90.0)), hits=40, expected=40)
-    assert measured.us_per_hit(0, 8) == pytest.approx(0.25)
-    assert measured.us_per_hit(8, 32) == pytest.approx(3.25)
-    assert measured.us_per_hit() > 2
 
 
 def test_row_is_median_and_range() -> None:
