@@ -18,7 +18,7 @@ from gdb_kprobe.session.leftover import Leftover, find_leftover
 from gdb_kprobe.session.rescue import cut, rescue_leftover
 from gdb_kprobe.target.stub import QemuStub
 
-_ATTACH = "'kprobe attach PROFILE' restores their text"
+_ATTACH = "'kprobe adopt PROFILE' goes on with them, 'kprobe restore PROFILE' puts their text back"
 
 
 class Guard:

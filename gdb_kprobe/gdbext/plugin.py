@@ -18,8 +18,10 @@ from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
+from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
+from gdb_kprobe.session.definitions import adopt
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
@@ -194,6 +196,25 @@ class Plugin:
                 self.pending.append(probe)
                 refused.append((probe, str(error)))
         return link.attached, refused
+
+    def adopt(self, attached: Attached) -> tuple[list[Probe], list[tuple[str, str]]]:
+        """Add the probes that a session before left in the guest, with their counts.
+
+        Returns them, and the definitions of those that cannot be, each with the reason.
+        """
+        link = self.need_link()
+        probes: list[Probe] = []
+        refused: list[tuple[str, str]] = []
+        for definition, counter in attached.left:
+            try:
+                probes.append(adopt(definition, parse_definition(definition.text), counter))
+            except KprobeError as error:
+                refused.append((definition.text, str(error)))
+        with link.stopped():
+            link.session.guest.refresh()
+            not_added = {id(probe): str(error) for probe, error in link.session.add_many(probes)}
+        refused += [(str(probe.spec), not_added[id(probe)]) for probe in probes if id(probe) in not_added]
+        return [probe for probe in probes if id(probe) not in not_added], refused
 
     def detach(self) -> Detached:
         """Undo everything in the guest. gdb stays connected, the machine stopped.

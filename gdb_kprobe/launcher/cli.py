@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from gdb_kprobe.config.load import find_profile, load_profile, profile_names
 from gdb_kprobe.errors import KprobeError
@@ -33,12 +34,35 @@ def _attach(arguments: argparse.Namespace) -> int:
     path = find_profile(arguments.profile, (CONFIGS,))
     load_profile(path)
     wait = "--wait " if arguments.wait else ""
-    command = ["gdb", "-q", "-ex", f"source {LOADER}", "-ex", f"kprobe attach {wait}{path}", *arguments.gdb_arguments]
-    os.execvp("gdb", command)
+    _become_gdb([], f"kprobe attach {wait}{path}", arguments.gdb_arguments)
+
+
+def _left_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("profile", help=f"a file, or one of: {', '.join(profile_names((CONFIGS,)))}")
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    """Become a gdb that has taken over the probes of one that was killed."""
+    path = find_profile(arguments.profile, (CONFIGS,))
+    load_profile(path)
+    _become_gdb([], f"kprobe adopt {path}", [])
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    """Put the guest's text back, and let it run."""
+    path = find_profile(arguments.profile, (CONFIGS,))
+    load_profile(path)
+    _become_gdb(["-batch"], f"kprobe restore {path}", [])
+
+
+def _become_gdb(options: list[str], command: str, more: list[str]) -> NoReturn:
+    os.execvp("gdb", ["gdb", "-q", *options, "-ex", f"source {LOADER}", "-ex", command, *more])
 
 
 SUBCOMMANDS = (
     guest_cli.Subcommand("attach", "start gdb with the plugin, attached to a guest", _attach_arguments, _attach),
+    guest_cli.Subcommand("adopt", "take over the probes of a gdb that was killed", _left_arguments, _adopt),
+    guest_cli.Subcommand("restore", "undo what a gdb that was killed has left in a guest", _left_arguments, _restore),
     guest_cli.Subcommand("demo", "put kprobes on a live Debian guest and count them", demo.arguments, demo.run),
     guest_cli.Subcommand("bench", "measure what a hit costs", bench.arguments, bench.run),
     guest_cli.Subcommand("check", "classify every instruction of a guest's kernel", check.arguments, check.run),

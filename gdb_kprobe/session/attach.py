@@ -13,11 +13,12 @@ from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
+from gdb_kprobe.session.counters import Counter
+from gdb_kprobe.session.definitions import Definition
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
-from gdb_kprobe.session.header import Header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
-from gdb_kprobe.session.restore import restore
+from gdb_kprobe.session.restore import Restored, restore
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.ivshmem import find_bar
 from gdb_kprobe.target.protocols import Breakpoints, Machine, PhysicalMemory
@@ -28,7 +29,8 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 class Attached:
     """A session, what was found on the way (*messages*, for the user), and how long it took in seconds.
 
-    *memory* is the session's own view of the guest's memory.
+    *memory* is the session's own view of the guest's memory. *left* are the probes of a session that was cut off, whose
+    text is restored; with each the counter to go on with, where somebody may still add to it.
     """
 
     session: Session
@@ -36,6 +38,7 @@ class Attached:
     messages: tuple[str, ...]
     seconds: float
     memory: RamView
+    left: tuple[tuple[Definition, Counter | None], ...] = ()
 
 
 def attach(
@@ -56,7 +59,7 @@ def attach(
     guest = _open(machine, memory, profile)
     messages: list[str] = []
     with contextlib.ExitStack() as undo:
-        region = _put_region(machine, memory, guest, profile.region, messages)
+        region, left = _put_region(machine, memory, guest, profile.region, messages)
         undo.callback(region.unmap, machine)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
@@ -72,7 +75,7 @@ def attach(
             jumps=dispatch is not Dispatch.STUB,
         )
         undo.pop_all()
-    return Attached(session, guest, tuple(messages), time.monotonic() - started, memory)
+    return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
 
 
 def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:
@@ -118,25 +121,29 @@ def _put_region(
     guest: LinuxGuest | BareGuest,
     config: RegionConfig,
     messages: list[str],
-) -> Region:
+) -> tuple[Region, tuple[tuple[Definition, Counter | None], ...]]:
+    """The region in its place, and the probes that a session before had in it."""
     if config.source is RegionSource.PREMAPPED:
         assert config.virtual is not None, "the profile's reader asks for it"
-        kept = _restore(machine, memory, guest, guest.memory.translate(config.virtual), messages)
-        high_water = None if kept is None else kept.code_high_water
-        return create_premapped(memory, guest, config.virtual, config.size, high_water)
-    phys = _physical(machine, guest, config)
-    kept = _restore(machine, memory, guest, phys, messages)
-    if kept is not None:
-        return adopt_mapped(memory, guest, kept)
-    return create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
+        found = restore(machine, memory, guest, guest.memory.translate(config.virtual))
+        high_water = None if found.kept is None else found.kept.code_high_water
+        region = create_premapped(memory, guest, config.virtual, config.size, high_water)
+    else:
+        phys = _physical(machine, guest, config)
+        found = restore(machine, memory, guest, phys)
+        if found.kept is not None:
+            region = adopt_mapped(memory, guest, found.kept)
+        else:
+            region = create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
+    messages += found.messages
+    return region, _left(found, region)
 
 
-def _restore(
-    machine: Machine, memory: PhysicalMemory, guest: LinuxGuest | BareGuest, phys: PhysAddr, messages: list[str]
-) -> Header | None:
-    done = restore(machine, memory, guest, phys)
-    messages += done.messages
-    return done.kept
+def _left(found: Restored, region: Region) -> tuple[tuple[Definition, Counter | None], ...]:
+    if found.kept is None:
+        return tuple((definition, None) for definition in found.definitions)
+    region.counters.keep([definition.counter for definition in found.definitions])
+    return tuple((definition, region.counters.at(definition.counter)) for definition in found.definitions)
 
 
 def _physical(machine: Machine, guest: LinuxGuest | BareGuest, config: RegionConfig) -> PhysAddr:

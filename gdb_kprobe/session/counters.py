@@ -6,6 +6,7 @@ What is in one is said in :mod:`gdb_kprobe.handlers.count`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.handlers.count import ENABLE, MISSED
@@ -46,6 +47,12 @@ class Counter:
         image = bytes(ENABLE) + _ENABLED.pack(1)
         self._memory.write_physical(self._header.physical(self.addr), image.ljust(SIZE, b"\0"))
 
+    def add(self, hits: int, missed: int) -> None:
+        """Add what the host has counted. The machine must be stopped: the guest adds to it too."""
+        words = self.read()
+        image = _WORDS.pack(words[0] + hits, words[1] + missed)
+        self._memory.write_physical(self._header.physical(self.addr), image)
+
     def enable(self, enabled: bool, live: LiveMemory | None = None) -> None:
         """Have it count, or not, from now on; *live* is the way to the memory of a machine that runs.
 
@@ -64,6 +71,17 @@ class Counters:
         self._next = header.counters.start
         self._free: list[Counter] = []
         self._quarantine: list[Counter] = []
+
+    def keep(self, addrs: Collection[VirtAddr]) -> None:
+        """Do not give out what lies at or below any of *addrs*: somebody may still add to those.
+
+        Those counters are asked for by :meth:`at`.
+        """
+        self._next = max([self._next, *(offset(addr, SIZE) for addr in addrs)])
+
+    def at(self, addr: VirtAddr) -> Counter:
+        """The counter at *addr*, with what it says."""
+        return Counter(self._memory, self._header, addr)
 
     def allocate(self) -> Counter:
         """A counter that stands at zero.

@@ -200,7 +200,7 @@ class StubDispatcher:
             if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
                 continue
             called.append(probe)
-            probe.seen += 1
+            probe.count(hits=1)
             self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
             if probe.pre is not None:
                 stop |= self._call(
@@ -220,7 +220,7 @@ class StubDispatcher:
         except Exception:
             context.regs.restore(before)
             probe.last_error = traceback.format_exc()
-            probe.failures += 1
+            probe.count(missed=1)
             self.failed.append(probe)
             return False
         return context.stop_requested or returned is True

@@ -7,7 +7,8 @@ the guest's memory alone what was patched, with what, and whether it still is. A
     +0x1000  records, one of 72 bytes for each patched place
     4/16     the table of dispatch inside the guest
     5/16     counters, 32 bytes for each probe
-    7/16     code: slots, handlers, the dispatcher
+    7/16     definitions of the probes (session/definitions.py)
+    9/16     code: slots, handlers, the dispatcher
     tables   the page tables that map the region (not mapped themselves)
 """
 
@@ -26,7 +27,7 @@ from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, 
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 3
+VERSION = 4
 
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")
@@ -59,9 +60,14 @@ class Layout:
         return self.size // 16 * 5
 
     @property
+    def definitions_start(self) -> int:
+        """Start of the probes' definitions, and end of the counters."""
+        return self.size // 16 * 7
+
+    @property
     def data_end(self) -> int:
         """End of header, records and data, and start of the code."""
-        return self.size // 16 * 7
+        return self.size // 16 * 9
 
     @property
     def code_end(self) -> int:
@@ -158,7 +164,12 @@ class Header:
 
     @property
     def counters(self) -> AddressRange:
-        return AddressRange(offset(self.virt, self.layout.counters_start), offset(self.virt, self.layout.data_end))
+        layout = self.layout
+        return AddressRange(offset(self.virt, layout.counters_start), offset(self.virt, layout.definitions_start))
+
+    @property
+    def definitions(self) -> AddressRange:
+        return AddressRange(offset(self.virt, self.layout.definitions_start), offset(self.virt, self.layout.data_end))
 
     def physical(self, addr: VirtAddr) -> PhysAddr:
         """Where the byte of the region at *addr* lies in guest memory."""

@@ -14,6 +14,7 @@ from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_root, loaded_table, shift
 from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.session.definitions import forget_definitions
 from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out, trapped_at
 from gdb_kprobe.session.restore import is_armed, restore_site
@@ -63,6 +64,7 @@ class Leftover:
         borrowed = sum(bool(record.borrowed) for record in self.records)
         if borrowed:
             notes.append(f"the guest's ftrace leaves {borrowed} function(s) alone until its next boot")
+        forget_definitions(machine, self.header)
         for index in range(self.header.records):
             machine.write_physical(self.header.record_address(index), bytes(RECORD_SIZE))
         return tuple(notes)

@@ -39,11 +39,11 @@ class Probe:
     strategy: Rung | None = None
     """The one rung that was asked for; ``None``: the best there is."""
     seen: int = 0
-    """Hits that the host handled."""
+    """Hits that are not in the counter: of earlier sessions, and of counters that were given back."""
     failures: int = 0
-    """Hits whose handler failed."""
+    """The same of misses."""
     counter: Counter | None = None
-    """Where the guest counts by itself; ``None`` while nothing is armed, and where the host handles every hit."""
+    """Where hits are counted, by the guest and by the host; ``None`` while there is no site."""
     place: Place | None = None
     """Where it is; ``None`` while it is only noted."""
     gone: bool = False
@@ -74,6 +74,14 @@ class Probe:
     def needs_host(self) -> bool:
         """Whether a hit is more than what the guest does by itself: there is a handler in Python."""
         return self.pre is not None or self.post is not None
+
+    def count(self, *, hits: int = 0, missed: int = 0) -> None:
+        """Count what the host has handled; in the guest's memory, where it outlives gdb."""
+        if self.counter is not None:
+            self.counter.add(hits, missed)
+        else:
+            self.seen += hits
+            self.failures += missed
 
     def take_counter(self) -> Counter | None:
         """Take the counter away; what it says stays counted."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import TargetError, UnmappedError
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.borrows import give_back
+from gdb_kprobe.session.definitions import Definition, read_definitions
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
@@ -18,11 +19,15 @@ from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was found and done. *kept* is the header whose slots must stay, for somebody may still be in one."""
+    """What was found and done. *kept* is the header whose slots must stay, for somebody may still be in one.
+
+    *definitions* are the probes there were, with their counts.
+    """
 
     messages: tuple[str, ...] = ()
     kept: Header | None = None
     sites: int = 0
+    definitions: tuple[Definition, ...] = ()
 
 
 def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr) -> Restored:
@@ -44,6 +49,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     armed = sum(is_armed(guest.memory, site) for site in sites)
     messages = [note for record in records if (note := restore_site(guest.memory, record))]
     messages += _return_records(guest, sites)
+    definitions = read_definitions(memory, header)
     if armed:
         messages.insert(0, f"an earlier session left {armed} site(s) armed; their text is restored")
     elif sites:
@@ -51,14 +57,15 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     if not header.identity.entry_addr:
         # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
         memory.write_physical(phys, bytes(8))
-        return Restored(tuple(messages), header, len(sites))
+        return Restored(tuple(messages), header, len(sites), definitions)
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
-        return Restored((*messages, "a task is still inside the old region: its mapping is kept"), header, len(sites))
+        messages.append("a task is still inside the old region: its mapping is kept")
+        return Restored(tuple(messages), header, len(sites), definitions)
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
     memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()
-    return Restored(tuple(messages), None, len(sites))
+    return Restored(tuple(messages), None, len(sites), definitions)
 
 
 def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:

@@ -25,7 +25,7 @@ class Routes:
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
     session's way to have no vCPU between an int3 and its slot. *listeners* are who is told of every hit: while there is
-    one the host handles them all. *counts*: some hits are counted by the guest.
+    one the host handles them all.
     """
 
     def __init__(
@@ -40,13 +40,11 @@ class Routes:
         in_guest: GuestDispatch | None,
         programs: Programs,
         listeners: Sized,
-        counts: bool,
     ) -> None:
         self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
         self._programs = programs
         self._listeners = listeners
-        self._counts = counts
         self._machine = machine
         self._memory = memory
         self._region = region
@@ -111,12 +109,13 @@ class Routes:
             site.service = None
 
     def allocate_counter(self, probe: Probe) -> None:
-        """Give *probe* a counter, for the hits that the guest counts, if it does.
+        """Give *probe* a counter, if it does not bring its own.
 
         :raises RegionError: all are in use.
         """
-        if self._counts:
+        if probe.counter is None:
             probe.counter = self._region.counters.allocate()
+            probe.counter.enable(probe.enabled)
 
     def free_counter(self, probe: Probe) -> None:
         """Take the counter of *probe* back; what it said stays counted."""

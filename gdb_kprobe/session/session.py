@@ -23,6 +23,7 @@ from gdb_kprobe.language.spec import Location, ProbeSpec
 from gdb_kprobe.linux.ftrace import SITE_SIZE
 from gdb_kprobe.model import AddressRange, Boost, CpuId, Reason, Refusal, Rung, VirtAddr, offset
 from gdb_kprobe.session.borrows import Borrows
+from gdb_kprobe.session.definitions import Definitions
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
@@ -101,8 +102,8 @@ class Session:
             in_guest,
             self._programs,
             self._listeners,
-            counts=jumps or in_guest is not None,
         )
+        self._definitions = Definitions(region.memory, region.header)
         self._borrows = Borrows(guest)
         self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, self._listeners, jumps)
         self._ways: dict[CpuId, Slot] = {}
@@ -350,6 +351,7 @@ class Session:
             if not was_lifted:
                 self._routes.lower()
             return Detached(restored, False, tuple(problems), still_armed)
+        self._definitions.clear()
         notes = tuple(self._borrows.kept.values())
         self._routes.tidy()
         for probe in self.probes:
@@ -422,6 +424,7 @@ class Session:
             self._mark_disarmed(site)
         for probe in site.probes:
             probe.gone = True
+            self._definitions.remove(probe)
             self._routes.free_counter(probe)
         self._free_slots(site)
         self._routes.tidy()
@@ -467,6 +470,7 @@ class Session:
             site.probes.insert(at, probe)
             raise
         self.probes.remove(probe)
+        self._definitions.remove(probe)
         self._routes.free_counter(probe)
         self._drop_unused(site)
 
@@ -481,6 +485,7 @@ class Session:
         probe.place = place
         try:
             self._allocate_counter(probe)
+            self._definitions.add(probe)
             if site is None:
                 wish = self._jumps.wish(place.addr, [probe])
                 plan = self._make_plan(place, probe.post is not None, strategy, wish)
@@ -494,6 +499,7 @@ class Session:
             self._match_text(site)
         except BaseException:
             probe.place = None
+            self._definitions.remove(probe)
             self._routes.free_counter(probe)
             if site is not None:
                 if probe in site.probes:
@@ -792,6 +798,8 @@ class Session:
             if probe.enabled:
                 self.failed.append(probe)
                 probe.enabled = False
+                if probe.counter is not None:
+                    probe.counter.enable(False)
                 if any(probe is other for other in self.probes):  # it may have deleted itself before it raised
                     self._match_text(self._site_of(probe))
 

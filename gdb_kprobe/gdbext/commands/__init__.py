@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gdb_kprobe.gdbext.commands import (
     add,
+    adopt,
     attach,
     check,
     delete,
@@ -22,5 +23,6 @@ from gdb_kprobe.gdbext.commands import (
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
-    for module in (prefix, attach, detach, add, list_, info, plan, check, enable, delete, trace, stats, symbols, mi):
+    commands = (prefix, attach, adopt, detach, add, list_, info, plan, check, enable, delete, trace, stats, symbols)
+    for module in (*commands, mi):
         module.register()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 
+import gdb
+
 from gdb_kprobe.config.load import profile_names
+from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
+from gdb_kprobe.session.attach import Attached
+from gdb_kprobe.session.probes import Probe
 
 
 class Attach(Command):
@@ -19,7 +24,8 @@ class Attach(Command):
     PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which.
     gdb is connected to the profile's gdbstub, if it is not connected already. Then the kernel, its symbols and its
     modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
-    added before are armed. Probes that an earlier gdb left behind are restored first.
+    added before are armed. The text of probes that an earlier gdb left behind is restored first; to go on with them,
+    see 'kprobe adopt'.
     With --wait a guest that is still booting runs until its kernel is up.
     Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, with a condition,
     on the single-step rung, or under 'kprobe trace' stops the machine. With --dispatch stub every hit does.
@@ -28,21 +34,15 @@ class Attach(Command):
       kprobe attach debian"""
 
     def run(self, argument: str) -> None:
-        import gdb
-
         parser = ArgumentParser("attach")
         parser.add_argument("--wait", action="store_true")
-        parser.add_argument("--dispatch", default=str(Dispatch.AUTO), choices=[str(choice) for choice in Dispatch])
-        parser.add_argument("profile", nargs="?")
+        add_arguments(parser)
         args = parser.parse_args(gdb.string_to_argv(argument))
-        the_plugin = plugin.the_plugin()
-        profile = the_plugin.profile(args.profile)
+        profile = plugin.the_plugin().profile(args.profile)
         started = time.monotonic()
         if args.wait:
             wait_for_kernel(profile)
-        attached, refused = the_plugin.attach(profile, Dispatch(args.dispatch))
-        for message in attached.messages:
-            write(f"kprobe: {message}.")
+        attached, refused = attach(profile, Dispatch(args.dispatch))
         session = attached.session
         region = session.region.header
         write(f"Attached to {attached.guest.description}; {len(session.machine.cpus())} vCPU(s).")
@@ -59,7 +59,26 @@ class Attach(Command):
         write(f"Attached in {time.monotonic() - started:.2f} s.")
 
     def complete(self, text: str, word: str) -> list[str]:
-        return [name for name in profile_names((plugin.CONFIGS,)) if name.startswith(word)]
+        return profiles(word)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What is attached to, and how."""
+    parser.add_argument("--dispatch", default=str(Dispatch.AUTO), choices=[str(choice) for choice in Dispatch])
+    parser.add_argument("profile", nargs="?")
+
+
+def attach(profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[Probe, str]]]:
+    """Attach, and say what was found on the way; the result is that of :meth:`Plugin.attach`."""
+    attached, refused = plugin.the_plugin().attach(profile, dispatch)
+    for message in attached.messages:
+        write(f"kprobe: {message}.")
+    return attached, refused
+
+
+def profiles(word: str) -> list[str]:
+    """The names of profiles that begin with *word*."""
+    return [name for name in profile_names((plugin.CONFIGS,)) if name.startswith(word)]
 
 
 def register() -> None:

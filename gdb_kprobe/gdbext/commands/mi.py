@@ -45,6 +45,14 @@ def _attach(argv: list[str]) -> dict[str, Any]:
     }
 
 
+def _adopt(argv: list[str]) -> dict[str, Any]:
+    probes, refused = plugin.the_plugin().adopt(api.attach(argv[0] if argv else None))
+    return {
+        "probes": [_probe(probe) for probe in probes],
+        "refused": [{"definition": text, "reason": reason} for text, reason in refused],
+    }
+
+
 def _detach(argv: list[str]) -> dict[str, Any]:
     done = api.detach()
     return {
@@ -135,6 +143,7 @@ class _MiCommand(gdb.MICommand):
 def register() -> None:
     for name, function in (
         ("attach", _attach),
+        ("adopt", _adopt),
         ("detach", _detach),
         ("add", _add),
         ("list", _list),

@@ -475,15 +475,20 @@ class Toy:
         return [] if header is None else sorted(iter_records(self.machine, header), key=lambda r: r.patch.addr)
 
     def writes(self) -> list[str]:
-        """The writes since the last call, by name: what of the region, or the guest's text or page tables."""
+        """The writes since the last call, by name: what of the region, or the guest's text or page tables.
+
+        Counters and definitions of probes are left out: nothing depends on when they are written.
+        """
         layout = self.region.header.layout
         names: list[str] = []
         for addr, data in self.machine.log:
             at = addr - REGION_PHYS
             if 0 <= at < 0x1000:
                 names.append("header")
-            elif 0 <= at < layout.data_end:
+            elif 0 <= at < layout.counters_start:
                 names.append("record" if any(data) else "clear record")
+            elif 0 <= at < layout.data_end:
+                continue
             elif 0 <= at < layout.code_end:
                 names.append("slot")
             elif 0 <= at < REGION_SIZE:

@@ -9,6 +9,7 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
+from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import Restored, restore
 
@@ -42,14 +43,20 @@ def test_armed_sites_get_their_text_back_and_the_mapping_goes(toy: Any) -> None:
     toy.add("f_push")
     toy.add("f_jmp", rung=Rung.SINGLE_STEP)
     done = restore_after_kill(toy)
-    assert done == Restored(("an earlier session left 2 site(s) armed; their text is restored",), None, 2)
+    assert done.messages == ("an earlier session left 2 site(s) armed; their text is restored",)
+    assert (done.kept, done.sites) == (None, 2)
+    assert [(left.text, left.strategy) for left in done.definitions] == [
+        (text_of(probe.spec), probe.strategy) for probe in toy.session.probes
+    ]
     assert_clean(toy)
     assert (toy.call("f_push"), toy.call("f_jmp")) == (13, 13)
 
 
 def test_a_disabled_probe_is_nothing_to_restore(toy: Any) -> None:
     toy.session.set_enabled(toy.add("f_push"), False)
-    assert restore_after_kill(toy) == Restored()
+    done = restore_after_kill(toy)
+    assert (done.messages, done.kept, done.sites) == ((), None, 0)
+    assert [left.enabled for left in done.definitions] == [False]
     assert_clean(toy)
 
 
@@ -129,7 +136,7 @@ def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None
     function = place.partition("+")[0]
     expected = toy.call(function)
     for count in range(MOST_CHANGES):
-        probe = toy.add(f"p:killed{count} {place}", rung=rung)
+        toy.add(f"p:killed{count} {place}", rung=rung)
         toy.put(function)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
@@ -139,10 +146,10 @@ def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None
             killed = True
         else:
             killed = False
-        restore_after_kill(toy)
+        done = restore_after_kill(toy)
         assert_clean(toy)
         assert toy.resume() == expected, f"killed after {count} changes"
-        assert probe.hits == 1
+        assert [left.hits for left in done.definitions] == [min(count, 1)], "counting is the first change"
         if not killed:
             return
         toy = toy.again()

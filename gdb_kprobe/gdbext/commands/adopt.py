@@ -1,0 +1,96 @@
+"""``kprobe adopt`` and ``kprobe restore``: what to do with probes that a gdb which was killed left in a guest."""
+
+from __future__ import annotations
+
+import gdb
+
+from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands.attach import add_arguments, attach, profiles
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.model import Dispatch
+from gdb_kprobe.session.definitions import Definition
+from gdb_kprobe.session.probes import Probe
+
+
+class Adopt(Command):
+    """Attach, and take over the probes that an earlier gdb left, with their counts.
+
+    kprobe adopt [--dispatch auto|guest|stub] [PROFILE]
+
+    For when gdb was killed, or its connection lost. What the probes are and what they have counted is read from the
+    guest's memory. They are armed anew before the guest runs on, so that no hit is lost. Handlers in Python are not in
+    the guest: their probes count from now on, until you delete them and source the handlers again.
+    Without anything to take over it is 'kprobe attach'. To have the text restored and nothing else: 'kprobe restore'.
+
+    Example:
+      kprobe adopt debian"""
+
+    def run(self, argument: str) -> None:
+        parser = ArgumentParser("adopt")
+        add_arguments(parser)
+        args = parser.parse_args(gdb.string_to_argv(argument))
+        attached, pending = attach(plugin.the_plugin().profile(args.profile), Dispatch(args.dispatch))
+        probes, refused = plugin.the_plugin().adopt(attached)
+        write(f"Attached to {attached.guest.description}; {len(probes)} probe(s) taken over.")
+        for probe in probes[:_SHOWN]:
+            write(f"{probe.name}: {probe.place}, {probe.hits} hit(s), {probe.missed} missed.")
+        if len(probes) > _SHOWN:
+            write(f"... and {len(probes) - _SHOWN} more: 'kprobe list'.")
+        for name in _without_handler(probes, [definition for definition, _ in attached.left]):
+            write(f"{name}: its handler in Python is gone with its gdb; it only counts.")
+        for text, reason in refused:
+            write(f"not taken over: {text}: {reason}")
+        for probe, reason in pending:
+            write(f"{probe.name}: not armed, still noted: {reason}")
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return profiles(word)
+
+
+_SHOWN = 20
+"""Probes that are listed."""
+
+
+def _without_handler(probes: list[Probe], left: list[Definition]) -> list[str]:
+    texts = {definition.text for definition in left if definition.had_handler}
+    return [probe.name for probe in probes if probe.spec.text in texts]
+
+
+class Restore(Command):
+    """Put the text back that an earlier gdb left armed in the guest, and let it run.
+
+    kprobe restore [PROFILE]
+
+    For when gdb was killed, or its connection lost: 'kprobe attach', then 'kprobe detach'. What the probes have counted
+    is shown before. To go on with them instead: 'kprobe adopt'.
+
+    Example:
+      kprobe restore debian"""
+
+    def run(self, argument: str) -> None:
+        parser = ArgumentParser("restore")
+        parser.add_argument("profile", nargs="?")
+        args = parser.parse_args(gdb.string_to_argv(argument))
+        the_plugin = plugin.the_plugin()
+        pending, the_plugin.pending = the_plugin.pending, []
+        try:
+            attached, _ = attach(the_plugin.profile(args.profile), Dispatch.AUTO)
+            done = the_plugin.detach()
+        finally:
+            the_plugin.pending = pending
+        for definition, _ in attached.left[:_SHOWN]:
+            write(f"{definition.text}: {definition.hits} hit(s), {definition.missed} missed.")
+        if not attached.left and not attached.messages:
+            write("There was nothing to restore.")
+        for problem in done.problems:
+            write(f"left alone: {problem}")
+        gdb.execute("detach", to_string=True)
+        write("Detached; the guest runs.")
+
+    def complete(self, text: str, word: str) -> list[str]:
+        return profiles(word)
+
+
+def register() -> None:
+    Adopt("adopt")
+    Restore("restore")
