@@ -1,0 +1,280 @@
+"""``gdb-kprobe torture kill9``: gdb is killed at a random moment, and the guest goes on as if nothing had happened.
+
+A round arms probes and kills gdb (SIGKILL) in one of :class:`Phase`. Then one of :class:`After` is done. The guest must
+be alive at the end of each, its log clean, its text what it was as soon as nobody probes it; and whoever has taken the
+probes over must have counted every call that was made since they were armed, whoever was there then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.model import AddressRange
+from gdb_kprobe.render.text import table
+from gdb_kprobe.testing import GdbMi, TextSnapshot
+from kprobe_guest import GuestSpec, GuestVm
+
+GETPRIORITY = 140
+"""A system call that nothing else in the guest makes."""
+CALLS, LOAD = 10_000, 200_000
+FUNCTION = "__x64_sys_getpriority"
+PATTERN = "sched_*"
+"""Many probes, to be killed among them."""
+PROFILE = "debian"
+_ENDBR_SIZE = 4
+_ADD_MANY = f"kprobe add '{PATTERN}'"
+_MOMENT = 0.05
+"""Seconds in which the text of so many probes is written."""
+
+
+class Phase(StrEnum):
+    """When gdb is killed."""
+
+    ARMING = "while it arms"
+    ARMED = "while the guest runs"
+    LOAD = "while probes are hit"
+    STOPPING = "while it stops the guest"
+    STOPPED = "at its prompt"
+    RESUMING = "while it resumes the guest"
+    DISARMING = "while it disarms"
+
+
+class After(StrEnum):
+    """What is done then."""
+
+    ALONE = "left alone"
+    """A guest that is stopped gets a plain ``cont`` of QMP."""
+    ADOPT = "adopted"
+    RESTORE = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What was done; *wrong* is empty when all is well."""
+
+    phase: Phase
+    ran_on: bool
+    after: After
+    seconds: float
+    wrong: tuple[str, ...]
+
+    def __str__(self) -> str:
+        went = "ran on at once" if self.ran_on else "paused"
+        result = "FAILED" if self.wrong else "passed"
+        return f"{result} killed {self.phase}, {went}, {self.after}, {self.seconds:.1f} s"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-n", type=int, default=20, metavar="N", help="kills (20)")
+    parser.add_argument("--seed", type=int, help="of an earlier run")
+    parser.add_argument("--kernel", choices=KERNELS, default="debian")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    started = time.monotonic()
+    seed = options.seed if options.seed is not None else random.randrange(10**6)
+    print(f"{options.n} kills of gdb, kernel {options.kernel}, {options.cpus} vCPUs, seed {seed}", flush=True)
+    rounds: list[Round] = []
+    problems: list[str] = []
+    with GuestVm(GuestSpec(kernel=options.kernel, vcpus=options.cpus)) as guest:
+        kill = Kill9(guest, random.Random(seed))
+        try:
+            for one in itertools.islice(kill.rounds(), options.n):
+                rounds.append(one)
+                print(one, *one.wrong, sep="\n    ", flush=True)
+        except FAILURES as error:
+            problems.append(f"after {len(rounds)} rounds: {error}")
+            print(f"FAILED: {problems[-1]}", flush=True)
+    print(summary(rounds))
+    failed = sum(bool(one.wrong) for one in rounds) + len(problems)
+    return conclude(started, len(rounds) - sum(bool(one.wrong) for one in rounds), failed)
+
+
+def summary(rounds: list[Round]) -> str:
+    """How it went, by phase."""
+    columns = ("killed", "ran on at once", "paused, resumed", *After)
+    lines = []
+    for phase in Phase:
+        of_phase = [one for one in rounds if one.phase is phase]
+        ran_on = sum(one.ran_on for one in of_phase)
+        afters = Counter(one.after for one in of_phase)
+        lines.append((phase, *map(str, (ran_on, len(of_phase) - ran_on, *(afters[after] for after in After)))))
+    return table(columns, lines)
+
+
+class Kill9:
+    """One guest, of which gdb after gdb is killed."""
+
+    def __init__(self, guest: GuestVm, chosen: random.Random) -> None:
+        self._guest = guest
+        self._random = chosen
+        self._text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self._job: int | None = None
+        self._calls = 0
+        """Made since the probes were armed."""
+        kernel = self._text.guest
+        function = kernel.resolve(Location(FUNCTION))
+        (nop,) = kernel.ftrace_sites(AddressRange(function.start, function.end))
+        self._behind = kernel.place_of(nop.window.end)
+        addrs = [nop.ip, self._behind.addr, *(place.addr for place in kernel.functions(PATTERN))]
+        self._touched = {addr + byte for addr in addrs for byte in range(JUMP_SIZE + _ENDBR_SIZE)}
+        self._adding, self._detaching = self._measure()
+
+    def rounds(self) -> Iterator[Round]:
+        """One after another, for ever: each phase with each of what is done then."""
+        for after, phase in itertools.cycle(itertools.product(After, Phase)):
+            yield self.round(phase, after)
+
+    def round(self, phase: Phase, after: After) -> Round:
+        """Kill a gdb in *phase*, do *after*, and see that all is well.
+
+        :raises AssertionError: the guest does not make its calls.
+        """
+        started = time.monotonic()
+        wrong: list[str] = []
+        self._kill(phase)
+        status = self._guest.qmp("query-status")
+        assert isinstance(status, dict)
+        ran_on = bool(status["running"])
+        if after is After.ADOPT:
+            wrong += self._adopt(phase)
+        else:
+            if after is After.ALONE:
+                if not ran_on:
+                    self._guest.cont()
+                self._call()
+            self._restore()
+            self._finish()
+        self._call()
+        self._guest.check()
+        wrong += self._guest.dmesg_problems()
+        wrong += self._text.leftovers(self._touched)
+        return Round(phase, ran_on, after, time.monotonic() - started, tuple(wrong))
+
+    def _kill(self, phase: Phase) -> None:
+        """Have a gdb in *phase*, and kill it."""
+        self._calls = 0
+        with self._gdb() as gdb:
+            gdb.console(f"kprobe attach {PROFILE}")
+            self._arm(gdb)
+            match phase:
+                case Phase.ARMING:
+                    gdb.start(_ADD_MANY)
+                    self._wait(self._adding)
+                case Phase.RESUMING:
+                    gdb.console(_ADD_MANY)
+                    gdb.start("continue&")
+                    self._wait(_MOMENT)
+                case Phase.STOPPING:
+                    gdb.console(_ADD_MANY)
+                    gdb.cont()
+                    gdb.signal(signal.SIGINT)
+                    self._wait(_MOMENT)
+                case Phase.ARMED:
+                    gdb.cont()
+                    self._wait(0.2)
+                case Phase.LOAD:
+                    gdb.cont()
+                    self._job = self._guest.spawn(_workload(LOAD), timeout=60)
+                    self._wait(0.5)
+                case Phase.STOPPED:
+                    gdb.cont()
+                    self._call()
+                    gdb.interrupt()
+                case Phase.DISARMING:
+                    gdb.console(_ADD_MANY)
+                    gdb.start("kprobe detach")
+                    self._wait(self._detaching)
+                case _:
+                    assert_never(phase)
+            gdb.signal(signal.SIGKILL)
+            gdb.wait_exit()
+
+    def _arm(self, gdb: GdbMi) -> None:
+        """Probes that each call hits once, on both rungs of the guest's own, and one that is disabled."""
+        gdb.console(f"kprobe add p:jump {FUNCTION}")
+        gdb.console(f"kprobe add p:filtered {FUNCTION} if ip != 12345")
+        gdb.console(f"kprobe add --disabled p:off {FUNCTION}")
+        gdb.console("set kprobe strategy boosted")
+        gdb.console(f"kprobe add p:trap {self._behind.addr:#x}")
+        # Jumps would need the text's branches read, which takes most of the time.
+
+    def _measure(self) -> tuple[float, float]:
+        """Seconds that it takes to arm many, and to detach."""
+        with self._gdb() as gdb:
+            gdb.console(f"kprobe attach {PROFILE}")
+            self._arm(gdb)
+            seconds = []
+            for command in (_ADD_MANY, "kprobe detach"):
+                started = time.monotonic()
+                gdb.console(command, timeout=60)
+                seconds.append(time.monotonic() - started)
+        return seconds[0], seconds[1]
+
+    def _adopt(self, phase: Phase) -> list[str]:
+        """Take the probes over, have them hit again, and detach; returns what is wrong with their counts."""
+        wrong: list[str] = []
+        with self._gdb() as gdb:
+            gdb.console(f"kprobe adopt {PROFILE}", timeout=60)
+            gdb.cont()
+            self._finish()
+            self._call()
+            probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list", timeout=60)["probes"]}
+            expected = {"jump": self._calls, "filtered": self._calls, "trap": self._calls, "off": 0}
+            # A detach that was through, or nearly, has forgotten all of them.
+            if probes or phase is not Phase.DISARMING:
+                found = {name: int(probes[name]["hits"]) for name in expected if name in probes}
+                if found != expected:
+                    wrong.append(f"counted {found}, not {expected}")
+                wrong += [
+                    f"{name} missed {probe['missed']}" for name, probe in probes.items() if probe["missed"] != "0"
+                ]
+                if probes.get("off", {}).get("state") != "disabled":
+                    wrong.append(f"off is {probes.get('off')}")
+            gdb.interrupt()
+            gdb.console("kprobe detach", timeout=60)
+        return wrong
+
+    def _restore(self) -> None:
+        with self._gdb() as gdb:
+            gdb.console(f"kprobe restore {PROFILE}", timeout=60)
+
+    def _gdb(self) -> GdbMi:
+        return GdbMi({"KPROBE_GUEST": str(self._guest.directory)})
+
+    def _call(self) -> None:
+        """Make the calls; the guest is alive."""
+        output = self._guest.check_output(_workload(CALLS))
+        assert output.startswith(f"workload: {CALLS} calls done"), output
+        self._calls += CALLS
+
+    def _finish(self) -> None:
+        """Have the load come to its end, if there is one."""
+        if self._job is not None:
+            status, output = self._guest.finish(self._job, timeout=60)
+            assert (status, output.startswith(f"workload: {LOAD} calls done")) == (0, True), output
+            self._calls += LOAD
+            self._job = None
+
+    def _wait(self, most: float) -> None:
+        time.sleep(self._random.uniform(0, most))
+
+
+def _workload(calls: int) -> str:
+    return f"workload syscall {GETPRIORITY} {calls}"
