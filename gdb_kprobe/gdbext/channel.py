@@ -19,6 +19,13 @@ from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
 from gdb_kprobe.model import CpuId
 from gdb_kprobe.target.stub import QemuStub
 
+_monitoring = False
+
+
+def is_monitoring() -> bool:
+    """Whether a ``monitor`` command that gdb executes is ours, and not the user's."""
+    return _monitoring
+
 
 class GdbChannel:
     """A :class:`~gdb_kprobe.target.protocols.PacketChannel` over the connection of gdb's current inferior."""
@@ -41,10 +48,14 @@ class GdbChannel:
             raise _translated(error) from error
 
     def monitor(self, command: str) -> str:
+        global _monitoring
+        _monitoring = True
         try:
             return gdb.execute(f"monitor {command}", to_string=True) or ""
         except gdb.error as error:
             raise _translated(error) from error
+        finally:
+            _monitoring = False
 
     @contextlib.contextmanager
     def borrowed(self, stub: QemuStub) -> Iterator[CpuId]:

@@ -15,13 +15,14 @@ from gdb_kprobe.config.profile import Profile, SharedMemory
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
-from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, selected_cpu
+from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, is_monitoring, is_running, selected_cpu
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import Dispatch, VirtAddr
+from gdb_kprobe.model import PAGE_SIZE, Dispatch, PhysAddr, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.definitions import adopt
+from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
@@ -77,6 +78,9 @@ class Link:
             pids = () if self.descriptor is None else peer_processes(self.descriptor)
             try:
                 self.memory.use_process(find_process_memory(self.stub, pids, region.phys, region.size))
+                # And what tells whether it is still mapped. Its bytes could be anywhere, but its process is known now.
+                for page in {PhysAddr(link.addr & -PAGE_SIZE) for link in self.session.region.links}:
+                    self.memory.use_process(find_process_memory(self.stub, pids, page, PAGE_SIZE))
             except ConnectionLostError:
                 raise
             except TargetError as error:
@@ -142,6 +146,8 @@ class Plugin:
         self._locking = ""
         """The user's scheduler-locking, to be set again after a ``stepi``."""
         self._guard: Guard | None = None
+        self._untidy: GdbBreakpoints | None = None
+        """Of a link that was over when the guest was about to run: gdb deletes no breakpoint then."""
         self._connection = 0
         """gdb's number of the last connection that was looked at for what others left behind."""
 
@@ -256,6 +262,8 @@ class Plugin:
         try:
             stop = link.session.on_breakpoint(cpu)
             _tell_failures(link.session)
+        except GuestResetError:
+            stop = True  # it is told of, and let go, when the machine is settled
         finally:
             link.stub.forget_selection()
             link.stub.select(cpu)
@@ -284,6 +292,20 @@ class Plugin:
                     gdb.write(f"kprobe: {problem}\n", gdb.STDERR)
             except KprobeError as error:
                 gdb.write(f"kprobe: no probe is armed: {error}\n", gdb.STDERR)
+                if isinstance(error, GuestResetError):
+                    self.drop(link)
+                    self._untidy = link.breakpoints
+                    self._restore_others(link)
+            _tell_failures(link.session)
+
+    def _restore_others(self, link: Link) -> None:
+        """The guest is resumed with the armed sites of a session that is over, which a snapshot has brought."""
+        try:
+            leftover = find_leftover(link.stub)
+            if leftover is not None and not leftover.dispatches_itself:
+                leftover.restore(link.stub)
+        except KprobeError as error:
+            gdb.write(f"kprobe: what the snapshot has armed is not restored: {error}\n", gdb.STDERR)
 
     def on_register(self, event: gdb.RegisterChangedEvent) -> None:
         """The user has written a register."""
@@ -321,6 +343,9 @@ class Plugin:
         link = self.link
         if self._settling:
             return
+        untidy, self._untidy = self._untidy, None
+        if untidy is not None:
+            untidy.tidy()
         if link is None:
             self._look_for_leftovers()
             return
@@ -337,11 +362,26 @@ class Plugin:
             _tell_failures(link.session)
             self._settling = False
             link.interrupts.release()
+        if self.link is None:
+            self._look_for_leftovers(again=True)
 
-    def _look_for_leftovers(self) -> None:
-        """At the first stop of each connection, which is made while gdb connects."""
+    def after_monitor(self) -> None:
+        """The user has given QEMU a command, which may have been ``loadvm`` or ``system_reset``."""
+        if is_monitoring() or self._settling or gdb.selected_thread() is None or is_running():
+            return
+        if self.link is None and self._guard is None:
+            self._look_for_leftovers(again=True)
+        elif self.link is not None:
+            flush_registers()
+            self.on_stop()
+
+    def _look_for_leftovers(self, *, again: bool = False) -> None:
+        """At the first stop of each connection, which is made while gdb connects.
+
+        *again*: also when that was done, for the guest may be another one meanwhile.
+        """
         connection = gdb.selected_inferior().connection
-        if connection is None or connection.num == self._connection:
+        if connection is None or (connection.num == self._connection and not again):
             return
         self._connection = connection.num
         self._settling = True
@@ -424,6 +464,8 @@ def _tell_failures(session: Session) -> None:
             f"kprobe: the handler of {probe.name} failed; it is disabled, its text restored.\n{probe.last_error}",
             gdb.STDERR,
         )
+    while session.notes:
+        gdb.write(f"kprobe: {session.notes.pop(0)}.\n")
     while session.failed_listeners:
         gdb.write(f"kprobe: a listener failed; it is not called again.\n{session.failed_listeners.pop()}", gdb.STDERR)
 
@@ -495,6 +537,11 @@ def before_interrupt() -> None:
 def before_stepi() -> None:
     """For ``hook-stepi``."""
     the_plugin().before_stepi()
+
+
+def after_monitor() -> None:
+    """For ``hookpost-monitor``."""
+    the_plugin().after_monitor()
 
 
 def before_move() -> None:

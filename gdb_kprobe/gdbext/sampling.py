@@ -58,6 +58,7 @@ def read(link: Link, probes: Sequence[Probe]) -> Reading:
             return read_counts(session.region.memory, session.region.header, probes)
     need_live(link, probes)
     try:
+        session.check_live(link.memory)
         return read_counts(session.region.memory, session.region.header, probes)
     except TargetError as error:
         need_live(link, probes)  # it may have been lost just now: this says why

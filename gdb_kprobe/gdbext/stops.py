@@ -13,14 +13,15 @@ from collections.abc import Callable, Generator
 import gdb
 
 HOOKS = {
-    "stop": "on_stop",
-    "detach": "before_detach",
-    "disconnect": "before_detach",
-    "kill": "before_detach",
-    "interrupt": "before_interrupt",
-    "stepi": "before_stepi",
-    "jump": "before_move",
-    "return": "before_move",
+    "hook-stop": "on_stop",
+    "hook-detach": "before_detach",
+    "hook-disconnect": "before_detach",
+    "hook-kill": "before_detach",
+    "hook-interrupt": "before_interrupt",
+    "hook-stepi": "before_stepi",
+    "hook-jump": "before_move",
+    "hook-return": "before_move",
+    "hookpost-monitor": "after_monitor",
 }
 """User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
 
@@ -33,8 +34,8 @@ def install(
     on_exit: Callable[[bool], None],
 ) -> None:
     """Define gdb's hooks (keeping what the user's own do) and connect to its events."""
-    for command, function in HOOKS.items():
-        _define_hook(command, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
+    for hook, function in HOOKS.items():
+        _define_hook(hook, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
     # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
     gdb.events.stop.connect(lambda event: on_stop())
     # gdb 13 makes this event when it calls its threads running, which is before it sends the packet that resumes.
@@ -71,14 +72,14 @@ def _uninterruptible(function: Callable[[bool], None]) -> Callable[[object], obj
     return generator.send
 
 
-def _define_hook(command: str, line: str) -> None:
-    lines = [*_existing_hook(command), line]
+def _define_hook(hook: str, line: str) -> None:
+    lines = [*_existing_hook(hook), line]
     if lines.count(line) == 1:
-        gdb.execute(f"define hook-{command}\n" + "\n".join(lines) + "\nend", to_string=True)
+        gdb.execute(f"define {hook}\n" + "\n".join(lines) + "\nend", to_string=True)
 
 
-def _existing_hook(command: str) -> list[str]:
+def _existing_hook(hook: str) -> list[str]:
     with contextlib.suppress(gdb.error):
-        text = gdb.execute(f"show user hook-{command}", to_string=True) or ""
+        text = gdb.execute(f"show user {hook}", to_string=True) or ""
         return [line.strip() for line in text.splitlines()[1:] if line.strip()]
     return []

@@ -29,6 +29,7 @@ class BareGuest:
     def __init__(self, memory: PageTable, gates: idt.Idt, symbols: Mapping[str, VirtAddr], text: AddressRange) -> None:
         self.memory = memory
         self.bp_entry = gates.breakpoint_handler()
+        self._bp_text = memory.walk(self.bp_entry)
         self.gates = gates.handlers()
         self._symbols = dict(symbols)
         self._text = text
@@ -132,7 +133,7 @@ class BareGuest:
         return ""
 
     def is_same_boot(self, monitor: Monitor) -> bool:
-        return runs_from(monitor, self.memory.memory, self.bp_entry)
+        return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
 
     def refresh(self) -> None:
         self.memory.invalidate()

@@ -132,6 +132,12 @@ class StubDispatcher:
         """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
         self._stopped.clear()
 
+    def forget_all(self) -> None:
+        """The machine is at another moment: nothing that was under way is."""
+        self._faulted.clear()
+        self._stopped.clear()
+        self._writing = self._stepping = None
+
     def forget(self, site: Site) -> None:
         """The int3 of *site* is gone: nobody comes back to it."""
         for table in (self._faulted, self._stopped):

@@ -17,8 +17,8 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
-from gdb_kprobe.linux.paging import PageTable, loaded_table
-from gdb_kprobe.model import AddressRange, CpuId, Refusal, Symbol, VirtAddr
+from gdb_kprobe.linux.paging import PageTable, Translation, loaded_table
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Refusal, Symbol, VirtAddr
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 
@@ -131,12 +131,21 @@ class Guest(Protocol):
         """Forget what may change while the guest runs (page tables, modules)."""
 
 
-def runs_from(monitor: Monitor, memory: PhysicalMemory, bp_entry: VirtAddr) -> bool:
-    """Whether the first vCPU that is in 64-bit mode has *bp_entry* as its #BP handler, by its own CR3 and IDT."""
+def runs_from(monitor: Monitor, memory: PhysicalMemory, bp_entry: VirtAddr, text: Translation | None) -> bool:
+    """Whether the first vCPU that is in 64-bit mode has *bp_entry* as its #BP handler, and there the same *text*.
+
+    By its own CR3 and IDT. Without KASLR the next boot, and a kernel that the guest itself has booted (kexec), have it
+    at the same address; but where a kernel lies elsewhere, the old one's page tables may still be in memory.
+    """
     cpu = next((cpu for cpu in read_registers(monitor) if cpu.is_long_mode), None)
     if cpu is None:
         return False
     try:
-        return find_breakpoint_handler(loaded_table(memory, cpu.cr3, cpu.cr4), cpu) == bp_entry
+        table = loaded_table(memory, cpu.cr3, cpu.cr4)
+        return find_breakpoint_handler(table, cpu) == bp_entry and _phys(table.walk(bp_entry)) == _phys(text)
     except (UnmappedError, GuestStateError):
         return False
+
+
+def _phys(found: Translation | None) -> PhysAddr | None:
+    return None if found is None else found.phys

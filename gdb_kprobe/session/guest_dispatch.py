@@ -100,16 +100,20 @@ class GuestDispatch:
         if addr in self._handlers:
             self._set(addr, self._retired)
 
-    def forget_retired(self) -> None:
-        """Take the retired addresses out of the table, if there are many. No vCPU may be on the #BP path."""
+    def forget_retired(self) -> bool:
+        """Take the retired addresses out of the table, if there are many; whether it did.
+
+        No vCPU may be on the #BP path.
+        """
         kept = {addr: handler for addr, handler in self._handlers.items() if handler != self._retired}
         if 8 * (len(self._handlers) - len(kept)) < 1 << self._bits:
-            return
+            return False
         self._addrs.clear()
         self._handlers.clear()
         self._clear_table()
         for addr, handler in kept.items():
             self._set(addr, handler)
+        return True
 
     # -- private ------------------------------------------------------------------------------------------------
 

@@ -56,8 +56,13 @@ class Leftover:
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
 
+        Not when the guest is another one meanwhile, or somebody else has restored it: then nothing is written.
+
         :raises TargetError: the machine did not do as asked.
         """
+        now = find_leftover(machine)
+        if now is None or now.header != self.header or now.records != self.records:
+            return ("the guest is not what it was (a reset, a snapshot, another gdb); nothing was written",)
         self.memory.invalidate()
         self.bring_out(machine)
         notes = [note for record in self.records if (note := restore_site(self.memory, record))]

@@ -64,6 +64,7 @@ class LinuxGuest:
         self.memory = memory
         self.image = image
         self.bp_entry = gates.breakpoint_handler()
+        self._bp_text = memory.walk(self.bp_entry)
         self.gates = gates.handlers()
         self._core = kallsyms
         self.btf: Btf = read_btf(memory, kallsyms)
@@ -252,7 +253,7 @@ class LinuxGuest:
         return "" if module is None else f"{module.name}@{module.raw.addr:#x}"
 
     def is_same_boot(self, monitor: Monitor) -> bool:
-        return runs_from(monitor, self.memory.memory, self.bp_entry)
+        return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
 
     def refresh(self) -> None:
         self.memory.invalidate()

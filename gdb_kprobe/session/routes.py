@@ -131,16 +131,18 @@ class Routes:
             self._take_hook_out(self.in_guest)
         self.lifted = True
 
-    def lower(self) -> None:
-        """The machine is about to run.
+    def lower(self) -> bool:
+        """The machine is about to run; whether the table was made anew for that.
 
         :raises StaleTextError: the guest's #BP path does not hold what it must.
         """
+        rebuilt = False
         if self.in_guest is not None:
-            self.in_guest.forget_retired()
+            rebuilt = self.in_guest.forget_retired()
             if self._hooked:
                 apply(self._memory, [self.in_guest.hook])
         self.lifted = False
+        return rebuilt
 
     def step_off(self, cpu: CpuId) -> bool:
         """Step *cpu* off the #BP path, if it is there because of us; ``False`` when it came to the gate."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import (
     ConnectionLostError,
-    GuestResetError,
     GuestStateError,
     KprobeError,
     RefusedError,
@@ -30,6 +29,7 @@ from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Record
 from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.leave import step_out
+from gdb_kprobe.session.moment import Memory, Moment, check_live, was_loaded, was_reset
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.programs import Programs
@@ -84,6 +84,8 @@ class Session:
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
         self.failed_listeners: list[str] = []
         """What listeners raised that were dropped for it."""
+        self.notes: list[str] = []
+        """What else the user is to be told."""
         self._breakpoints = breakpoints
         self._sites: dict[VirtAddr, Site] = {}
         self._text = TextMap()
@@ -104,6 +106,8 @@ class Session:
             self._listeners,
         )
         self._definitions = Definitions(region.memory, region.header)
+        self._moment = Moment(region.memory, region.header.phys, lambda: self._routes.lifted)
+        self._moment.change()
         self._borrows = Borrows(guest)
         self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, self._listeners, jumps)
         self._ways: dict[CpuId, Slot] = {}
@@ -138,7 +142,8 @@ class Session:
         :raises KprobeError: its name is taken, or the guest does not hold what it should; nothing was changed.
         """
         self._look()
-        self._add(probe)
+        with self._moment.act():
+            self._add(probe)
         return probe
 
     def add_many(
@@ -175,9 +180,10 @@ class Session:
         site = self._site_of(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
-            if probe.counter is not None:
-                probe.counter.enable(enabled)
-            self._match_text(site)
+            with self._moment.act():
+                if probe.counter is not None:
+                    probe.counter.enable(enabled)
+                self._match_text(site)
         except BaseException:
             probe.enabled = before
             raise
@@ -186,6 +192,7 @@ class Session:
         """Enable or disable *probe* while the machine runs: one store. The text stays as it is until it stops.
 
         :raises GuestStateError: that needs more than a store, or the machine's memory cannot be reached.
+        :raises GuestResetError: that memory is not what it was.
         """
         site = self.site_of(probe)
         handlers = () if site is None or not site.armed else site.handlers
@@ -195,13 +202,16 @@ class Session:
                 f"{probe.name} has no handler in the guest now, and text is changed only while the guest is stopped",
                 "stop it first (Ctrl-C, or 'interrupt')",
             )
+        self.check_live(memory)
+        self._moment.change_live(memory)
         counter.enable(enabled, memory)
         probe.enabled = enabled
 
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
         self._look()
-        self._delete(probe)
+        with self._moment.act():
+            self._delete(probe)
 
     def delete_many(self, probes: Iterable[Probe]) -> None:
         """Take *probes* away."""
@@ -209,6 +219,13 @@ class Session:
         with self._batch():
             for probe in probes:
                 self._delete(probe)
+
+    def check_live(self, memory: LiveMemory) -> None:
+        """Before the region is read or written while the machine runs: is it still this session's?
+
+        :raises GuestResetError: it is not, as far as *memory* can tell.
+        """
+        check_live(self.region, self._moment, memory)
 
     @property
     def text(self) -> TextMap:
@@ -228,8 +245,10 @@ class Session:
 
     def listen(self, listener: Callable[[Hit], None]) -> None:
         """Have *listener* told of every hit, which the host handles then. One that raises is dropped."""
+        self._check_memory()
         self._listeners.append(listener)
-        self._serve_all()
+        with self._moment.act():
+            self._serve_all()
 
     def unlisten(self, listener: Callable[[Hit], None]) -> None:
         """Do not tell *listener* any more; also while the machine runs. Nothing happens when it was dropped."""
@@ -260,7 +279,12 @@ class Session:
 
         Other vCPUs may stand there too: they are not looked at. The stub's breakpoint is still there when the
         machine is resumed, and stops each of them in its turn.
+
+        :raises GuestResetError: the guest's memory is not what it was. Nothing was done.
         """
+        self._check_memory()
+        if self._routes.lifted:
+            return True  # the guest's own text was loaded: no probe is armed until the user resumes
         outcome = self._dispatcher.dispatch(cpu)
         self._drop_failed()
         return outcome is Outcome.STOP
@@ -274,10 +298,7 @@ class Session:
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
         self._look()
-        for cpu in self.machine.cpus():
-            self._routes.step_off(cpu)
-            self._dispatcher.dispatch(cpu)
-            step_out(self.machine, cpu, self.region.header.code)
+        self._settle_all()
         self._drop_failed()
 
     def lift(self) -> None:
@@ -285,13 +306,11 @@ class Session:
 
         So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
         step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
+
+        :raises GuestResetError: the guest's memory is not what it was. Nothing was written.
         """
-        if not self._routes.lifted:
-            with self.region.memory.batch():
-                for site in self.armed_sites():
-                    if self._holds_ours(site):
-                        apply(self.guest.memory, [site.plan.patch.inverse])
-            self._routes.lift()
+        self._check_memory()
+        self._lift()
 
     def lower(self) -> tuple[str, ...]:
         """Patch the text of all armed sites, before the machine runs; returns what could not be, and why.
@@ -301,18 +320,22 @@ class Session:
         if not self._routes.lifted:
             return ()
         self._check_boot()
-        self._serve_all()
-        problems = self._match_jumps()
-        self._routes.lower()
-        with self.region.memory.batch():
-            for site in self.armed_sites():
-                try:
-                    apply(self.guest.memory, [site.plan.patch])
-                except ConnectionLostError:
-                    raise
-                except KprobeError as error:
-                    self._mark_disarmed(site)
-                    problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
+        with self._moment.act(changes=False):
+            before = self._shape()
+            self._serve_all()
+            problems = self._match_jumps()
+            rebuilt = self._routes.lower()
+            with self.region.memory.batch():
+                for site in self.armed_sites():
+                    try:
+                        apply(self.guest.memory, [site.plan.patch])
+                    except ConnectionLostError:
+                        raise
+                    except KprobeError as error:
+                        self._mark_disarmed(site)
+                        problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
+            if rebuilt or self._shape() != before:
+                self._moment.change()
         return tuple(problems)
 
     def moved(self) -> None:
@@ -322,13 +345,33 @@ class Session:
     def detach(self) -> Detached:
         """Undo everything: text, records, mapping. What cannot be undone is left alone and named."""
         self._look()
+        with self._moment.act():
+            return self._detach()
+
+    def original_of(self, addr: int) -> VirtAddr | None:
+        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
+        if addr not in self.region.header.code:
+            return None
+        for site in self._sites.values():
+            insn = site.plan.insn
+            if addr in site.plan.slot.range:
+                at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
+                return insn.addr if at_it else insn.end
+            if site.service is not None and addr in site.service.handler.range:
+                return insn.addr
+        return None
+
+    def armed_sites(self) -> tuple[Site, ...]:
+        return tuple(site for site in self._sites.values() if site.armed)
+
+    def _detach(self) -> Detached:
         problems: list[str] = []
         self._dispatcher.complete()
         self._bring_out()
         was_lifted = self._routes.lifted
         # All text first, and only then what tells of it.
         try:
-            self.lift()
+            self._lift()
         except ConnectionLostError:
             raise
         except KprobeError:
@@ -365,22 +408,6 @@ class Session:
             problems.append(f"the region stays mapped: {error.message}")
         return Detached(restored, unmapped, tuple(problems), notes=notes)
 
-    def original_of(self, addr: int) -> VirtAddr | None:
-        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
-        if addr not in self.region.header.code:
-            return None
-        for site in self._sites.values():
-            insn = site.plan.insn
-            if addr in site.plan.slot.range:
-                at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
-                return insn.addr if at_it else insn.end
-            if site.service is not None and addr in site.service.handler.range:
-                return insn.addr
-        return None
-
-    def armed_sites(self) -> tuple[Site, ...]:
-        return tuple(site for site in self._sites.values() if site.armed)
-
     # -- private: the guest as it is now ------------------------------------------------------------------------
 
     def _look(self) -> None:
@@ -395,14 +422,41 @@ class Session:
         self._borrows.retry()
         for site in tuple(self._sites.values()):
             if self._is_gone(site):
-                self._forget(site)
+                with self._moment.act():
+                    self._forget(site)
 
     def _check_boot(self) -> None:
-        if not self.guest.is_same_boot(self.machine) or not self.region.is_mapped():
-            raise GuestResetError(
-                "the guest was reset (or another one loaded) since the attach; its probes are gone with its text",
-                "'kprobe attach' again; the definitions are kept, and armed anew",
-            )
+        """:raises GuestResetError: the machine does not run what was attached to."""
+        if not self.guest.is_same_boot(self.machine):
+            raise was_reset()
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """The part of :meth:`_check_boot` that costs next to nothing, and needs no vCPU.
+
+        :raises GuestResetError: the guest's memory is not of this session, as it is.
+        """
+        if not self.region.is_mapped():
+            raise was_reset()
+        found = self._moment.look()
+        if found is Memory.OTHER:
+            raise was_loaded()
+        if found is not Memory.NOW:
+            self._go_on(lifted=found is Memory.LIFTED)
+
+    def _go_on(self, *, lifted: bool) -> None:
+        """A snapshot of this session was loaded, with the sites that it has now: go on from there."""
+        for_user, self._routes.lifted = self._routes.lifted, lifted
+        self._moment.go_on()
+        self.notes.append(
+            "a snapshot was loaded that has the probes of this session: they go on, with the counts of the snapshot"
+        )
+        self.guest.refresh()
+        self._jumps.forget()
+        self._dispatcher.forget_all()
+        if for_user and not lifted:
+            self._settle_all()
+            self._lift()
 
     def _is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
@@ -431,12 +485,17 @@ class Session:
 
     # -- private: sites -----------------------------------------------------------------------------------------
 
-    def _batch(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _batch(self) -> Iterator[None]:
         """Around changes to many sites.
 
         While the machine is stopped for the user the text is not ours, and nothing else that is written is in use.
         """
-        return self.region.memory.batch() if self._routes.lifted else contextlib.nullcontext()
+        with contextlib.ExitStack() as around:
+            around.enter_context(self._moment.act())
+            if self._routes.lifted:
+                around.enter_context(self.region.memory.batch())
+            yield
 
     def _add(self, probe: Probe) -> None:
         place = self._resolve(probe.spec.location)
@@ -744,6 +803,25 @@ class Session:
             if not site.is_jump:
                 self._routes.serve(site)
 
+    def _shape(self) -> list[object]:
+        """What is armed, and how: equal before and after what has changed nothing."""
+        return [(site.addr, site.armed, site.plan, site.service) for site in self._sites.values()]
+
+    def _settle_all(self) -> None:
+        for cpu in self.machine.cpus():
+            self._routes.step_off(cpu)
+            self._dispatcher.dispatch(cpu)
+            step_out(self.machine, cpu, self.region.header.code)
+
+    def _lift(self) -> None:
+        if not self._routes.lifted:
+            with self._moment.act(changes=False):
+                with self.region.memory.batch():
+                    for site in self.armed_sites():
+                        if self._holds_ours(site):
+                            apply(self.guest.memory, [site.plan.patch.inverse])
+                self._routes.lift()
+
     def _bring_out(self) -> None:
         """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
         for cpu in self.machine.cpus():
@@ -765,6 +843,8 @@ class Session:
         if not self.region.slots.quarantined:
             # Whoever adds to one does it in a slot.
             released |= self.region.counters.release() > 0
+        if released:
+            self._moment.change()
         return released
 
     def _way_to(self, cpu: CpuId, addr: VirtAddr) -> VirtAddr:
@@ -789,6 +869,7 @@ class Session:
         if not self.is_quiet:
             return False
         self.region.unmap(self.machine)
+        self._moment.end()
         return True
 
     def _drop_failed(self) -> None:
@@ -801,7 +882,8 @@ class Session:
                 if probe.counter is not None:
                     probe.counter.enable(False)
                 if any(probe is other for other in self.probes):  # it may have deleted itself before it raised
-                    self._match_text(self._site_of(probe))
+                    with self._moment.act():
+                        self._match_text(self._site_of(probe))
 
     def _tell(self, hit: Hit) -> None:
         """Tell every listener. One that raises is not told again; a hit must not fail for it."""

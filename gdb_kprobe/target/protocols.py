@@ -73,6 +73,9 @@ class Memory(Protocol):
 class LiveMemory(Protocol):
     """Guest memory by physical address while the machine runs."""
 
+    def is_live(self, addr: PhysAddr, size: int) -> bool:
+        """Whether these bytes can be read and written then."""
+
     def write_live(self, addr: PhysAddr, data: bytes) -> None:
         """Write data, which is never executed.
 

@@ -125,19 +125,23 @@ class RamView:
     def __init__(self, stub: PhysicalMemory, shared: SharedRam | None) -> None:
         self._stub = stub
         self._shared = shared
-        self._process: ProcessMemory | None = None
+        self._process: tuple[ProcessMemory, ...] = ()
         self._batch: _Batch | None = None
         self.not_live = "QEMU does not share its memory"
         """Why what is not live is not; for the user."""
 
     def use_process(self, process: ProcessMemory) -> None:
-        """Read what *process* covers from it. When it has ended, the stub is asked again."""
-        self._process = process
+        """Read what *process* covers from it, too. When it has ended, the stub is asked again."""
+        self._process += (process,)
 
     def live(self, addr: PhysAddr, size: int) -> SharedRam | ProcessMemory | None:
         """Where these bytes can be read from while the machine runs; ``None``: only through the stub, when stopped."""
-        ways = (self._shared, self._process)
+        ways = (self._shared, *self._process)
         return next((way for way in ways if way is not None and way.covers(addr, size)), None)
+
+    def is_live(self, addr: PhysAddr, size: int) -> bool:
+        """Whether these bytes can be read and written while the machine runs."""
+        return self.live(addr, size) is not None
 
     def write_live(self, addr: PhysAddr, data: bytes) -> None:
         """Write data while the machine runs: never what is executed.
@@ -154,9 +158,9 @@ class RamView:
 
     def close(self) -> None:
         """Give the process's memory back; then the stub is asked."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        for process in self._process:
+            process.close()
+        self._process = ()
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         return self._read(addr, size) if self._batch is None else self._batch.read(addr, size)
@@ -187,7 +191,7 @@ class RamView:
         try:
             return way.read_physical(addr, size)
         except TargetError as error:
-            if way is not self._process:
+            if way not in self._process:
                 raise
             self.not_live = error.message
             self.close()

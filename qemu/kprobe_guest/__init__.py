@@ -1,6 +1,7 @@
 """Guests to try kprobes on: built from Debian's packages, run by QEMU, driven from Python."""
 
 from kprobe_guest.errors import BuildError, GuestError, GuestFailedError, GuestTimeoutError, LaunchError
+from kprobe_guest.snapshots import Snapshots
 from kprobe_guest.spec import GuestSpec
 from kprobe_guest.vm import GuestVm
 
@@ -12,4 +13,5 @@ __all__ = [
     "GuestTimeoutError",
     "GuestVm",
     "LaunchError",
+    "Snapshots",
 ]

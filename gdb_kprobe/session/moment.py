@@ -1,0 +1,176 @@
+"""Which moment of which session the guest's memory is of: a mark in the region that is never the same twice.
+
+A snapshot of a machine brings all its memory back as it was: other sites may be armed in it than the session knows of,
+with other code in their slots. Nothing in the machine tells that one was loaded. So every act of a session leaves a new
+random mark in the region's first page, and a session that finds another one there than it has written last writes
+nothing.
+
+But a snapshot of this session, with the same sites as now, is one that it can go on from. What may differ then is the
+text: at the user's prompt it is lifted (:meth:`gdb_kprobe.session.session.Session.lift`), else not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from typing import Final
+
+from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, TargetError
+from gdb_kprobe.model import PAGE_SIZE, PhysAddr, offset
+from gdb_kprobe.session.region import Region
+from gdb_kprobe.target.protocols import LiveMemory, PhysicalMemory
+
+MARK_SIZE: Final = 16
+MARK_OFFSET: Final = PAGE_SIZE - MARK_SIZE
+"""Where the mark is in the region: at the end of the header's page."""
+
+_KEPT = 4096
+"""Moments of the same sites that are remembered."""
+
+
+class Memory(Enum):
+    """What guest memory is of."""
+
+    NOW = auto()
+    """This session's last act."""
+    LIFTED = auto()
+    """An earlier moment of the same sites, with the guest's own text."""
+    LOWERED = auto()
+    """An earlier moment of the same sites, armed."""
+    OTHER = auto()
+    """Sites that this session has not, or no session's."""
+
+
+class Moment:
+    """The mark of the region at physical *start*, in *memory*; *is_lifted* says how the text is."""
+
+    def __init__(self, memory: PhysicalMemory, start: PhysAddr, is_lifted: Callable[[], bool]) -> None:
+        self._memory = memory
+        self._addr = offset(start, MARK_OFFSET)
+        self._is_lifted = is_lifted
+        self._mark = b""
+        # The mark before, while memory may hold either: the connection can be lost at any packet.
+        self._before = b""
+        self._same: dict[bytes, bool] = {}
+        self._depth = 0
+        self._changed = False
+        self._over = False
+        self._lost = False
+
+    @contextlib.contextmanager
+    def act(self, *, changes: bool = True) -> Iterator[None]:
+        """Around all that writes to the region or to text. *changes*: no earlier snapshot is of the same sites then.
+
+        What is in between has a mark of its own, which is never gone on from.
+
+        :raises GuestResetError: another error came because a snapshot was loaded right in the middle.
+        """
+        if not self._depth:
+            self._write()
+        self._depth += 1
+        self._changed |= changes
+        try:
+            yield
+        except KprobeError as error:
+            if not isinstance(error, ConnectionLostError) and self._is_lost():
+                raise was_loaded() from error
+            raise
+        finally:
+            self._depth -= 1
+            if not self._depth and not self._over and not self._is_lost():
+                self._close()
+
+    def change(self) -> None:
+        """The sites are not the same any more."""
+        with self.act():
+            pass
+
+    def go_on(self) -> None:
+        """Memory is of an earlier moment of the same sites, and that is now."""
+        with self.act(changes=False):
+            pass
+
+    def change_live(self, memory: LiveMemory) -> None:
+        """The same while the machine runs.
+
+        :raises GuestStateError: its memory cannot be reached then.
+        """
+        self._same.clear()
+        mark = secrets.token_bytes(MARK_SIZE)
+        memory.write_live(self._addr, mark)
+        self._mark = mark
+
+    def end(self) -> None:
+        """The region is nobody's any more: write nothing there."""
+        self._over = True
+
+    def look(self) -> Memory:
+        """Compare the mark in memory with the last one.
+
+        :raises TargetError: memory cannot be read.
+        """
+        if self._lost:
+            return Memory.OTHER
+        found = self._memory.read_physical(self._addr, MARK_SIZE)
+        if found == self._mark or (self._before and found == self._before):
+            return Memory.NOW
+        lifted = self._same.get(found)
+        if lifted is None:
+            return Memory.OTHER
+        return Memory.LIFTED if lifted else Memory.LOWERED
+
+    def _is_lost(self) -> bool:
+        """Whether the memory was exchanged in the middle of an act: then some of it was written to what came."""
+        with contextlib.suppress(TargetError):  # nobody answers: whoever looks next will see
+            self._lost |= self._memory.read_physical(self._addr, MARK_SIZE) not in (self._mark, self._before)
+        return self._lost
+
+    def _close(self) -> None:
+        if self._changed:
+            self._same.clear()
+            self._changed = False
+        self._write()
+        self._same[self._mark] = self._is_lifted()
+        if len(self._same) > _KEPT:
+            del self._same[next(iter(self._same))]
+
+    def _write(self) -> None:
+        self._before, self._mark = self._mark, secrets.token_bytes(MARK_SIZE)
+        self._memory.write_physical(self._addr, self._mark)
+        self._before = b""
+
+
+_AGAIN = "'kprobe attach' again; the definitions are kept, and armed anew"
+
+
+def was_reset() -> GuestResetError:
+    """For a machine that has another boot's memory, or this one's from before the attach."""
+    return GuestResetError(
+        "the guest was reset (or another one loaded) since the attach; its probes are gone with its text", _AGAIN
+    )
+
+
+def was_loaded() -> GuestResetError:
+    """For a region that holds another moment than the session's last one."""
+    return GuestResetError(
+        "the guest's memory is not as this session left it: a snapshot with other probes was loaded, or another gdb "
+        "uses the same region; nothing is written",
+        "'kprobe attach' again restores what the snapshot has armed, and arms your definitions anew; 'kprobe adopt' "
+        "goes on with the snapshot's probes and their counts",
+    )
+
+
+def check_live(region: Region, moment: Moment, memory: LiveMemory) -> None:
+    """Before *region* is read or written while the machine runs: is it still the session's of *moment*?
+
+    A reset leaves the region's own bytes as they were. So the page-table entries that map it are looked at too, where
+    *memory* has them.
+
+    :raises GuestResetError: it is not.
+    """
+    if all(memory.is_live(link.addr, 8) for link in region.links) and not region.is_mapped():
+        raise was_reset()
+    if moment.look() is Memory.OTHER:
+        raise was_loaded()
