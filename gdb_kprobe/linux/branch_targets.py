@@ -158,6 +158,45 @@ def _reference(encoding: Encoding) -> _Reference | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one run of text refers to; *window* is where it is."""
+
+    window: AddressRange
+    targets: frozenset[int]
+    taken: frozenset[int]
+    indirect: frozenset[int]
+
+
+def scan_text(start: VirtAddr, code: bytes, starts: Sequence[int], thunks: AddressRange | None = None) -> Scan:
+    """Scan *code*, a run of live text at *start*.
+
+    :param starts: sorted addresses of all symbols; decoding begins anew at each.
+    :param thunks: the kernel's ``__x86_indirect_thunk_*``: a jump there is an indirect one.
+    """
+    scanner = _Scanner(thunks)
+    end = start + len(code)
+    at: int = start
+    for cut in chain(starts[bisect_left(starts, start + 1) : bisect_left(starts, end)], (end,)):
+        scanner.scan(at, code[at - start : cut - start])
+        at = cut
+    window = AddressRange(start, VirtAddr(end))
+    return Scan(window, frozenset(scanner.targets), frozenset(scanner.taken), frozenset(scanner.indirect))
+
+
+def combine(scans: Iterable[Scan], tables: TextTables, *, jump_tables: bool = True) -> CodeReferences:
+    """What *scans* of all live text, and the guest's *tables*, refer to.
+
+    :param jump_tables: the kernel may have been compiled with jump tables.
+    """
+    known = list(scans)
+    found = set().union(*(scan.taken for scan in known))
+    taken = {addr for addr in found if any(addr in scan.window for scan in known)}
+    targets = taken.union(*(scan.targets for scan in known), tables.ex_fixups, tables.jump_targets, tables.jump_labels)
+    indirect = set().union(*(scan.indirect for scan in known))
+    return CodeReferences(SortedAddresses(targets), SortedAddresses(taken), SortedAddresses(indirect), jump_tables)
+
+
 def find_references(
     windows: Iterable[tuple[VirtAddr, bytes]],
     starts: Sequence[int],
@@ -166,22 +205,5 @@ def find_references(
     thunks: AddressRange | None = None,
     jump_tables: bool = True,
 ) -> CodeReferences:
-    """Scan all of *windows*, runs of live text with their addresses.
-
-    :param starts: sorted addresses of all symbols; decoding begins anew at each.
-    :param thunks: the kernel's ``__x86_indirect_thunk_*``: a jump there is an indirect one.
-    :param jump_tables: the kernel may have been compiled with jump tables.
-    """
-    scanner = _Scanner(thunks)
-    runs = list(windows)
-    for start, code in runs:
-        end = start + len(code)
-        at: int = start
-        for cut in chain(starts[bisect_left(starts, start + 1) : bisect_left(starts, end)], (end,)):
-            scanner.scan(at, code[at - start : cut - start])
-            at = cut
-    taken = {addr for addr in scanner.taken if any(start <= addr < start + len(code) for start, code in runs)}
-    targets = scanner.targets.union(taken, tables.ex_fixups, tables.jump_targets, tables.jump_labels)
-    return CodeReferences(
-        SortedAddresses(targets), SortedAddresses(taken), SortedAddresses(scanner.indirect), jump_tables
-    )
+    """Scan all of *windows*, runs of live text with their addresses; see :func:`scan_text` and :func:`combine`."""
+    return combine([scan_text(*window, starts, thunks) for window in windows], tables, jump_tables=jump_tables)

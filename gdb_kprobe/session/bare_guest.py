@@ -132,6 +132,9 @@ class BareGuest:
     def owner_of(self, addr: VirtAddr) -> str:
         return ""
 
+    def loaded_modules(self) -> Mapping[str, str]:
+        return {}
+
     def is_same_boot(self, monitor: Monitor) -> bool:
         return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
 

@@ -124,6 +124,9 @@ class Guest(Protocol):
     def owner_of(self, addr: VirtAddr) -> str:
         """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
 
+    def loaded_modules(self) -> Mapping[str, str]:
+        """The modules that there are, by name: what tells this load of one from another (:meth:`owner_of`)."""
+
     def is_same_boot(self, monitor: Monitor) -> bool:
         """Whether the machine still runs the boot that this was made from. Asks the vCPUs, trusts nothing known."""
 

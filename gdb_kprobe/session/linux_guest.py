@@ -13,7 +13,7 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import CodeReferences, Scan
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import E820Table, read_e820
 from gdb_kprobe.linux.ftrace import (
@@ -44,7 +44,7 @@ from gdb_kprobe.linux.tasks import (
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
-from gdb_kprobe.session.pieces import Snapshot, piece_at, read_references, take_snapshot
+from gdb_kprobe.session.pieces import Snapshot, combine_scans, piece_at, scan, take_snapshot
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
@@ -173,12 +173,20 @@ class LinuxGuest:
 
     def references(self, text: TextMap) -> CodeReferences:
         if self._references is None:
-            self._references = read_references(self.snapshot(text))
+            core, *modules = self._facts.text
+            if self._core_scans is None:
+                self._core_scans = scan(self._snapshot((core,), text))
+            self._references = combine_scans(
+                self._facts, [*self._core_scans, *scan(self._snapshot(tuple(modules), text))]
+            )
         return self._references
 
     def snapshot(self, text: TextMap) -> Snapshot:
         """All live text as it is now; *text* knows what of it is ours."""
-        return take_snapshot(self.memory, self._facts, self.own_kprobes(), text)
+        return self._snapshot(self._facts.text, text)
+
+    def _snapshot(self, windows: tuple[AddressRange, ...], text: TextMap) -> Snapshot:
+        return take_snapshot(self.memory, replace(self._facts, text=windows), self.own_kprobes(), text)
 
     def ftrace_sites(self, text: AddressRange) -> list[FtraceSite]:
         if self._ftrace_read is None:
@@ -250,7 +258,10 @@ class LinuxGuest:
 
     def owner_of(self, addr: VirtAddr) -> str:
         module = module_at(self._modules, addr)
-        return "" if module is None else f"{module.name}@{module.raw.addr:#x}"
+        return "" if module is None else _load_of(module)
+
+    def loaded_modules(self) -> Mapping[str, str]:
+        return {module.name: _load_of(module) for module in self._modules}
 
     def is_same_boot(self, monitor: Monitor) -> bool:
         return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
@@ -280,6 +291,8 @@ class LinuxGuest:
 
     _facts_read: TextFacts | None = None
     _references: CodeReferences | None = None
+    _core_scans: list[Scan] | None = None
+    """Of the core kernel's text, which stays, and takes by far the longest."""
     _ftrace_read: FtraceRecords | None = None
     _kprobes_read: Mapping[VirtAddr, bytes] | None = None
 
@@ -322,6 +335,10 @@ class LinuxGuest:
         """Names like *name*; only among those that share its beginning, for there are 100,000."""
         near = self.kallsyms.complete(name[: max(3, len(name) // 2)])
         return difflib.get_close_matches(name, near[:5000], n=_CLOSE_NAMES)
+
+
+def _load_of(module: Module) -> str:
+    return f"{module.name}@{module.raw.addr:#x}"
 
 
 def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:

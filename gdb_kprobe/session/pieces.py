@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
-from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
+from gdb_kprobe.linux.branch_targets import CodeReferences, Scan, combine, scan_text
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
@@ -87,10 +87,18 @@ def piece_at(facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], addr: VirtAddr
 
 def read_references(snapshot: Snapshot) -> CodeReferences:
     """What goes where in all of the text. Takes seconds."""
-    thunks = thunks_of(snapshot.facts.kallsyms)
-    return find_references(
-        snapshot.windows, snapshot.symbols, snapshot.facts.tables, thunks=thunks, jump_tables=thunks is None
-    )
+    return combine_scans(snapshot.facts, scan(snapshot))
+
+
+def scan(snapshot: Snapshot) -> list[Scan]:
+    """What the text refers to, each run by itself. Of all text it takes seconds."""
+    symbols, thunks = snapshot.symbols, thunks_of(snapshot.facts.kallsyms)
+    return [scan_text(start, code, symbols, thunks) for start, code in snapshot.windows]
+
+
+def combine_scans(facts: TextFacts, scans: Iterable[Scan]) -> CodeReferences:
+    """The same of all of *scans*, and of the tables of *facts*."""
+    return combine(scans, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
 
 
 def thunks_of(kallsyms: Kallsyms) -> AddressRange | None:

@@ -21,7 +21,7 @@ class State(StrEnum):
     """Where a probe is in its life."""
 
     PENDING = "pending"
-    """Defined before there was a guest to arm it in."""
+    """Defined before there was a guest, or a module, to arm it in."""
     ARMED = "armed"
     DISABLED = "disabled"
     GONE = "gone"
@@ -48,6 +48,8 @@ class Probe:
     """Where it is; ``None`` while it is only noted."""
     gone: bool = False
     """The module it was in was unloaded."""
+    hidden: bool = False
+    """It is the session's own, and nobody else knows of it."""
     last_error: str = ""
 
     @property

@@ -29,6 +29,7 @@ from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.header import Record
 from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.leave import step_out
+from gdb_kprobe.session.module_watch import Acts, ModuleWatch, module_of
 from gdb_kprobe.session.moment import Memory, Moment, check_live, was_loaded, was_reset
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
@@ -110,6 +111,8 @@ class Session:
         self._moment.change()
         self._borrows = Borrows(guest)
         self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, self._listeners, jumps)
+        acts = Acts(self._attach_to_site, self._detach_from_site, self._forget, self._moment.act)
+        self.modules = ModuleWatch(guest, self._sites, acts, self.notes)
         self._ways: dict[CpuId, Slot] = {}
         self._dispatcher = StubDispatcher(
             machine, guest, self._sites, self._tell, self._way_to, self._routes.gate, interruptible
@@ -177,6 +180,9 @@ class Session:
     def set_enabled(self, probe: Probe, enabled: bool) -> None:
         """Enable or disable *probe*. A site whose last probe is disabled gets its original text back."""
         self._look()
+        if probe in self.modules.waiting:
+            probe.enabled = enabled
+            return
         site = self._site_of(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
@@ -233,7 +239,7 @@ class Session:
         return self._text
 
     def site_of(self, probe: Probe) -> Site | None:
-        """The site of *probe*; ``None`` when it has none (yet, or any more)."""
+        """The site of *probe*; ``None`` when it has none (yet, any more, or for now)."""
         return None if probe.place is None or probe.gone else self._sites[probe.place.addr]
 
     def state_of(self, probe: Probe) -> State:
@@ -322,6 +328,7 @@ class Session:
         self._check_boot()
         with self._moment.act(changes=False):
             before = self._shape()
+            self.modules.update()
             self._serve_all()
             problems = self._match_jumps()
             rebuilt = self._routes.lower()
@@ -424,6 +431,7 @@ class Session:
             if self._is_gone(site):
                 with self._moment.act():
                     self._forget(site)
+        self.modules.look()
 
     def _check_boot(self) -> None:
         """:raises GuestResetError: the machine does not run what was attached to."""
@@ -480,6 +488,8 @@ class Session:
             probe.gone = True
             self._definitions.remove(probe)
             self._routes.free_counter(probe)
+            if module_of(probe):
+                self.modules.wait(probe)
         self._free_slots(site)
         self._routes.tidy()
 
@@ -498,7 +508,14 @@ class Session:
             yield
 
     def _add(self, probe: Probe) -> None:
-        place = self._resolve(probe.spec.location)
+        try:
+            place = self._resolve(probe.spec.location)
+        except RefusedError as error:
+            if not self.modules.may_come(probe, error):
+                raise
+            self.probes.add(probe)
+            self.modules.wait(probe)
+            return
         self.probes.add(probe)
         try:
             self._attach_to_site(probe, place)
@@ -517,9 +534,15 @@ class Session:
         return place
 
     def _delete(self, probe: Probe) -> None:
-        if probe.gone:
+        if probe.gone or probe in self.modules.waiting:
             self.probes.remove(probe)
+            with contextlib.suppress(ValueError):
+                self.modules.waiting.remove(probe)
             return
+        self._detach_from_site(probe)
+        self.probes.remove(probe)
+
+    def _detach_from_site(self, probe: Probe) -> None:
         site = self._site_of(probe)
         at = site.probes.index(probe)
         site.probes.remove(probe)
@@ -528,7 +551,6 @@ class Session:
         except BaseException:
             site.probes.insert(at, probe)
             raise
-        self.probes.remove(probe)
         self._definitions.remove(probe)
         self._routes.free_counter(probe)
         self._drop_unused(site)
@@ -544,7 +566,8 @@ class Session:
         probe.place = place
         try:
             self._allocate_counter(probe)
-            self._definitions.add(probe)
+            if not probe.hidden:
+                self._definitions.add(probe)
             if site is None:
                 wish = self._jumps.wish(place.addr, [probe])
                 plan = self._make_plan(place, probe.post is not None, strategy, wish)
@@ -697,7 +720,7 @@ class Session:
         if site is None:
             raise KprobeError(
                 f"{probe.name} is gone: the module of {probe.place} was unloaded",
-                f"'kprobe delete {probe.name}', and add it again when the module is back",
+                f"it is armed again when the module is back; 'kprobe delete {probe.name}' forgets it",
             )
         return site
 

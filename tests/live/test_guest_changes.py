@@ -15,7 +15,6 @@ from kprobe_guest import GuestSpec
 pytestmark = pytest.mark.live
 
 GETPRIORITY = 140
-IOCTL = 16
 CALLS = 23
 
 
@@ -55,31 +54,6 @@ def test_a_reset_in_the_firmware_writes_nothing(unchecked: Callable[[GuestSpec],
             gdb.console("kprobe p:other __x64_sys_getpriority+5")
         assert gdb.command("-kprobe-list")["probes"][0]["state"] == "pending"
     guest.guest.wait_ready()
-
-
-def test_a_module_goes_and_comes_back(unchecked: Callable[[GuestSpec], Any]) -> None:
-    guest = unchecked(GuestSpec())
-    module = guest.guest.check_output("find /modules -name 'loop.ko*'").strip()
-    with guest.gdb() as gdb:
-        guest.add(gdb, "p:ctl loop:loop_control_ioctl")
-        gdb.cont()
-        guest.guest.run(f"workload syscall {IOCTL} {CALLS} 3 0x1234 0 3</dev/loop-control")
-        assert guest.guest.run("rmmod loop")[0] == 0
-        gdb.interrupt()
-        assert gdb.command("-kprobe-list")["probes"][0]["state"] == "gone"
-        with pytest.raises(GdbCommandError, match="ctl is gone: the module of loop_control_ioctl"):
-            gdb.console("kprobe disable ctl")
-        gdb.cont()
-        assert guest.guest.run(f"insmod {module}")[0] == 0
-        gdb.interrupt()
-        guest.add(gdb, "p:again loop:loop_control_ioctl")
-        gdb.cont()
-        guest.guest.run(f"workload syscall {IOCTL} {CALLS} 3 0x1234 0 3</dev/loop-control")
-        gdb.interrupt()
-        assert guest.hits(gdb) == {"ctl": CALLS, "again": CALLS}
-        gdb.console("kprobe delete all")
-        gdb.console("kprobe detach")
-    assert guest.guest.dmesg_problems() == []
 
 
 @pytest.mark.parametrize("strategy", ["boosted", "single-step"])

@@ -26,7 +26,8 @@ class Add(Command):
 
     Registers have the kernel's names (%di, %si, %ax, %ip, %flags, %sp, %r8 ...), types are u8-u64, s8-s64, x8-x64.
     A condition is a C expression over registers and the probe's arguments.
-    Before 'kprobe attach' the probe is only noted; it is armed when the guest is there.
+    Before 'kprobe attach' the probe is only noted; it is armed when the guest is there. One on MODULE:SYMBOL waits
+    for its module, and is armed when it is loaded, before its init runs.
 
     kprobe add [MODULE:]GLOB
     kprobe add --all-functions
@@ -69,7 +70,9 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
         write(f"{probe.name}: noted; it is armed by 'kprobe attach'.")
         return
     site = link.session.site_of(probe)
-    assert site is not None
+    if site is None:
+        write(f"{probe.name}: module {probe.spec.location.module} is not loaded; it is armed when it comes.")
+        return
     state = f"armed, {site.plan.rung}" if probe.enabled else "disabled"
     write(f"{probe.name}: {probe.place} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
 

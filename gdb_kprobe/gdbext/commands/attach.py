@@ -13,6 +13,7 @@ from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
+from gdb_kprobe.session.module_watch import module_of
 from gdb_kprobe.session.probes import Probe
 
 
@@ -49,7 +50,8 @@ class Attach(Command):
         write(f"Hits are dispatched {'inside the guest' if session.dispatches_in_guest else 'by the stub'}.")
         write(f"Region: {region.size >> 20} MiB at {region.virt:#x} (physical {region.phys:#x}).")
         for probe in session.probes:
-            write(f"{probe.name}: {probe.place} armed.")
+            state = f"{probe.place} armed" if probe.place is not None else f"waits for module {module_of(probe)}"
+            write(f"{probe.name}: {state}.")
         for probe, reason in refused:
             write(f"{probe.name}: not armed, still noted: {reason}")
         if profile.kernel.vmlinux is not None:

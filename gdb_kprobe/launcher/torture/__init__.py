@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from gdb_kprobe.launcher.torture import all_functions, boundaries, kill9
+from gdb_kprobe.launcher.torture import all_functions, boundaries, hotplug, kill9, modules
 from kprobe_guest import cli as guest_cli
 
 KINDS = (
@@ -19,6 +19,8 @@ KINDS = (
     guest_cli.Subcommand(
         "all-functions", "a probe on every function at once, under load", all_functions.arguments, all_functions.run
     ),
+    guest_cli.Subcommand("modules", "load and unload a module under load", modules.arguments, modules.run),
+    guest_cli.Subcommand("hotplug", "take a CPU offline and online under load", hotplug.arguments, hotplug.run),
     guest_cli.Subcommand("kill9", "kill gdb at random moments, and go on", kill9.arguments, kill9.run),
 )
 

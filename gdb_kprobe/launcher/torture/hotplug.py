@@ -1,0 +1,98 @@
+"""``gdb-kprobe torture hotplug``: a CPU is taken offline and online again under load, with probes armed.
+
+Every call that the guest makes must be counted, on whichever CPU. In each round gdb stops the guest once while the CPU
+is offline, and disarms and arms its probes there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.testing import GdbMi, TextSnapshot
+from kprobe_guest import GuestSpec, GuestVm
+
+GETPRIORITY, CALLS = 140, 20_000
+ONLINE = "/sys/devices/system/cpu/cpu1/online"
+CALL = f"workload syscall {GETPRIORITY} {CALLS}"
+FUNCTION = "__x64_sys_getpriority"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("-n", type=int, default=10, metavar="N", help="rounds (10)")
+    parser.add_argument("--kernel", choices=KERNELS, default="debian")
+    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="two at least (2)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    started = time.monotonic()
+    print(f"a CPU goes and comes {options.n} times, kernel {options.kernel}, {options.cpus} vCPUs", flush=True)
+    passed, problems = 0, []
+    try:
+        with GuestVm(GuestSpec(kernel=options.kernel, vcpus=options.cpus)) as guest:
+            text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+            with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
+                gdb.console("kprobe attach debian")
+                gdb.console(f"kprobe p:jump {FUNCTION}")
+                gdb.console("set kprobe strategy boosted")
+                gdb.console(f"kprobe p:trap {FUNCTION}+{_second(gdb)}")
+                touched = {
+                    int(probe["addr"], 16) + byte
+                    for probe in gdb.command("-kprobe-list")["probes"]
+                    for byte in range(JUMP_SIZE)
+                }
+                gdb.cont()
+                for number in range(options.n):
+                    _round(guest, gdb, options.cpus)
+                    expected = (number + 1) * 2 * options.cpus * CALLS
+                    found = {probe["name"]: probe["hits"] for probe in gdb.command("-kprobe-list")["probes"]}
+                    if found != {"jump": str(expected), "trap": str(expected)}:
+                        problems.append(f"round {number + 1}: counted {found}, not {expected}")
+                        break
+                    passed += 1
+                    print(f"round {number + 1}: {expected} hits of each", flush=True)
+                gdb.interrupt()
+                gdb.console("kprobe detach")
+            guest.check()
+            problems += [*guest.dmesg_problems(), *text.leftovers(touched)]
+    except FAILURES as error:
+        problems.append(f"after {passed} rounds: {error}")
+    for problem in problems:
+        print(f"FAILED: {problem}", flush=True)
+    return conclude(started, passed, len(problems))
+
+
+def _round(guest: GuestVm, gdb: GdbMi, cpus: int) -> None:
+    """Take the CPU offline while others work, stop there, and take it online while others work."""
+    jobs = [guest.spawn(CALL) for _ in range(cpus)]
+    guest.check_output(f"echo 0 >{ONLINE}")
+    gdb.interrupt()
+    gdb.console("kprobe disable all")
+    gdb.console("kprobe enable all")
+    gdb.cont()
+    jobs += [guest.spawn(CALL) for _ in range(cpus)]
+    guest.check_output(f"echo 1 >{ONLINE}")
+    for job in jobs:
+        status, output = guest.finish(job, timeout=60)
+        assert status == 0, output
+    assert guest.check_output(f"cat {ONLINE}").strip() == "1"
+
+
+def _second(gdb: GdbMi) -> int:
+    """The offset of the instruction behind the nop of the guest's ftrace."""
+    plan = gdb.command(f"-kprobe-plan {FUNCTION}")["plan"]
+    entry = int(plan["addr"], 16)
+    (site,) = [int(word) for word in gdb.console(_SITE.format(entry=entry)).split()]
+    return site - entry
+
+
+_SITE = (
+    "python from gdb_kprobe.gdbext import plugin; from gdb_kprobe.model import AddressRange; "
+    "g = plugin.the_plugin().link.session.guest; p = g.place_of({entry}); "
+    "print(*[int(s.window.end) for s in g.ftrace_sites(AddressRange(p.start, p.end))])"
+)

@@ -1,0 +1,132 @@
+"""Modules come and go: probes wait for theirs, are armed before its init runs, and are dropped before its memory goes.
+
+As long as a probe is in a module, or waits for one, the guest stops for us where it has formed a module and is about to
+run its init (``do_init_module`` in kernel/module/main.c: the text is executable, its ftrace records and jump labels are
+known), and where it is about to free one (``free_module``, also after an init that has failed). Without these two
+functions, modules are looked at whenever the machine stops for the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.session.context import HitContext
+from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.probes import Probe, Site
+
+COMES, GOES = "do_init_module", "free_module"
+"""Both get the ``struct module *`` as their first argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acts:
+    """What the session does for us.
+
+    *arm* a probe at a place, *drop* one from its site, *forget* a site whose text is somebody else's; *act* is around
+    changes of its sites.
+    """
+
+    arm: Callable[[Probe, Place], None]
+    drop: Callable[[Probe], None]
+    forget: Callable[[Site], None]
+    act: Callable[[], AbstractContextManager[None]]
+
+
+class ModuleWatch:
+    """The probes of one session that wait for a module, and the two that see modules come and go."""
+
+    def __init__(self, guest: Guest, sites: Mapping[VirtAddr, Site], acts: Acts, notes: list[str]) -> None:
+        """*sites* is the session's own table, *notes* where it says what happened while the guest ran."""
+        self.waiting: list[Probe] = []
+        self._notes = notes
+        self._guest = guest
+        self._sites = sites
+        self._acts = acts
+        self._watchers: list[Probe] = []
+        self._impossible = False
+        self._refused: dict[str, str] = {}
+        """By name of the probe, the load of its module that it could not be armed in."""
+
+    def may_come(self, probe: Probe, error: RefusedError) -> bool:
+        """Whether *error* only says that the module of *probe* is not loaded."""
+        module = probe.spec.location.module
+        return bool(module) and error.refusal.reason is Reason.NO_SYMBOL and module not in self._guest.loaded_modules()
+
+    def wait(self, probe: Probe) -> None:
+        """Arm *probe* when its module comes."""
+        self.waiting.append(probe)
+
+    def look(self) -> None:
+        """Arm those whose module has come. (The session drops the sites of those that have gone.)"""
+        loaded = self._guest.loaded_modules() if self.waiting else {}
+        for probe in tuple(self.waiting):
+            load = loaded.get(module_of(probe))
+            if load is not None and self._refused.get(probe.name) != load:
+                self._arm(probe, load)
+
+    def update(self) -> None:
+        """Watch modules exactly as long as that is needed. Before the machine runs."""
+        wanted = bool(self.waiting) or any(site.owner for site in self._sites.values())
+        if wanted and not self._watchers and not self._impossible:
+            for symbol, handler in ((COMES, self._on_come), (GOES, self._on_go)):
+                probe = Probe(parse_definition(f"p:watch_{symbol} {symbol}"), pre=handler, hidden=True)
+                try:
+                    self._acts.arm(probe, self._guest.resolve(probe.spec.location))
+                except ConnectionLostError:
+                    raise
+                except KprobeError as error:
+                    # Then the other one is of no use either.
+                    self._impossible = True
+                    self._notes.append(f"modules are only looked at when the guest stops for you: {error.message}")
+                    self._unwatch()
+                    break
+                self._watchers.append(probe)
+        elif not wanted:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        while self._watchers:
+            self._acts.drop(self._watchers.pop())
+
+    def _on_come(self, hit: HitContext) -> None:
+        self._guest.refresh()
+        self.look()
+
+    def _on_go(self, hit: HitContext) -> None:
+        self._guest.refresh()
+        gone = [site for site in self._sites.values() if site.owner.endswith(f"@{hit.regs.di:#x}")]
+        if gone:
+            with self._acts.act():
+                for site in gone:
+                    self._acts.forget(site)
+
+    def _arm(self, probe: Probe, load: str) -> None:
+        module = module_of(probe)
+        self.waiting.remove(probe)
+        try:
+            place = self._guest.resolve(replace(probe.spec.location, module=module))
+            with self._acts.act():
+                self._acts.arm(probe, place)
+        except ConnectionLostError:
+            self.waiting.append(probe)
+            raise
+        except KprobeError as error:
+            # It waits for the next one: another build of the module, perhaps.
+            self.waiting.append(probe)
+            self._refused[probe.name] = load
+            self._notes.append(f"{probe.name} is not armed in {module}: {error.message}")
+        else:
+            probe.gone = False
+            self._notes.append(f"{probe.name}: {module} has come; {probe.place} armed")
+
+
+def module_of(probe: Probe) -> str:
+    """The name of the module that *probe* is for; empty when it cannot be told once that is gone."""
+    if probe.spec.location.module or probe.spec.location.address is not None:
+        return probe.spec.location.module
+    return probe.place.symbol.module if probe.place is not None and probe.place.symbol is not None else ""

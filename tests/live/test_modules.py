@@ -1,0 +1,84 @@
+"""Modules that come, go, and fail to come, with probes in them and for them; gdb is not asked to stop in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbCommandError
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+IOCTL, CALLS = 16, 50
+LOAD, UNLOAD = "insmod /modules/loop.ko", "rmmod loop"
+CALL = f"workload syscall {IOCTL} {CALLS} 3 0x1234 0 3</dev/loop-control || true"
+DEVICES = "ls -d /sys/block/loop* | wc -l"
+"""As many as the module's init has called ``loop_add``."""
+
+
+def states(gdb: Any) -> dict[str, str]:
+    return {probe["name"]: probe["state"] for probe in gdb.command("-kprobe-list")["probes"]}
+
+
+@pytest.mark.parametrize(("kernel", "vcpus"), [("debian", 1), ("debian", 2), ("newest", 1)])
+def test_probes_follow_their_module(
+    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any], kernel: Any, vcpus: int
+) -> None:
+    vm = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus))
+    vm.check_output(UNLOAD)
+    guest = make_probed(vm)
+    with guest.gdb() as gdb:
+        told = gdb.console("kprobe p:ctl loop:loop_control_ioctl")
+        assert "module loop is not loaded; it is armed when it comes" in told
+        gdb.console("kprobe p:init loop:loop_add")
+        gdb.console("kprobe add --disabled p:off loop:loop_add")
+        assert states(gdb) == {"ctl": "pending", "init": "pending", "off": "pending"}
+        expected = {"ctl": 0, "init": 0, "off": 0}
+        gdb.cont()
+        for _ in range(3):
+            vm.check_output(LOAD)
+            vm.check_output(CALL)
+            expected["ctl"] += CALLS
+            expected["init"] += int(vm.check_output(DEVICES))
+            assert states(gdb) == {"ctl": "armed", "init": "armed", "off": "disabled"}
+            assert guest.hits(gdb) == expected
+            vm.check_output(UNLOAD)
+            assert states(gdb) == {"ctl": "gone", "init": "gone", "off": "gone"}
+            assert vm.run(f"{LOAD} max_part=300")[0] != 0
+            assert states(gdb) == {"ctl": "gone", "init": "gone", "off": "gone"}
+        assert expected["init"] >= 3
+        vm.check_output(LOAD)
+        gdb.interrupt()
+        gdb.cont()
+        gdb.interrupt()
+        assert {probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]} == {"optimized"}
+        gdb.console("kprobe delete init")
+        gdb.console("kprobe delete off")
+        gdb.cont()
+        vm.check_output(UNLOAD)
+        gdb.interrupt()
+        gdb.console("kprobe delete all")
+        assert states(gdb) == {}
+        gdb.cont()
+        vm.check_output(LOAD)
+        vm.check_output(UNLOAD)
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+    guest.check_untouched()
+
+
+def test_what_cannot_come_is_refused(probed: Callable[[GuestSpec], Any]) -> None:
+    guest = probed(GuestSpec())
+    guest.guest.check_output(f"lsmod | grep -q loop || {LOAD}")
+    with guest.gdb() as gdb:
+        with pytest.raises(GdbCommandError, match="loop_add_two is not in kallsyms"):
+            gdb.console("kprobe p:wrong loop:loop_add_two")
+        with pytest.raises(GdbCommandError, match="nosuch_function is not in kallsyms"):
+            gdb.console("kprobe p:wrong nosuch_function")
+        gdb.console("kprobe p:later nosuch:nosuch_function")
+        gdb.console("kprobe disable later")
+        gdb.console("kprobe delete later")
+        gdb.console("kprobe detach")
