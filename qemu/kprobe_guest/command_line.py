@@ -77,7 +77,7 @@ def kernel_command_line(spec: GuestSpec) -> str:
 
 def qemu_command(spec: GuestSpec, boot: BootFiles, paths: GuestPaths, gdb_port: int | None = None) -> list[str]:
     """The argument vector, QEMU's name first. The machine is created stopped (``-S``)."""
-    command = [QEMU, "-S", "-accel", "tcg,thread=multi", "-nodefaults", "-display", "none", "-no-reboot"]
+    command = [QEMU, "-S", "-accel", f"tcg,thread={spec.tcg_thread}", "-nodefaults", "-display", "none", "-no-reboot"]
     machine = spec.machine
     if spec.shared_ram:
         backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={paths.ram},share=on"

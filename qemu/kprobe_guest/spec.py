@@ -10,6 +10,7 @@ CpuModel = Literal["max", "default"]
 RegionSource = Literal["reserved", "ivshmem", "none"]
 Machine = Literal["q35", "pc"]
 GdbTransport = Literal["unix", "tcp"]
+TcgThread = Literal["multi", "single"]
 
 MIB = 1 << 20
 
@@ -24,7 +25,8 @@ class GuestSpec:
     *kernel*: ``debian`` is Debian's current cloud kernel, ``newest`` the newest cloud kernel its package lists serve,
     ``bare`` our own bare-metal image. *cpu*: ``max`` or QEMU's default model. *region*: where the physical memory for
     a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone), ``ivshmem`` (BAR 2 of an
-    ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map.
+    ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map. *tcg_thread*: a thread
+    of QEMU for each vCPU, or one for all.
     """
 
     kernel: KernelKind = "debian"
@@ -38,6 +40,7 @@ class GuestSpec:
     shared_ram: bool = True
     machine: Machine = "q35"
     gdb: GdbTransport = "unix"
+    tcg_thread: TcgThread = "multi"
     extra_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,6 +63,12 @@ class GuestSpec:
             return None
         half = min(self.memory_mb * MIB // 2, 1 << 30)
         return half - half % (self.region_mb * MIB)
+
+    @property
+    def low_memory(self) -> int:
+        """Bytes of RAM below 4 GiB; what is more lies above (``pc_init1`` and ``pc_q35_init`` in hw/i386)."""
+        hole, large = (0x8000_0000, 0xB000_0000) if self.machine == "q35" else (0xC000_0000, 0xE000_0000)
+        return hole if self.memory_mb * MIB >= large else self.memory_mb * MIB
 
     def label(self) -> str:
         """Short name for test ids and directories, e.g. ``debian-2cpu``."""

@@ -40,6 +40,9 @@ SOCKET_PATH_LIMIT = 107
 SHARED_MEMORY = Path("/dev/shm")
 
 
+_4_GIB = 1 << 32
+
+
 class GuestVm(GuestCommands):
     """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``."""
 
@@ -315,8 +318,9 @@ class GuestVm(GuestCommands):
         return int.from_bytes(self.read_ram(physical, 8), "little")
 
     def read_ram(self, physical: int, size: int) -> bytes:
-        """Guest RAM by physical address (below the hole under 4 GiB), also while the guest runs."""
-        return bytes(self.ram()[physical : physical + size])
+        """Guest RAM by physical address, also while the guest runs."""
+        start = physical if physical < _4_GIB else physical - _4_GIB + self.spec.low_memory
+        return bytes(self.ram()[start : start + size])
 
     def ram(self) -> mmap.mmap:
         """The host's mapping of the guest's RAM."""

@@ -25,7 +25,6 @@ Boot = Callable[[GuestSpec], Any]
 
 # With two vCPUs switching so much text under load kills a guest by itself under TCG.
 on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
-on_each_rung = pytest.mark.parametrize("strategy", ["optimized", "boosted"])
 
 
 def call(guest: Any) -> None:
@@ -49,8 +48,15 @@ def marks(probed: Any) -> list[tuple[int, int]]:
     return [(site.ip, site.flags & ~site.layout.history) for site in records]
 
 
-@on_each_rung
-@on_both_kernels
+@pytest.mark.parametrize(
+    ("kernel", "strategy"),
+    [
+        ("debian", "boosted"),
+        ("newest", "optimized"),
+        pytest.param("debian", "optimized", marks=pytest.mark.full),
+        pytest.param("newest", "boosted", marks=pytest.mark.full),
+    ],
+)
 def test_the_tracer_is_switched_while_a_probe_is_in_its_nop(probed: Boot, kernel: Any, strategy: str) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     vm = guest.guest

@@ -55,7 +55,7 @@ def check(
 
 
 @pytest.mark.timeout(RUNTIME)
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hits_in_the_guest_are_what_was_executed(
     booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int
@@ -72,7 +72,7 @@ def test_hits_in_the_guest_are_what_was_executed(
 
 
 @pytest.mark.timeout(RUNTIME)
-@pytest.mark.parametrize("strategy", ["boosted", "single-step"])
+@pytest.mark.parametrize("strategy", [pytest.param("boosted", marks=pytest.mark.full), "single-step"])
 @pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hits_by_the_stub_are_what_was_executed(

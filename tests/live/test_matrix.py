@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.launcher.oracle import GuestRam
+from gdb_kprobe.launcher.torture.matrix import CELLS, check
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.testing import GdbMi, PathTracer
 from gdb_kprobe.x86.families import Family, classify
@@ -17,49 +16,27 @@ from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-CALLS = 20
-
-SPECS = {
-    "default CPU": GuestSpec(cpu="default"),
-    "default CPU, 2 vCPUs": GuestSpec(cpu="default", vcpus=2),
-    "no KASLR": GuestSpec(kaslr=False),
-    "TCP gdbstub": GuestSpec(gdb="tcp"),
-    "private RAM": GuestSpec(shared_ram=False, vcpus=2),
-    "ivshmem": GuestSpec(region="ivshmem", vcpus=2),
-    "i440FX machine": GuestSpec(machine="pc"),
-    "no mitigations": GuestSpec(extra_cmdline=("mitigations=off",), vcpus=2),
-    "newest kernel, default CPU, ivshmem": GuestSpec(kernel="newest", cpu="default", region="ivshmem"),
-    "newest kernel, private RAM": GuestSpec(kernel="newest", shared_ram=False),
-}
+IN_SHORT = (
+    "default CPU",
+    "default CPU, 2 vCPUs",
+    "no KASLR",
+    "gdbstub by TCP",
+    "private RAM",
+    "ivshmem",
+    "-M pc",
+    "mitigations=off",
+    "6.12, default CPU, ivshmem",
+    "6.12, private RAM",
+)
 
 
-def profile_of(guest: GuestVm, directory: Path) -> Path:
-    """The profile in configs/ for the guest's region, with the address and the memory of this very guest."""
-    text = (CONFIGS / ("ivshmem.yaml" if guest.spec.region == "ivshmem" else "debian.yaml")).read_text()
-    text = text.replace("${KPROBE_GUEST}/gdb", guest.gdb_address)
-    if not guest.spec.shared_ram:
-        text = text.replace("shared_memory: auto", "shared_memory: off")
-    profile = directory / "profile.yaml"
-    profile.write_text(text)
-    return profile
-
-
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_one_probe_on_each_rung(probed: Callable[[GuestSpec], Any], tmp_path: Path, spec: GuestSpec) -> None:
-    guest = probed(spec)
-    with guest.gdb(attach=False) as gdb:
-        gdb.console(f"kprobe attach {profile_of(guest.guest, tmp_path)}")
-        guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
-        guest.add(gdb, "p:stepped __do_sys_getpriority", "single-step")
-        gdb.cont()
-        guest.guest.check_output(
-            " & ".join([f"workload syscall 140 {CALLS} 0 0"] * spec.vcpus) + " & wait", timeout=120
-        )
-        gdb.interrupt()
-        assert guest.hits(gdb) == {"boosted": CALLS * spec.vcpus, "stepped": CALLS * spec.vcpus}
-        done = gdb.command("-kprobe-detach")
-        assert (done["restored"], done["problems"]) == ("2", [])
+@pytest.mark.parametrize(
+    "name", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in CELLS]
+)
+def test_a_probe_on_each_rung(booted_guest: Callable[[GuestSpec], GuestVm], name: str) -> None:
+    outcome = check(booted_guest(CELLS[name].spec), CELLS[name])
+    assert outcome.wrong == ()
+    assert outcome.rungs == ("optimized", "boosted", "single-step")
 
 
 # -- the bare-metal guest ---------------------------------------------------------------------------------------------
