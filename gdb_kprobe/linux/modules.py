@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.image import read_string
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
@@ -36,7 +36,9 @@ class Module:
     """One ``struct module``. *ranges* is all of its memory, init parts (while it has any) included.
 
     *text* is its code without the init part, *init_text* the init part or None once it is freed. *raw* is the
-    structure itself, for what the other readers need of it.
+    structure itself, for what the other readers need of it. *load* tells one load of a module from another at the same
+    address: the number of its directory in sysfs (``kernfs_node.id``), which is not given twice; 0 before it has one,
+    after it has lost it, and in kernels without sysfs.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Module:
     ranges: tuple[AddressRange, ...]
     text: AddressRange
     init_text: AddressRange | None
+    load: int
     raw: Struct = field(compare=False, repr=False)
 
     @property
@@ -58,11 +61,11 @@ def read_modules(memory: Memory, btf: Btf, modules: VirtAddr) -> tuple[Module, .
 
     :raises GuestStateError: the list or the structures are not as known here.
     """
-    found = (_read_module(raw) for raw in for_each_struct(memory, btf, "module", "list", modules))
+    found = (_read_module(memory, raw) for raw in for_each_struct(memory, btf, "module", "list", modules))
     return tuple(module for module in found if module.state is not ModuleState.UNFORMED)
 
 
-def _read_module(raw: Struct) -> Module:
+def _read_module(memory: Memory, raw: Struct) -> Module:
     state = raw.uint("state")
     if state >= len(_STATES):
         raise GuestStateError(f"struct module at {raw.addr:#x} has state {state}", "the guest's module list is damaged")
@@ -75,8 +78,22 @@ def _read_module(raw: Struct) -> Module:
         ranges=ranges,
         text=text,
         init_text=init_text,
+        load=_load(memory, raw),
         raw=raw,
     )
+
+
+def _load(memory: Memory, raw: Struct) -> int:
+    if not raw.has("mkobj") or not raw.btf.has_member("kernfs_node", "id"):
+        return 0
+    directory = raw.pointer("mkobj.kobj.sd")
+    if not directory:
+        return 0
+    member = raw.btf.member("kernfs_node", "id")
+    try:
+        return int.from_bytes(memory.read(VirtAddr(directory + member.offset), member.size), "little")
+    except UnmappedError:
+        return 0
 
 
 _Memory = tuple[tuple[AddressRange, ...], AddressRange, AddressRange | None]

@@ -228,10 +228,6 @@ class TextFacts:
         return f"{found[0]}+{found[1]:#x}" if found else f"{addr:#x}"
 
 
-_WITH_TEXT = (ModuleState.LIVE, ModuleState.COMING)
-"""A module that is coming is formed: its text is executable (``complete_formation`` in kernel/module/main.c)."""
-
-
 def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...]) -> TextFacts:
     """Read everything that decides what text may be touched. *kallsyms* has the symbols of *modules*.
 
@@ -242,7 +238,7 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple
     return TextFacts(
         memory=memory,
         kallsyms=kallsyms,
-        text=(core, *(module.text for module in modules if module.state in _WITH_TEXT)),
+        text=(core, *(module.text for module in modules if module.state is ModuleState.LIVE)),
         init=(
             *((init,) if init else ()),
             *(module.init_text for module in modules if module.init_text is not None),

@@ -135,6 +135,9 @@ class BareGuest:
     def loaded_modules(self) -> Mapping[str, str]:
         return {}
 
+    def admit_module(self, module: VirtAddr) -> None:
+        pass
+
     def is_same_boot(self, monitor: Monitor) -> bool:
         return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
 

@@ -125,7 +125,13 @@ class Guest(Protocol):
         """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
 
     def loaded_modules(self) -> Mapping[str, str]:
-        """The modules that there are, by name: what tells this load of one from another (:meth:`owner_of`)."""
+        """The modules whose text may be probed, by name: what tells this load of one from another (:meth:`owner_of`).
+
+        Not those that go, nor those that come, but for :meth:`admit_module`.
+        """
+
+    def admit_module(self, module: VirtAddr) -> None:
+        """The ``struct module`` at *module* is about to be initialized: its text may be probed from now on."""
 
     def is_same_boot(self, monitor: Monitor) -> bool:
         """Whether the machine still runs the boot that this was made from. Asks the vCPUs, trusts nothing known."""

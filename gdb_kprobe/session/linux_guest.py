@@ -28,7 +28,7 @@ from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
-from gdb_kprobe.linux.modules import Module, module_at, read_module_symbols, read_modules
+from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
@@ -261,7 +261,11 @@ class LinuxGuest:
         return "" if module is None else _load_of(module)
 
     def loaded_modules(self) -> Mapping[str, str]:
-        return {module.name: _load_of(module) for module in self._modules}
+        return {module.name: _load_of(module) for module in self._ready() if module.state is ModuleState.LIVE}
+
+    def admit_module(self, module: VirtAddr) -> None:
+        self._admitted = next((_load_of(found) for found in self._modules if found.raw.addr == module), None)
+        self._forget_text()
 
     def is_same_boot(self, monitor: Monitor) -> bool:
         return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)
@@ -276,7 +280,7 @@ class LinuxGuest:
     @property
     def _facts(self) -> TextFacts:
         if self._facts_read is None:
-            self._facts_read = read_text_facts(self.memory, self.kallsyms, self.btf, self._modules)
+            self._facts_read = read_text_facts(self.memory, self.kallsyms, self.btf, self._ready())
         return self._facts_read
 
     def _read_modules(self) -> None:
@@ -285,10 +289,27 @@ class LinuxGuest:
             return
         self._modules = modules
         self.kallsyms = self._core.with_modules(read_module_symbols(self.memory, module) for module in modules)
+        self._forget_text()
+
+    def _ready(self) -> tuple[Module, ...]:
+        """The modules; the one that was admitted counts as live, for it is only its init that has not run yet.
+
+        One that is formed, but not about to be initialized, is not ready: its ftrace records are not in use
+        (``ftrace_module_enable``), and would be asked for later, with a jump of ours there.
+        """
+        return tuple(
+            replace(module, state=ModuleState.LIVE)
+            if module.state is ModuleState.COMING and _load_of(module) == self._admitted
+            else module
+            for module in self._modules
+        )
+
+    def _forget_text(self) -> None:
         self._facts_read = None
         self._references = None
         self._ftrace_read = None
 
+    _admitted: str | None = None
     _facts_read: TextFacts | None = None
     _references: CodeReferences | None = None
     _core_scans: list[Scan] | None = None
@@ -338,7 +359,7 @@ class LinuxGuest:
 
 
 def _load_of(module: Module) -> str:
-    return f"{module.name}@{module.raw.addr:#x}"
+    return f"{module.name}@{module.raw.addr:#x}#{module.load:x}"
 
 
 def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:

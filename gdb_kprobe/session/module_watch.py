@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
+from gdb_kprobe.errors import ConnectionLostError, KprobeError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.context import HitContext
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.probes import Probe, Site
@@ -52,10 +52,10 @@ class ModuleWatch:
         self._refused: dict[str, str] = {}
         """By name of the probe, the load of its module that it could not be armed in."""
 
-    def may_come(self, probe: Probe, error: RefusedError) -> bool:
-        """Whether *error* only says that the module of *probe* is not loaded."""
+    def may_come(self, probe: Probe) -> bool:
+        """Whether *probe* is for a module that is not loaded, or is coming or going right now."""
         module = probe.spec.location.module
-        return bool(module) and error.refusal.reason is Reason.NO_SYMBOL and module not in self._guest.loaded_modules()
+        return bool(module) and module not in self._guest.loaded_modules()
 
     def wait(self, probe: Probe) -> None:
         """Arm *probe* when its module comes."""
@@ -95,11 +95,12 @@ class ModuleWatch:
 
     def _on_come(self, hit: HitContext) -> None:
         self._guest.refresh()
+        self._guest.admit_module(VirtAddr(hit.regs.di))
         self.look()
 
     def _on_go(self, hit: HitContext) -> None:
         self._guest.refresh()
-        gone = [site for site in self._sites.values() if site.owner.endswith(f"@{hit.regs.di:#x}")]
+        gone = [site for site in self._sites.values() if f"@{hit.regs.di:#x}#" in site.owner]
         if gone:
             with self._acts.act():
                 for site in gone:

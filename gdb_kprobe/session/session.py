@@ -508,14 +508,11 @@ class Session:
             yield
 
     def _add(self, probe: Probe) -> None:
-        try:
-            place = self._resolve(probe.spec.location)
-        except RefusedError as error:
-            if not self.modules.may_come(probe, error):
-                raise
+        if self.modules.may_come(probe):
             self.probes.add(probe)
             self.modules.wait(probe)
             return
+        place = self._resolve(probe.spec.location)
         self.probes.add(probe)
         try:
             self._attach_to_site(probe, place)
@@ -910,7 +907,7 @@ class Session:
 
     def _tell(self, hit: Hit) -> None:
         """Tell every listener. One that raises is not told again; a hit must not fail for it."""
-        for listener in tuple(self._listeners):
+        for listener in () if hit.probe.hidden else tuple(self._listeners):
             try:
                 listener(hit)
             except Exception:

@@ -82,3 +82,54 @@ def test_what_cannot_come_is_refused(probed: Callable[[GuestSpec], Any]) -> None
         gdb.console("kprobe disable later")
         gdb.console("kprobe delete later")
         gdb.console("kprobe detach")
+
+
+def test_another_load_at_the_same_address_is_noticed(
+    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
+) -> None:
+    """While gdb does not look: no probe is in the module, so nothing stops for it, and all it knew of it is old."""
+    guest = make_probed(booted_guest(GuestSpec()))
+    vm = guest.guest
+    records = []
+    with guest.gdb() as gdb:
+        for _ in range(4):
+            gdb.console("kprobe p:ctl loop:loop_control_ioctl")
+            records.append(gdb.console(RECORD).split())
+            gdb.cont()
+            vm.check_output(CALL)
+            gdb.interrupt()
+            assert guest.hits(gdb) == {"ctl": CALLS}
+            gdb.console("kprobe delete ctl")
+            gdb.cont()
+            vm.check_output(f"{UNLOAD} && {LOAD}")
+            gdb.interrupt()
+        gdb.console("kprobe detach")
+    for load, ip, found in records:
+        assert ip == found, "the ftrace record of another load"
+        assert load
+    assert len({load for load, _, _ in records}) == len(records)
+    assert vm.dmesg_problems() == []
+
+
+RECORD = (
+    "python from gdb_kprobe.gdbext import plugin; from gdb_kprobe.model import AddressRange; "
+    "s = plugin.the_plugin().link.session; p = s.probes.get('ctl').place; "
+    "(r,) = s.guest.ftrace_sites(AddressRange(p.addr, p.addr + 1)); "
+    "print(s.guest.owner_of(p.addr), hex(p.addr), hex(r.ip))"
+)
+
+
+def test_a_trace_does_not_tell_of_the_watches(
+    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
+) -> None:
+    guest = make_probed(booted_guest(GuestSpec()))
+    with guest.gdb() as gdb:
+        gdb.console("kprobe p:later nosuch:nosuch_function")
+        gdb.console("python from gdb_kprobe.gdbext import api; told = []; end = api.on_hit(told.append)")
+        gdb.cont()
+        guest.guest.check_output(f"{UNLOAD} && {LOAD}")
+        gdb.interrupt()
+        assert gdb.console("python print(len(told))").strip() == "0"
+        gdb.console("python end()")
+        gdb.console("kprobe detach")
+    assert guest.guest.dmesg_problems() == []
