@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -125,6 +128,7 @@ class Kill9:
         self._guest = guest
         self._random = chosen
         self._text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self._environment = {"KPROBE_GUEST": str(guest.directory)}
         self._job: int | None = None
         self._calls = 0
         """Made since the probes were armed."""
@@ -252,11 +256,15 @@ class Kill9:
         return wrong
 
     def _restore(self) -> None:
-        with self._gdb() as gdb:
-            gdb.console(f"kprobe restore {PROFILE}", timeout=60)
+        """As one does without a gdb: ``gdb-kprobe restore``."""
+        command = [sys.executable, "-m", "gdb_kprobe.launcher.cli", "restore", PROFILE]
+        environment = {**os.environ, **self._environment}
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, timeout=60)
+        output = (done.stdout + done.stderr).decode()
+        assert (done.returncode, "Detached; the guest runs." in output) == (0, True), output
 
     def _gdb(self) -> GdbMi:
-        return GdbMi({"KPROBE_GUEST": str(self._guest.directory)})
+        return GdbMi(self._environment)
 
     def _call(self) -> None:
         """Make the calls; the guest is alive."""
