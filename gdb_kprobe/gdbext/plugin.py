@@ -110,6 +110,7 @@ class Link:
 
     def settle(self) -> None:
         """The machine stopped for the user: show it as it would be without probes."""
+        self.stub.forget_cpus()
         with self.stopped():
             try:
                 self.session.settle()
@@ -258,6 +259,7 @@ class Plugin:
         if link is None:
             return False
         link.stub.forget_selection()
+        link.stub.forget_cpus()
         cpu = selected_cpu()
         try:
             stop = link.session.on_breakpoint(cpu)

@@ -42,7 +42,7 @@ class QemuStub:
     # -- Cpus ---------------------------------------------------------------------------------------------------
 
     def cpus(self) -> tuple[CpuId, ...]:
-        """All vCPUs. Asked once: QEMU's list changes only by hot-plug (:meth:`forget_cpus`)."""
+        """All vCPUs. Asked once a stop (:meth:`forget_cpus`): the guest may get a CPU while it runs (hot-plug)."""
         if not self._cpus:
             ids: list[CpuId] = []
             reply = self._channel.send(b"qfThreadInfo")
