@@ -77,9 +77,10 @@ def guard_connection() -> Guard | None:
         stub = QemuStub(channel)
         with uninterrupted(), channel.borrowed(stub):
             leftover = find_leftover(stub)
+            # Of whoever was connected before and was killed, with the plugin or without. Ours are not inserted now.
+            stub.drop_breakpoints()
             if leftover is None:
                 return None
-            stub.drop_breakpoints()
             # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
             # And a vCPU whose instruction was being stepped has nobody to put right what the step does.
             leftover.bring_out(stub)

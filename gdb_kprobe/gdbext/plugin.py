@@ -147,8 +147,8 @@ class Plugin:
         self._locking = ""
         """The user's scheduler-locking, to be set again after a ``stepi``."""
         self._guard: Guard | None = None
-        self._untidy: GdbBreakpoints | None = None
-        """Of a link that was over when the guest was about to run: gdb deletes no breakpoint then."""
+        self._running: Link | None = None
+        """A link that was over when the guest was about to run: gdb deletes no breakpoint then, and Ctrl-C is its."""
         self._connection = 0
         """gdb's number of the last connection that was looked at for what others left behind."""
 
@@ -241,11 +241,17 @@ class Plugin:
         link.memory.close()
         return done
 
-    def drop(self, link: Link) -> None:
-        """The guest behind *link* is another boot: let go of it without a write. Its probes are noted for the next."""
+    def drop(self, link: Link, *, runs: bool = False) -> None:
+        """The guest behind *link* is another one: let go of it without a write. Its probes are noted for the next.
+
+        *runs*: it is being resumed.
+        """
         self.link = None
         link.breakpoints.remove(link.session.gate)
-        link.interrupts.close()
+        if runs:
+            self._running = link
+        else:
+            link.interrupts.close()
         link.memory.close()
         for probe in link.session.probes:
             probe.place, probe.gone, probe.counter = None, False, None
@@ -295,8 +301,7 @@ class Plugin:
             except KprobeError as error:
                 gdb.write(f"kprobe: no probe is armed: {error}\n", gdb.STDERR)
                 if isinstance(error, GuestResetError):
-                    self.drop(link)
-                    self._untidy = link.breakpoints
+                    self.drop(link, runs=True)
                     self._restore_others(link)
             _tell_failures(link.session)
 
@@ -321,8 +326,9 @@ class Plugin:
 
     def before_interrupt(self) -> None:
         """The user typed ``interrupt``."""
-        if self.link is not None:
-            self.link.interrupts.request()
+        link = self.link or self._running
+        if link is not None:
+            link.interrupts.request()
 
     def before_stepi(self) -> None:
         """The user typed ``stepi``: one instruction of one vCPU, and no hit of another one in between.
@@ -345,9 +351,10 @@ class Plugin:
         link = self.link
         if self._settling:
             return
-        untidy, self._untidy = self._untidy, None
-        if untidy is not None:
-            untidy.tidy()
+        running, self._running = self._running, None
+        if running is not None:
+            running.breakpoints.tidy()
+            running.interrupts.close()
         if link is None:
             self._look_for_leftovers()
             return

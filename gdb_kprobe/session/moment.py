@@ -74,12 +74,12 @@ class Moment:
         try:
             yield
         except KprobeError as error:
-            if not isinstance(error, ConnectionLostError) and self._is_lost():
+            if not isinstance(error, ConnectionLostError) and self.is_lost():
                 raise was_loaded() from error
             raise
         finally:
             self._depth -= 1
-            if not self._depth and not self._over and not self._is_lost():
+            if not self._depth and not self._over and not self.is_lost():
                 self._close()
 
     def change(self) -> None:
@@ -121,8 +121,16 @@ class Moment:
             return Memory.OTHER
         return Memory.LIFTED if lifted else Memory.LOWERED
 
-    def _is_lost(self) -> bool:
-        """Whether the memory was exchanged in the middle of an act: then some of it was written to what came."""
+    @property
+    def was_lost(self) -> bool:
+        """Whether :meth:`is_lost` was found to be so."""
+        return self._lost
+
+    def is_lost(self) -> bool:
+        """Whether the memory was exchanged in the middle of this act, or of an earlier one.
+
+        Then some of it was written to what came.
+        """
         with contextlib.suppress(TargetError):  # nobody answers: whoever looks next will see
             self._lost |= self._memory.read_physical(self._addr, MARK_SIZE) not in (self._mark, self._before)
         return self._lost

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import TargetError, UnmappedError
+from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.borrows import give_back
 from gdb_kprobe.session.definitions import Definition, read_definitions
@@ -66,6 +68,22 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()
     return Restored(tuple(messages), None, len(sites), definitions)
+
+
+def take_back(memory: PhysicalMemory, guest: Guest, phys: PhysAddr, patches: Iterable[CodePatch]) -> None:
+    """Undo those of *patches* that are in text and that the region at *phys* does not know of.
+
+    For when the guest's memory was exchanged while they were being made: some may have been written to what came.
+    """
+    guest.memory.invalidate()
+    header = read_header(memory, phys)
+    known = set()
+    if header is not None and _is_of_this_boot(memory, guest, header):
+        known = {record.patch for record in iter_records(memory, header)}
+    for patch in patches:
+        with contextlib.suppress(UnmappedError):
+            if patch not in known and holds(guest.memory, patch.addr, patch.new):
+                write_verified(guest.memory, patch.addr, patch.old)
 
 
 def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sized
 
+from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
@@ -150,6 +151,11 @@ class Routes:
             return True
         code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self._sites)
         return step_off_path(self._machine, cpu, code)
+
+    @property
+    def hooks(self) -> tuple[CodePatch, ...]:
+        """The patch of the guest's #BP path, if there is one."""
+        return () if self.in_guest is None or not self._hooked else (self.in_guest.hook,)
 
     # -- private ------------------------------------------------------------------------------------------------
 

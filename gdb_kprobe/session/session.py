@@ -35,6 +35,7 @@ from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
+from gdb_kprobe.session.restore import take_back
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
 from gdb_kprobe.session.windows import Wish
@@ -326,6 +327,19 @@ class Session:
         if not self._routes.lifted:
             return ()
         self._check_boot()
+        sites = self.armed_sites()
+        problems: list[str] = []
+        try:
+            problems = self._lower()
+        finally:
+            if self._moment.was_lost:
+                patches = [*self._routes.hooks, *(site.plan.patch for site in (*sites, *self.armed_sites()))]
+                take_back(self.region.memory, self.guest, self.region.header.phys, patches)
+        if self._moment.was_lost:
+            raise was_loaded()
+        return tuple(problems)
+
+    def _lower(self) -> list[str]:
         with self._moment.act(changes=False):
             before = self._shape()
             self.modules.update()
@@ -339,11 +353,13 @@ class Session:
                     except ConnectionLostError:
                         raise
                     except KprobeError as error:
+                        if self._moment.is_lost():
+                            raise  # it is other memory: nothing more is written there
                         self._mark_disarmed(site)
                         problems.append(f"{self.guest.place_of(site.addr)} is not probed any more: {error.message}")
             if rebuilt or self._shape() != before:
                 self._moment.change()
-        return tuple(problems)
+        return problems
 
     def moved(self) -> None:
         """The user has made a vCPU go on somewhere else: a probe that it was stopped at counts its next hit."""

@@ -353,14 +353,18 @@ class GuestVm(GuestCommands):
 
     def reset(self, timeout: float = 120, *, wait: bool = True) -> None:
         """Reset the machine, as its button would; with *wait* until the guest is up again."""
+        self.expect_reset()
+        self.qmp("system_reset")
+        if wait:
+            self.wait_ready(timeout)
+
+    def expect_reset(self) -> None:
+        """Somebody else is about to reset the machine: :meth:`wait_ready` waits until it is up again."""
         # With -no-reboot a reset from outside, too, would end QEMU; and the firmware, when it finds that it has run
         # before, resets the machine once more by itself. Taken back when the guest is up.
         self.qmp("set-action", reboot="reset")
         self._resetting = True
         self.console.note_reset()
-        self.qmp("system_reset")
-        if wait:
-            self.wait_ready(timeout)
 
 
 def _has_room(directory: Path, size_mb: int) -> bool:

@@ -143,3 +143,34 @@ def test_a_session_goes_on_from_memory_with_the_same_sites(toy: Any, was_lifted:
     assert probe.hits == before + 1
     session.detach()
     assert toy.changed_text() == {}
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_what_is_written_to_memory_that_comes_in_the_middle_of_a_resume_is_taken_back(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """The memory is exchanged after so many writes: sites armed there stay so, others do not get there."""
+    toy.add("f_push")
+    saved = bytes(toy.machine.ram)
+    text = toy.changed_text()
+    toy.add("f_nop")
+    toy.add("f_ret")
+    toy.session.lift()
+    toy.machine.log.clear()
+    write = toy.machine.write_physical
+
+    def exchange(addr: PhysAddr, data: bytes) -> None:
+        write(addr, data)
+        if len(toy.machine.log) == writes:
+            toy.machine.ram[:] = saved
+
+    def resume_and_stop() -> None:
+        toy.session.lower()
+        assert writes > 4, "only the last write, the mark, tells nobody until the next stop"
+        toy.session.settle()
+
+    monkeypatch.setattr(toy.machine, "write_physical", exchange)
+    with pytest.raises(GuestResetError, match="a snapshot with other probes was loaded"):
+        resume_and_stop()
+    assert toy.changed_text() == text
+    assert [record.patch.addr for record in toy.records()] == [toy.addr("f_push")]
