@@ -40,7 +40,7 @@ def test_probes_follow_their_module(
         gdb.cont()
         for _ in range(3):
             vm.check_output(LOAD)
-            vm.check_output(CALL)
+            assert f"workload: {CALLS} calls done" in vm.check_output(CALL)
             expected["ctl"] += CALLS
             expected["init"] += int(vm.check_output(DEVICES))
             assert states(gdb) == {"ctl": "armed", "init": "armed", "off": "disabled"}

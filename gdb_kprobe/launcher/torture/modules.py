@@ -88,7 +88,8 @@ def _round(guest: GuestVm, *, fail: bool) -> int:
     if fail:
         assert guest.run(FAIL)[0] != 0
     guest.check_output(LOAD)
-    guest.run(CALL)
+    _, output = guest.run(CALL)
+    assert f"workload: {CALLS} calls done" in output, output
     devices = int(guest.check_output(DEVICES))
     guest.check_output(UNLOAD)
     return devices
