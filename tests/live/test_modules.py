@@ -23,7 +23,10 @@ def states(gdb: Any) -> dict[str, str]:
     return {probe["name"]: probe["state"] for probe in gdb.command("-kprobe-list")["probes"]}
 
 
-@pytest.mark.parametrize(("kernel", "vcpus"), [("debian", 1), ("debian", 2), ("newest", 1)])
+@pytest.mark.parametrize(
+    ("kernel", "vcpus"),
+    [("debian", 2), *(pytest.param(*guest, marks=pytest.mark.full) for guest in (("debian", 1), ("newest", 1)))],
+)
 def test_probes_follow_their_module(
     booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any], kernel: Any, vcpus: int
 ) -> None:
