@@ -41,7 +41,10 @@ class Leftover:
 
     @property
     def dispatches_itself(self) -> bool:
-        """The guest has a dispatcher of its own: it may run with nobody watching."""
+        """The guest has a dispatcher of its own, or needs none for jumps: it may run with nobody watching."""
+        sites = [record for record in self.records if record.kind is RecordKind.SITE]
+        if all(len(site.patch.new) > 1 for site in sites):
+            return True
         hooks = (record for record in self.records if record.kind is RecordKind.HOOK)
         return any(is_armed(self.memory, hook) for hook in hooks)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gdb_kprobe.testing.mi import GdbMi
 
-_SENT = re.compile(r"^w \$(?P<packet>[MXGP][^#]*)", re.M)
+_SENT = re.compile(r"^w \+?\$(?P<packet>[MXGP][^#]*)", re.M)
 """Packets that write memory (M, X) or registers (G, P)."""
 
 
