@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
 from gdb_kprobe.model import Rung
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
@@ -51,8 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--minutes", type=float, default=1, metavar="N", help="how long (1)")
     parser.add_argument("--append", action="append", default=[], metavar="WORD", help="for the kernel's command line")
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
-    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+    guest_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 
@@ -24,8 +24,7 @@ FUNCTION = "__x64_sys_getpriority"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("-n", type=int, default=10, metavar="N", help="rounds (10)")
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
-    parser.add_argument("--cpus", type=int, default=2, metavar="N", help="two at least (2)")
+    guest_arguments(parser, cpus=2)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -24,11 +24,11 @@ from typing import assert_never
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.render.text import table
 from gdb_kprobe.testing import GdbMi, TextSnapshot
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestVm
 
 GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
@@ -82,31 +82,15 @@ class Round:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("-n", type=int, default=20, metavar="N", help="kills (20)")
-    parser.add_argument("--seed", type=int, help="of an earlier run")
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
-    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+    round_arguments(parser, 21, "kills")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    seed = options.seed if options.seed is not None else random.randrange(10**6)
-    print(f"{options.n} kills of gdb, kernel {options.kernel}, {options.cpus} vCPUs, seed {seed}", flush=True)
-    rounds: list[Round] = []
-    problems: list[str] = []
-    with GuestVm(GuestSpec(kernel=options.kernel, vcpus=options.cpus)) as guest:
-        kill = Kill9(guest, random.Random(seed))
-        try:
-            for one in itertools.islice(kill.rounds(), options.n):
-                rounds.append(one)
-                print(one, *one.wrong, sep="\n    ", flush=True)
-        except FAILURES as error:
-            problems.append(f"after {len(rounds)} rounds: {error}")
-            print(f"FAILED: {problems[-1]}", flush=True)
+    rounds, problems = run_rounds(options, "kills of gdb", lambda guest, chosen: Kill9(guest, chosen).rounds())
     print(summary(rounds))
-    failed = sum(bool(one.wrong) for one in rounds) + len(problems)
-    return conclude(started, len(rounds) - sum(bool(one.wrong) for one in rounds), failed)
+    return conclude_rounds(started, rounds, problems)
 
 
 def summary(rounds: list[Round]) -> str:

@@ -12,7 +12,7 @@ import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 
@@ -32,8 +32,7 @@ PROBES = ("p:ctl loop:loop_control_ioctl", "p:init loop:loop_add", "p:core __x64
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("-n", type=int, default=20, metavar="N", help="rounds (20)")
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
-    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+    guest_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, KERNELS, conclude
+from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.session.header import Layout
 from gdb_kprobe.testing import GdbCommandError, GdbMi, TextSnapshot
 from gdb_kprobe.testing.wire import Wire
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestVm
 from kprobe_guest.spec import MIB
 
 GETPRIORITY = 140
@@ -72,32 +72,17 @@ class Round:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("-n", type=int, default=16, metavar="N", help="resets (16)")
-    parser.add_argument("--seed", type=int, help="of an earlier run")
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
-    parser.add_argument("--cpus", type=int, default=1, metavar="N")
+    round_arguments(parser, 16, "resets")
     parser.add_argument("--append", action="append", default=[], metavar="WORD", help="for the kernel's command line")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    seed = options.seed if options.seed is not None else random.randrange(10**6)
-    print(f"{options.n} resets, kernel {options.kernel}, {options.cpus} vCPUs, seed {seed}", flush=True)
-    rounds: list[Round] = []
-    problems: list[str] = []
-    spec = GuestSpec(kernel=options.kernel, vcpus=options.cpus, extra_cmdline=tuple(options.append))
-    with GuestVm(spec) as guest:
-        torture = ResetTorture(guest, random.Random(seed))
-        try:
-            for one in itertools.islice(torture.rounds(), options.n):
-                rounds.append(one)
-                print(one, *one.wrong, sep="\n    ", flush=True)
-        except FAILURES as error:
-            problems.append(f"after {len(rounds)} rounds: {error}")
-            print(f"FAILED: {problems[-1]}", flush=True)
-    failed = sum(bool(one.wrong) for one in rounds)
-    return conclude(started, len(rounds) - failed, failed + len(problems))
+    rounds, problems = run_rounds(
+        options, "resets", lambda guest, chosen: ResetTorture(guest, chosen).rounds(), options.append
+    )
+    return conclude_rounds(started, rounds, problems)
 
 
 class ResetTorture:
