@@ -68,11 +68,13 @@ class Definitions:
         forget_definitions(memory, header)
 
     def add(self, probe: Probe) -> None:
-        """Note *probe*, which has a counter, before it is armed.
+        """Note *probe*, which has a counter, before it is armed. One that is noted is not noted twice.
 
         :raises RegionError: there is no room.
         """
         assert probe.counter is not None
+        if probe.name in self._entries:
+            return
         text = text_of(probe.spec).encode()
         size = -(-(_ENTRY.size + len(text)) // _ALIGN) * _ALIGN
         number = (probe.counter.addr - self._header.counters.start) // SIZE

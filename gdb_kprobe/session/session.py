@@ -502,10 +502,10 @@ class Session:
             self._mark_disarmed(site)
         for probe in site.probes:
             probe.gone = True
-            self._definitions.remove(probe)
-            self._routes.free_counter(probe)
             if module_of(probe):
                 self.modules.wait(probe)
+            else:
+                self._unnote(probe)
         self._free_slots(site)
         self._routes.tidy()
 
@@ -526,6 +526,11 @@ class Session:
     def _add(self, probe: Probe) -> None:
         if self.modules.may_come(probe):
             self.probes.add(probe)
+            try:
+                self._note(probe)
+            except BaseException:
+                self.probes.remove(probe)
+                raise
             self.modules.wait(probe)
             return
         place = self._resolve(probe.spec.location)
@@ -549,6 +554,7 @@ class Session:
     def _delete(self, probe: Probe) -> None:
         if probe.gone or probe in self.modules.waiting:
             self.probes.remove(probe)
+            self._unnote(probe)
             with contextlib.suppress(ValueError):
                 self.modules.waiting.remove(probe)
             return
@@ -564,9 +570,22 @@ class Session:
         except BaseException:
             site.probes.insert(at, probe)
             raise
+        self._unnote(probe)
+        self._drop_unused(site)
+
+    def _note(self, probe: Probe) -> None:
+        """Give *probe* a counter and write down what it is, before there is a site for it.
+
+        :raises RegionError: there is no room.
+        """
+        self._allocate_counter(probe)
+        if not probe.hidden:
+            self._definitions.add(probe)
+
+    def _unnote(self, probe: Probe) -> None:
+        """Undo that; nothing happens when it was not done."""
         self._definitions.remove(probe)
         self._routes.free_counter(probe)
-        self._drop_unused(site)
 
     def _attach_to_site(self, probe: Probe, place: Place) -> None:
         site, strategy = self._sites.get(place.addr), probe.strategy
@@ -578,9 +597,7 @@ class Session:
         self._show(place.addr)
         probe.place = place
         try:
-            self._allocate_counter(probe)
-            if not probe.hidden:
-                self._definitions.add(probe)
+            self._note(probe)
             if site is None:
                 wish = self._jumps.wish(place.addr, [probe])
                 plan = self._make_plan(place, probe.post is not None, strategy, wish)
@@ -594,8 +611,7 @@ class Session:
             self._match_text(site)
         except BaseException:
             probe.place = None
-            self._definitions.remove(probe)
-            self._routes.free_counter(probe)
+            self._unnote(probe)
             if site is not None:
                 if probe in site.probes:
                     site.probes.remove(probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -136,3 +137,32 @@ def test_a_trace_does_not_tell_of_the_watches(
         gdb.console("python end()")
         gdb.console("kprobe detach")
     assert guest.guest.dmesg_problems() == []
+
+
+def test_probes_that_wait_are_adopted_with_their_counts(
+    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
+) -> None:
+    vm = booted_guest(GuestSpec())
+    guest = make_probed(vm)
+    vm.run(LOAD)
+    with guest.gdb() as gdb:
+        gdb.console("kprobe p:ctl loop:loop_control_ioctl")
+        gdb.console("kprobe p:never nosuch:nosuch_function")
+        gdb.cont()
+        vm.check_output(CALL)
+        vm.check_output(UNLOAD)
+        assert states(gdb) == {"ctl": "gone", "never": "pending"}
+        gdb.interrupt()
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    with guest.gdb(attach=False) as gdb:
+        gdb.console("kprobe adopt debian")
+        assert states(gdb) == {"ctl": "pending", "never": "pending"}
+        assert guest.hits(gdb) == {"ctl": CALLS, "never": 0}
+        gdb.cont()
+        vm.check_output(LOAD)
+        vm.check_output(CALL)
+        assert guest.hits(gdb) == {"ctl": 2 * CALLS, "never": 0}
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+    assert vm.dmesg_problems() == []
