@@ -53,8 +53,9 @@ MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF0
 BUILD_ID_SIZE = 20
 _KERNEL_HALF = 1 << 63
 _CLOSE_NAMES = 3
+_FEATURE_CX16 = 4 * 32 + 13
 _FEATURE_LAHF_LM = 6 * 32
-"""X86_FEATURE_LAHF_LM, arch/x86/include/asm/cpufeatures.h."""
+"""X86_FEATURE_CX16 and X86_FEATURE_LAHF_LM, arch/x86/include/asm/cpufeatures.h."""
 
 
 class LinuxGuest:
@@ -163,9 +164,17 @@ class LinuxGuest:
 
     @cached_property
     def has_lahf(self) -> bool:
+        return self._has_feature(_FEATURE_LAHF_LM)
+
+    @property
+    def has_cmpxchg16b(self) -> bool:
+        """Whether all vCPUs have it."""
+        return self._has_feature(_FEATURE_CX16)
+
+    def _has_feature(self, number: int) -> bool:
         """Linux keeps the features that all its CPUs have in ``boot_cpu_data``."""
         at = self.kallsyms.address("boot_cpu_data") + self.btf.offset_of("cpuinfo_x86", "x86_capability")
-        word, bit = divmod(_FEATURE_LAHF_LM, 32)
+        word, bit = divmod(number, 32)
         return bool(int.from_bytes(self.memory.read(VirtAddr(at + 4 * word), 4), "little") >> bit & 1)
 
     def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:

@@ -9,6 +9,7 @@ from gdb_kprobe.gdbext.commands import (
     check,
     delete,
     detach,
+    doctor,
     enable,
     info,
     list_,
@@ -23,6 +24,7 @@ from gdb_kprobe.gdbext.commands import (
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
-    commands = (prefix, attach, adopt, detach, add, list_, info, plan, check, enable, delete, trace, stats, symbols)
-    for module in (*commands, mi):
+    guests = (attach, adopt, doctor, detach)
+    probes = (add, list_, info, plan, check, enable, delete, trace, stats, symbols)
+    for module in (prefix, *guests, *probes, mi):
         module.register()

@@ -1,0 +1,133 @@
+"""What a guest and its QEMU offer to probes, what is missing, and what would make it better. Nothing is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from gdb_kprobe.errors import GuestStateError, KprobeError, RegionError
+from gdb_kprobe.linux.bp_path import find_bp_path
+from gdb_kprobe.linux.e820 import E820Entry, E820Table
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.target.ivshmem import find_bar
+from gdb_kprobe.target.protocols import Machine, Monitor
+from gdb_kprobe.target.ram import SharedRam
+
+_REGION: Final = 16 << 20
+_RAM, _RESERVED = 1, 2
+_FIXED: Final = (8, 0)
+"""The version of QEMU in which cmpxchg16b leaves the flags alone, and vCPUs see each other's int3s go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; *remedy* is what to do where it could be better, empty where it is well."""
+
+    what: str
+    state: str
+    remedy: str = ""
+
+
+def examine(machine: Machine, guest: LinuxGuest, vcpus: int) -> Iterator[Finding]:
+    """Look at the stopped *machine* and its *guest*.
+
+    :raises TargetError: the machine does not answer.
+    """
+    yield _qemu(machine, guest.has_cmpxchg16b, vcpus)
+    yield _acceleration(machine)
+    yield Finding("kernel", guest.description)
+    yield from _tables(guest)
+    yield _dispatch(guest)
+    yield _memory(machine)
+    yield from _room(machine, guest)
+
+
+def _qemu(machine: Monitor, has_cmpxchg16b: bool, vcpus: int) -> Finding:
+    version = re.sub(r"(?<=\d)(?=[A-Z])", " ", machine.monitor("info version").strip())
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) >= _FIXED:
+        return Finding("QEMU", version)
+    faults = []
+    if has_cmpxchg16b:
+        faults.append("cmpxchg16b corrupts flags: run the guest with -cpu MODEL,-cx16")
+    if vcpus > 1:
+        faults.append('a guest of several vCPUs that switches jump labels may die with "Oops: int3", probed or not')
+    return Finding("QEMU", version, f"{'; '.join(faults)}; QEMU 8.0 does not" if faults else "")
+
+
+def _acceleration(machine: Monitor) -> Finding:
+    if "enabled" in machine.monitor("info kvm"):
+        return Finding("accelerator", "KVM", "untested: with TCG (-accel tcg) all of this was tried")
+    return Finding("accelerator", "TCG")
+
+
+def _tables(guest: LinuxGuest) -> Iterator[Finding]:
+    yield Finding("symbols", f"{sum(len(table.addrs) for table in guest.kallsyms.tables)}, from the guest's kallsyms")
+    try:
+        sites = sum(len(guest.ftrace_sites(text)) for text in guest.text_ranges())
+    except KprobeError as error:
+        yield Finding("ftrace", f"its records cannot be read: {error.message}", "probe behind the entries' nops")
+    else:
+        yield Finding("ftrace", f"{sites} nops at entries, which can be borrowed for jumps")
+
+
+def _dispatch(guest: LinuxGuest) -> Finding:
+    try:
+        find_bp_path(guest.memory, guest.kallsyms, guest.bp_entry)
+    except GuestStateError as error:
+        return Finding("dispatch", f"by the stub: {error.message}", "every int3 stops the machine; jumps do not")
+    return Finding("dispatch", "inside the guest: a hit that is only counted does not stop the machine")
+
+
+def _memory(machine: Machine) -> Finding:
+    shared = SharedRam.discover(machine)
+    if shared is None:
+        return Finding(
+            "memory",
+            "through the stub; while the guest runs through QEMU's process, if it is yours",
+            "attaching is faster with -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/ram,share=on "
+            "-machine memory-backend=ram",
+        )
+    name = shared.name
+    shared.close()
+    return Finding("memory", f"{name}, also while the guest runs")
+
+
+def _room(machine: Machine, guest: LinuxGuest) -> Iterator[Finding]:
+    table = guest.e820()
+    for entry in set_aside(table):
+        yield Finding("region", f"{entry}: 'source: reserved', 'physical: {entry.addr:#x}'")
+    try:
+        start, size = find_bar(machine)
+    except RegionError:
+        device = False
+    else:
+        device = True
+        yield Finding("region", f"an ivshmem device of {size >> 20} MiB at {start:#x}: 'source: ivshmem'")
+    if not device and not set_aside(table):
+        word = memmap_for(table)
+        yield Finding(
+            "region",
+            "no memory is set aside for probes",
+            f"boot with {word} on the kernel's command line" if word else "give the guest more memory",
+        )
+
+
+def set_aside(table: E820Table) -> tuple[E820Entry, ...]:
+    """The reserved ranges with room for a region that lie within RAM: what ``memmap=SIZE$ADDR`` leaves."""
+    ram = {entry.end for entry in table.entries if entry.type == _RAM}
+    return tuple(
+        entry for entry in table.entries if entry.type == _RESERVED and entry.size >= _REGION and entry.addr in ram
+    )
+
+
+def memmap_for(table: E820Table) -> str:
+    """A word for the kernel's command line that sets a region aside, in the middle of the largest piece of RAM."""
+    ram = [entry for entry in table.entries if entry.type == _RAM and entry.size >= 8 * _REGION]
+    if not ram:
+        return ""
+    largest = max(ram, key=lambda entry: entry.size)
+    middle = (largest.addr + largest.size // 2) // _REGION * _REGION
+    return f"memmap={_REGION >> 20}M${middle:#x}"
