@@ -122,8 +122,12 @@ class Definitions:
 
 
 def read_definitions(memory: PhysicalMemory, header: Header) -> tuple[Definition, ...]:
-    """The probes that *header*'s region has definitions of, with their counts, in the order of definition."""
-    return tuple(_read(memory, header, entry) for entry in _entries(memory, header))
+    """The probes that *header*'s region has definitions of, with their counts, in the order of definition.
+
+    An entry that cannot be one of ours, for somebody has written over it, is left out.
+    """
+    found = (_read(memory, header, entry) for entry in _entries(memory, header))
+    return tuple(definition for definition in found if definition is not None)
 
 
 def forget_definitions(memory: PhysicalMemory, header: Header) -> None:
@@ -147,12 +151,14 @@ def _entries(memory: PhysicalMemory, header: Header) -> Iterator[bytes]:
             data = data[size:]
 
 
-def _read(memory: PhysicalMemory, header: Header, entry: bytes) -> Definition:
+def _read(memory: PhysicalMemory, header: Header, entry: bytes) -> Definition | None:
     _, _, rung, number, had_handler = _ENTRY.unpack_from(entry)
     counter = offset(header.counters.start, number * SIZE)
+    text = entry[_ENTRY.size :].rstrip(b"\0")
+    if rung >= len(_RUNGS) or counter not in header.counters or not text.isascii():
+        return None
     hits, missed, enabled = _COUNTER.unpack(memory.read_physical(header.physical(counter), _COUNTER.size))
-    text = entry[_ENTRY.size :].rstrip(b"\0").decode()
-    return Definition(text, _RUNGS[rung], bool(had_handler), counter, hits, missed, bool(enabled))
+    return Definition(text.decode("ascii"), _RUNGS[rung], bool(had_handler), counter, hits, missed, bool(enabled))
 
 
 def adopt(definition: Definition, spec: ProbeSpec, counter: Counter | None) -> Probe:

@@ -28,6 +28,8 @@ class QemuStub:
     def __init__(self, channel: PacketChannel) -> None:
         self._channel = channel
         self._physical_depth = 0
+        # QEMU keeps the mode over connections: a client that was killed may have left its memory packets physical.
+        self._is_virtual = False
         self._selected: CpuId | None = None
         self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
         self._cpus: tuple[CpuId, ...] = ()
@@ -36,6 +38,7 @@ class QemuStub:
         """Go on over another connection to the same machine (after the first was lost)."""
         self._channel = channel
         self._physical_depth = 0
+        self._is_virtual = False
         self._selected = None
         self._cpus = ()
 
@@ -90,6 +93,7 @@ class QemuStub:
             self._expect_ok(b"P%x=%b" % (number, data), f"write {name} of vCPU {cpu}")
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
+        self._be_virtual()
         self.select(cpu)
         parts: list[bytes] = []
         for start, count in _chunks(addr, size, _READ_CHUNK):
@@ -100,6 +104,7 @@ class QemuStub:
         return b"".join(parts)
 
     def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
+        self._be_virtual()
         self.select(cpu)
         for start, count in _chunks(addr, len(data), _WRITE_CHUNK):
             chunk = data[start - addr : start - addr + count]
@@ -126,6 +131,7 @@ class QemuStub:
     def physical_mode(self) -> Iterator[None]:
         """Make memory packets physical. It holds for everybody on the stub, so it is left at once, come what may."""
         if self._physical_depth == 0:
+            self._is_virtual = False
             try:
                 self._expect_ok(b"Qqemu.PhyMemMode:1", "switch to physical addresses")
             except BaseException:
@@ -138,7 +144,13 @@ class QemuStub:
         finally:
             self._physical_depth -= 1
             if self._physical_depth == 0:
-                self._expect_ok(b"Qqemu.PhyMemMode:0", "switch to virtual addresses")
+                self._be_virtual()
+
+    def _be_virtual(self) -> None:
+        """Make memory packets virtual, outside of :meth:`physical_mode`."""
+        if not self._physical_depth and not self._is_virtual:
+            self._expect_ok(b"Qqemu.PhyMemMode:0", "switch to virtual addresses")
+            self._is_virtual = True
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         parts: list[bytes] = []

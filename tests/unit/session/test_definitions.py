@@ -145,3 +145,13 @@ def test_forgotten_ones_are_gone() -> None:
     region.definitions.add(region.probe("p vfs_read"))
     forget_definitions(region.memory, region.header)
     assert region.texts() == []
+
+
+@pytest.mark.parametrize(("at", "byte"), [(3, 9), (7, 0xFF), (12, 0xE9)], ids=["rung", "counter", "text"])
+def test_an_entry_that_was_written_over_is_left_out(at: int, byte: int) -> None:
+    region = Region()
+    for name in ("a", "b"):
+        region.definitions.add(region.probe(f"p:{name} vfs_read"))
+    start = region.header.definitions.start - region.header.virt
+    region.memory.data[start + at] = byte
+    assert region.texts() == ["p:kprobes/b vfs_read"]

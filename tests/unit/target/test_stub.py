@@ -129,7 +129,7 @@ def test_a_step_steps_one_vcpu_and_unselects_it(stub: QemuStub, described: Any) 
     stub.select(CpuId(2))
     stub.step(CpuId(2))
     stub.read_current(CpuId(2), VirtAddr(0), 1)
-    assert described.packets == [b"Hgp1.2", b"vCont;s:p1.2", b"Hgp1.2", b"m0,1"]
+    assert described.packets == [b"Hgp1.2", b"vCont;s:p1.2", b"Qqemu.PhyMemMode:0", b"Hgp1.2", b"m0,1"]
 
 
 def test_a_step_that_is_refused_is_an_error(stub: QemuStub, described: Any) -> None:
