@@ -154,7 +154,9 @@ def test_disconnect_leaves_the_guest_stopped_with_its_own_text(guest: Any) -> No
 def test_kill_restores_the_text_before_qemu_ends(booted_guest: Callable[[GuestSpec], Any], make_probed: Any) -> None:
     guest = make_probed(booted_guest(GuestSpec(vcpus=2)))
     with under_load(guest, stop=True) as (gdb, _):
-        assert "3 site(s) restored" in gdb.console("kill")
+        with contextlib.suppress(GdbCommandError):  # QEMU may be gone before gdb has hung up
+            gdb.console("kill")
+        assert "3 site(s) restored" in text_of(gdb)
     assert not guest.guest.alive(), "QEMU ends at gdb's kill"
     assert guest.snapshot.leftovers(guest.touched) == []
 
