@@ -38,13 +38,8 @@ def atomic(places: Places, insn: BpfInsn, step: Step) -> None:
 
 def _update(places: Places, op: AluOp, memory: Mem | At, source: Operand, width: int) -> None:
     if isinstance(source, int) and (width == 4 or fits_s32(source)):
-        signed = to_signed(source, 8 * width)
-        if op is AluOp.ADD and signed == 1:
-            places.out.inc(memory, width, lock=True)
-        elif op is AluOp.ADD and signed == -1:
-            places.out.dec(memory, width, lock=True)
-        else:
-            places.out.alu_imm(GROUP[op], memory, source, width, lock=True)
+        # Not inc or dec, which leave CF as it was: QEMU has to compute that first, by a call (gen_inc).
+        places.out.alu_imm(GROUP[op], memory, source, width, lock=True)
     else:
         places.out.alu_store(GROUP[op], memory, places.as_register(source, width), width, lock=True)
 

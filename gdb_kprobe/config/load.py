@@ -9,7 +9,7 @@
       symbols: PATH                  # bare: a file of NAME: ADDRESS lines
       vmlinux: PATH                  # ELF with debug info, of exactly this kernel
     region:                          # required
-      source: reserved               # or ivshmem, premapped; required
+      source: reserved               # or ivshmem, borrowed, premapped; required
       physical: 0x10000000           # reserved only, and required there
       virtual: auto                  # or an address; required for premapped
       size: 16M
@@ -131,8 +131,6 @@ def _kernel(section: Section | None) -> KernelConfig:
 
 def _region(section: Section, kind: KernelKind) -> RegionConfig:
     source_value = section.require("source", f"choose from {', '.join(RegionSource)}")
-    if source_value.text == "borrowed":
-        raise source_value.error("not implemented yet: source 'borrowed'", "use reserved or ivshmem")
     source = as_choice(source_value, RegionSource)
     if kind is KernelKind.BARE and source is not RegionSource.PREMAPPED:
         raise source_value.error(
@@ -147,6 +145,7 @@ def _region(section: Section, kind: KernelKind) -> RegionConfig:
     elif physical is not None:
         where = {
             RegionSource.IVSHMEM: "the device's BAR says it",
+            RegionSource.BORROWED: "the guest's allocator says it",
             RegionSource.PREMAPPED: "the guest's page tables say it",
         }
         raise physical.error(f"'region.physical' is not for source '{source}'", f"leave it out: {where[source]}")

@@ -33,6 +33,8 @@ class RegionSource(StrEnum):
     """RAM that the guest was told to leave alone (``memmap=SIZE$ADDRESS``)."""
     IVSHMEM = "ivshmem"
     """BAR 2 of an ``ivshmem-plain`` device."""
+    BORROWED = "borrowed"
+    """Pages asked from the guest's own allocator: for a guest that nobody has prepared."""
     PREMAPPED = "premapped"
     """Memory that the guest has mapped itself, and does not use."""
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,20 @@ class GdbChannel:
             return bytes(self._connection.send_packet(packet) or b"")
         except (gdb.error, RuntimeError) as error:
             raise _translated(error) from error
+
+    def run_for(self, seconds: float) -> None:
+        # gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to vCont
+        # comes at the latest when a thread has sent the interrupt byte over gdb's own socket.
+        descriptor = find_socket(self.address)
+        if descriptor is None:
+            raise GuestStateError("cannot find gdb's socket to the guest", "is it another kind of connection?")
+        timer = threading.Timer(seconds, os.write, (descriptor, b"\x03"))
+        timer.start()
+        try:
+            self.send(b"vCont;c")
+        finally:
+            timer.cancel()
+            timer.join()
 
     def monitor(self, command: str) -> str:
         global _monitoring

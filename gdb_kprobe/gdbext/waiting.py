@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 
 import gdb
 
 from gdb_kprobe.config.profile import KernelKind, Profile
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
-from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers
+from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
 from gdb_kprobe.session.bare_guest import open_bare
@@ -48,7 +46,7 @@ def wait_for_kernel(profile: Profile) -> None:
                     write(f"waiting: {error.message}")
                     gdb.flush()
                 last = error.message
-            _run_for(channel, SLICE)
+            channel.run_for(SLICE)
             stub.forget_selection()
     finally:
         flush_registers()
@@ -60,19 +58,3 @@ def _look(stub: QemuStub, memory: RamView, profile: Profile) -> None:
     else:
         open_bare(stub, memory, {}, None)
 
-
-def _run_for(channel: GdbChannel, seconds: float) -> None:
-    """Resume the machine and stop it again.
-
-    gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to ``vCont`` comes
-    when a thread sends the interrupt byte over gdb's own socket.
-    """
-    descriptor = find_socket(channel.address)
-    if descriptor is None:
-        raise GuestStateError("cannot find gdb's socket to the guest", "let the guest run, and attach without --wait")
-    timer = threading.Timer(seconds, os.write, (descriptor, b"\x03"))
-    timer.start()
-    try:
-        channel.send(b"vCont;c")
-    finally:
-        timer.join()

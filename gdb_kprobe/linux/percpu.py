@@ -33,3 +33,13 @@ def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, i
 def per_cpu_ptr(symbol: VirtAddr, offset: int) -> VirtAddr:
     """Return the address of one CPU's copy of the variable at *symbol*."""
     return VirtAddr((symbol + offset) & 0xFFFF_FFFF_FFFF_FFFF)
+
+
+def hot_symbol(kallsyms: Kallsyms, btf: Btf, name: str) -> VirtAddr:
+    """A per-CPU variable that was a member of ``pcpu_hot`` for a while.
+
+    Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
+    """
+    if btf.has_member("pcpu_hot", name) and kallsyms.find("pcpu_hot") is not None:
+        return VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", name))
+    return kallsyms.address(name)

@@ -6,6 +6,7 @@ The layout is ABI (arch/x86/include/uapi/asm/ptrace.h): user space sees it too, 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Final
 
 _ORDER: Final = (
@@ -24,3 +25,8 @@ _STRUCT: Final = struct.Struct(f"<{len(_ORDER)}Q")
 def unpack(data: bytes) -> dict[str, int]:
     """All registers of the :data:`SIZE` bytes of a ``struct pt_regs``, by hardware name."""
     return dict(zip(_ORDER, _STRUCT.unpack(data), strict=True))
+
+
+def pack(registers: Mapping[str, int]) -> bytes:
+    """The bytes of a ``struct pt_regs`` with these *registers*, by hardware name; there may be others beside them."""
+    return _STRUCT.pack(*(registers[name] for name in _ORDER))

@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
-from gdb_kprobe.linux.percpu import per_cpu_offsets, per_cpu_ptr
+from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_pointer
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
@@ -120,7 +120,7 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...
 
     :raises GuestStateError: this kernel's variables are not as known here.
     """
-    hardirq_ptr = _hot_symbol(kallsyms, btf, "hardirq_stack_ptr")
+    hardirq_ptr = hot_symbol(kallsyms, btf, "hardirq_stack_ptr")
     irq_size = btf.size_of("irq_stack")
     stacks = []
     for cpu, offset in per_cpu_offsets(memory, kallsyms, btf).items():
@@ -138,16 +138,6 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...
             Stack(f"entry stack of CPU {cpu}", entry, StackKind.ENTRY, cpu),
         ]
     return tuple(stacks)
-
-
-def _hot_symbol(kallsyms: Kallsyms, btf: Btf, name: str) -> VirtAddr:
-    """A per-CPU variable that was a member of ``pcpu_hot`` for a while.
-
-    Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
-    """
-    if btf.has_member("pcpu_hot", name) and kallsyms.find("pcpu_hot") is not None:
-        return VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", name))
-    return kallsyms.address(name)
 
 
 def _storage(kallsyms: Kallsyms, btf: Btf, symbol: str, type_name: str, offset: int) -> AddressRange:
@@ -189,7 +179,7 @@ def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, Vir
 
     :raises GuestStateError: this kernel keeps the current task where it is not known here.
     """
-    symbol = _hot_symbol(kallsyms, btf, "current_task")
+    symbol = hot_symbol(kallsyms, btf, "current_task")
     offsets = per_cpu_offsets(memory, kallsyms, btf)
     return {cpu: read_pointer(memory, per_cpu_ptr(symbol, offset)) for cpu, offset in offsets.items()}
 

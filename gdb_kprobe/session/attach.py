@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
@@ -13,9 +14,11 @@ from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
+from gdb_kprobe.session.borrowed import borrow, give_back
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.definitions import Definition
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
+from gdb_kprobe.session.leftover import find_header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
 from gdb_kprobe.session.restore import Restored, restore
@@ -128,6 +131,9 @@ def _put_region(
         found = restore(machine, memory, guest, guest.memory.translate(config.virtual))
         high_water = None if found.kept is None else found.kept.code_high_water
         region = create_premapped(memory, guest, config.virtual, config.size, high_water)
+    elif config.source is RegionSource.BORROWED:
+        assert isinstance(guest, LinuxGuest), "the profile's reader asks for it"
+        found, region = _borrowed(machine, memory, guest, config, messages)
     else:
         phys = _physical(machine, guest, config)
         found = restore(machine, memory, guest, phys)
@@ -137,6 +143,29 @@ def _put_region(
             region = create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
     messages += found.messages
     return region, _left(found, region)
+
+
+def _borrowed(
+    machine: Machine, memory: PhysicalMemory, guest: LinuxGuest, config: RegionConfig, messages: list[str]
+) -> tuple[Restored, Region]:
+    """A region in memory of the guest's allocator: that of a session which was cut off, or asked for now."""
+    header = find_header(memory, guest.memory, guest.bp_entry)
+    found, phys, size = Restored(), None, config.size
+    if header is not None and header.borrowed:
+        found, phys, size = restore(machine, memory, guest, header.phys), header.phys, header.size
+        if size != config.size:
+            messages.append(f"the region is that of an earlier session, of {size >> 20} MiB")
+    if found.kept is not None:
+        region = adopt_mapped(memory, guest, found.kept)
+    else:
+        with contextlib.ExitStack() as undo:
+            if phys is None:
+                phys = borrow(machine, guest, size)
+            undo.callback(give_back, machine, guest, phys, size)
+            region = create_mapped(memory, guest, phys, size, config.virtual, MODULES, borrowed=True)
+            undo.pop_all()
+    region.give_back = partial(give_back, machine, guest, region.header.phys, region.header.size)
+    return found, region
 
 
 def _left(found: Restored, region: Region) -> tuple[tuple[Definition, Counter | None], ...]:

@@ -32,6 +32,8 @@ VERSION = 4
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")
 RECORD_SIZE = 72
+_BORROWED = 1
+"""A flag of the header."""
 RECORD_OFFSET = PAGE_SIZE
 
 NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
@@ -106,6 +108,8 @@ class Header:
     code_high_water: VirtAddr
     records: int = 0
     """Records from the first up to the last that was ever in use; what lies behind was never written."""
+    borrowed: bool = False
+    """The guest's own allocator gave the memory, and is to have it back."""
     entry_text: AddressRange = NO_ENTRY_TEXT
     """The guest's entry text, in which a vCPU may be on its way to and from our dispatcher; empty without one."""
 
@@ -113,7 +117,7 @@ class Header:
         return _HEADER.pack(
             MAGIC,
             VERSION,
-            0,
+            _BORROWED if self.borrowed else 0,
             self.size,
             self.virt,
             self.phys,
@@ -135,7 +139,7 @@ class Header:
 
         :raises RegionError: there is one, of a version that this code does not know.
         """
-        magic, version, _, size, virt, phys, build_id, records, text, entry, cookie, at, value, high, *entry_text = (
+        magic, version, flags, size, virt, phys, build_id, records, text, entry, cookie, at, value, high, *entry_text = (
             _HEADER.unpack(data[: _HEADER.size])
         )
         if magic != MAGIC:
@@ -147,7 +151,8 @@ class Header:
             )
         identity = Identity(build_id, VirtAddr(text), VirtAddr(entry), PhysAddr(at), value)
         entries = AddressRange(*map(VirtAddr, entry_text))
-        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, entries)
+        borrowed = bool(flags & _BORROWED)
+        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, borrowed, entries)
 
     @property
     def layout(self) -> Layout:

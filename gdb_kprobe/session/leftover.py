@@ -18,7 +18,7 @@ from gdb_kprobe.session.definitions import forget_definitions
 from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out, trapped_at
 from gdb_kprobe.session.restore import is_armed, restore_site
-from gdb_kprobe.target.protocols import Machine
+from gdb_kprobe.target.protocols import Machine, PhysicalMemory
 
 WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_0000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
 """Where a region can be: in s32 reach of a kernel image, up to the end of the module area."""
@@ -93,12 +93,23 @@ def find_leftover(machine: Machine) -> Leftover | None:
         gates = idt.read_idt(table, cpu.idt_base, cpu.idt_limit).handlers()
     except GuestStateError:
         return None
+    header = find_header(machine, table, entry)
+    if header is None:
+        return None
+    records = tuple(iter_records(machine, header))
+    armed = any(is_armed(table, record) for record in records)
+    return Leftover(header, records, table, entry, gates) if armed else None
+
+
+def find_header(memory: PhysicalMemory, table: PageTable, entry: VirtAddr) -> Header | None:
+    """The header of a region that is mapped in *table*, in the kernel whose #BP entry is *entry*.
+
+    :raises RegionError: there is a region of another version of this project.
+    """
     for virt, phys in _mapped_slots(table):
-        header = _header_at(machine, virt, phys)
-        if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(machine, header):
-            records = tuple(iter_records(machine, header))
-            armed = any(is_armed(table, record) for record in records)
-            return Leftover(header, records, table, entry, gates) if armed else None
+        header = _header_at(memory, virt, phys)
+        if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(memory, header):
+            return header
     return None
 
 
@@ -119,18 +130,18 @@ def _first_byte(leaf: Entry, virt: int) -> PhysAddr:
     return PhysAddr(leaf.value & 0x000F_FFFF_FFFF_F000 & -size | virt & size - 1)
 
 
-def _header_at(machine: Machine, virt: VirtAddr, phys: PhysAddr) -> Header | None:
+def _header_at(memory: PhysicalMemory, virt: VirtAddr, phys: PhysAddr) -> Header | None:
     try:
-        if machine.read_physical(phys, len(MAGIC)) != MAGIC:
+        if memory.read_physical(phys, len(MAGIC)) != MAGIC:
             return None
-        header = read_header(machine, phys)
+        header = read_header(memory, phys)
     except TargetError:
         return None  # no RAM there
     return header if header is not None and (header.virt, header.phys) == (virt, phys) else None
 
 
-def _hangs_on_its_entry(machine: Machine, header: Header) -> bool:
+def _hangs_on_its_entry(memory: PhysicalMemory, header: Header) -> bool:
     identity = header.identity
     if not identity.entry_addr:
         return True  # premapped: no entry of ours
-    return int.from_bytes(machine.read_physical(identity.entry_addr, 8), "little") == identity.entry_value
+    return int.from_bytes(memory.read_physical(identity.entry_addr, 8), "little") == identity.entry_value

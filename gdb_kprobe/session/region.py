@@ -7,10 +7,10 @@ page table from outside (:mod:`gdb_kprobe.linux.mapping`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import RegionError
+from gdb_kprobe.errors import ConnectionLostError, KprobeError, RegionError
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.linux.mapping import find_hole, plan_mapping
 from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable
@@ -34,6 +34,8 @@ class Region:
     links: tuple[Entry, ...]
     slots: SlotAllocator
     counters: Counters
+    give_back: Callable[[], None] | None = None
+    """Gives the memory back to whom it was borrowed from."""
 
     @property
     def header(self) -> Header:
@@ -51,14 +53,23 @@ class Region:
         found = self.memory.read_physical(start, end - start)
         return all(found[link.addr - start :][:8] == link.value.to_bytes(8, "little") for link in self.links)
 
-    def unmap(self, machine: Cpus) -> None:
+    def unmap(self, machine: Cpus) -> str | None:
         """Take the mapping and the header away. Only when nothing can be executing in the region any more.
 
-        The header goes last: what is cut off in between can still be recognized.
+        The header goes last: what is cut off in between can still be recognized. Then borrowed memory is given back.
+        Returns what is left behind, for the user.
         """
         unlink(self.memory, machine, self.links)
         self.store.erase()
         self.table.invalidate()
+        try:
+            if self.give_back is not None:
+                self.give_back()
+        except ConnectionLostError:
+            raise
+        except KprobeError as error:
+            return f"the region's {self.header.size >> 20} MiB stay allocated in the guest until it boots: {error.message}"
+        return None
 
 
 def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
@@ -91,9 +102,18 @@ def links_of(table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int) -> tup
 
 
 def create_mapped(
-    memory: PhysicalMemory, guest: Guest, phys: PhysAddr, size: int, virt: VirtAddr | None, window: AddressRange
+    memory: PhysicalMemory,
+    guest: Guest,
+    phys: PhysAddr,
+    size: int,
+    virt: VirtAddr | None,
+    window: AddressRange,
+    *,
+    borrowed: bool = False,
 ) -> Region:
     """Map *size* bytes at *phys* into the guest's kernel and start an empty region there.
+
+    *borrowed*: the guest's allocator gave them.
 
     :raises RegionError: *virt* is taken, or the window has no room. Nothing was written then.
     """
@@ -113,7 +133,7 @@ def create_mapped(
         memory.write_physical(addr, image)
     links = tuple(Entry(0, link.addr, int.from_bytes(link.new, "little")) for link in plan.links)
     # The header before the links: what is cut off in between can still be recognized, and taken away.
-    region = _start(memory, guest, virt, phys, size, links)
+    region = _start(memory, guest, virt, phys, size, links, borrowed=borrowed)
     for link in plan.links:
         apply_physical(memory, link.addr, link.old, link.new)
     table.invalidate()
@@ -124,7 +144,8 @@ def create_mapped(
 def adopt_mapped(memory: PhysicalMemory, guest: Guest, header: Header) -> Region:
     """Go on with the mapping that *header* describes; slots that were ever given out there are not given out again."""
     links = links_of(guest.memory, header.virt, header.phys, header.size)
-    return _start(memory, guest, header.virt, header.phys, header.size, links, header.code_high_water)
+    high_water, borrowed = header.code_high_water, header.borrowed
+    return _start(memory, guest, header.virt, header.phys, header.size, links, high_water, borrowed=borrowed)
 
 
 def create_premapped(
@@ -158,10 +179,12 @@ def _start(
     size: int,
     links: tuple[Entry, ...],
     high_water: VirtAddr | None = None,
+    *,
+    borrowed: bool = False,
 ) -> Region:
     first = links[0] if links else Entry(0, PhysAddr(0), 0)
     identity = Identity(guest.build_id, guest.text_base, guest.bp_entry, first.addr, first.value)
-    header = Header(size, virt, phys, identity, secrets.token_bytes(COOKIE_SIZE), high_water or virt)
+    header = Header(size, virt, phys, identity, secrets.token_bytes(COOKIE_SIZE), high_water or virt, borrowed=borrowed)
     store = HeaderStore(memory, header)
     store.create()
     area = header.code if high_water is None else AddressRange(max(high_water, header.code.start), header.code.end)

@@ -418,18 +418,21 @@ class Session:
                 self._routes.lower()
             return Detached(restored, False, tuple(problems), still_armed)
         self._definitions.clear()
-        notes = tuple(self._borrows.kept.values())
+        notes = list(self._borrows.kept.values())
         self._routes.tidy()
         for probe in self.probes:
             probe.take_counter()
         unmapped = False
         try:
-            unmapped = not problems and self._unmap_if_unused()
+            unmapped = not problems and self.is_quiet
+            left = self._unmap() if unmapped else None
+            notes += [left] if left else []
         except ConnectionLostError:
             raise
         except KprobeError as error:
+            unmapped = False
             problems.append(f"the region stays mapped: {error.message}")
-        return Detached(restored, unmapped, tuple(problems), notes=notes)
+        return Detached(restored, unmapped, tuple(problems), notes=tuple(notes))
 
     # -- private: the guest as it is now ------------------------------------------------------------------------
 
@@ -917,12 +920,10 @@ class Session:
         write_verified(self.guest.memory, slot.start, image)
         return slot.code
 
-    def _unmap_if_unused(self) -> bool:
-        if not self.is_quiet:
-            return False
-        self.region.unmap(self.machine)
-        self._moment.end()
-        return True
+    def _unmap(self) -> str | None:
+        """Returns what is left of the region, for the user."""
+        self._moment.end()  # before it may be somebody else's memory
+        return self.region.unmap(self.machine)
 
     def _drop_failed(self) -> None:
         """Disable the probes whose handler raised; their sites get their text back."""

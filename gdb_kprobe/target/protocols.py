@@ -23,6 +23,12 @@ class PacketChannel(Protocol):
         :raises ConnectionLostError: the other end is gone.
         """
 
+    def run_for(self, seconds: float) -> None:
+        """Let all vCPUs run until one stops by itself, but no longer than *seconds*; then the machine is stopped.
+
+        :raises ConnectionLostError: the other end is gone.
+        """
+
     def monitor(self, command: str) -> str:
         """Run one command of QEMU's text monitor and return what it printed.
 
@@ -106,6 +112,12 @@ class Cpus(Protocol):
 
     def step(self, cpu: CpuId) -> None:
         """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
+
+    def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
+        """Let all vCPUs run until one is about to execute one of *addrs*; which one, or ``None`` after *seconds*.
+
+        Others may have got there in the same moment. All are stopped then.
+        """
 
     def drop_breakpoints(self) -> None:
         """Take away all breakpoints that the stub has, whoever set them: a client that was killed leaves its own."""

@@ -123,6 +123,12 @@ class RspSocket:
             if reply[:1] == b"O":
                 output.append(bytes.fromhex(reply[1:].decode()).decode(errors="replace"))
 
+    def run_for(self, seconds: float) -> None:
+        self.resume()
+        if self.wait_stop(seconds) is None:
+            self.interrupt()
+            self._reply()
+
     def resume(self) -> None:
         """Let all vCPUs run; :meth:`wait_stop` or :meth:`interrupt` ends it."""
         self._put(b"vCont;c")

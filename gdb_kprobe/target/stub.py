@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
@@ -20,6 +21,9 @@ _READ_CHUNK = 2048
 
 _WRITE_CHUNK = 1024
 _XML_CHUNK = 0xFFB
+
+_RUN_SLICE = 1.0
+"""Seconds that the machine runs for one packet: gdb waits no longer than two for the answer (``remotetimeout``)."""
 
 
 class QemuStub:
@@ -117,6 +121,25 @@ class QemuStub:
         self._selected = None
         if reply[:1] not in (b"T", b"S"):
             raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
+
+    def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
+        deadline = time.monotonic() + seconds
+        inserted: list[VirtAddr] = []
+        try:
+            for addr in addrs:
+                # Of the hardware kind: no accelerator writes to memory for it, so that it may be anywhere.
+                self._expect_ok(b"Z1,%x,1" % addr, f"set a breakpoint at {addr:#x}")
+                inserted.append(addr)
+            while (left := deadline - time.monotonic()) > 0:
+                self._channel.run_for(min(left, _RUN_SLICE))
+                self._selected = None
+                for cpu in self.cpus():
+                    if self.read_register(cpu, "rip") in addrs:
+                        return cpu
+            return None
+        finally:
+            for addr in inserted:
+                self._expect_ok(b"z1,%x,1" % addr, f"take the breakpoint at {addr:#x} away")
 
     def drop_breakpoints(self) -> None:
         # '?' drops those of one vCPU, the one of the last Hc (QEMU 7.2, gdbstub.c handle_target_halt); at a connection

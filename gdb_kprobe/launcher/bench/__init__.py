@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gdb_kprobe.errors import KprobeError
@@ -21,7 +21,7 @@ from gdb_kprobe.launcher.bench.machine import Machine
 from gdb_kprobe.launcher.bench.places import Call, find_path
 from gdb_kprobe.launcher.bench.places import Path as CallPath
 from gdb_kprobe.launcher.bench.rows import Row, make_row, show
-from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear
+from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear, merge
 from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
@@ -29,11 +29,14 @@ from kprobe_guest import GuestSpec, GuestVm
 NUMBERS = (0, 8, 32)
 FEW, MANY = 8, 512
 """Of how many places the cost of a hit is compared."""
-_GROUPS = 8
-"""Of so few places, spread over all: what a hit costs depends on the place, and so few hardly show beside the call."""
+_FEW_CALLS = 10_000
+"""Of a run with so few: they hardly show beside the call, so that many short runs say more than a few long ones.
 
-CALL = Call(257, ("-100", "s:/proc/1/no/such", "0", "0"))
-"""``openat`` of a file that is not there: nothing is left to do later, and nobody else looks there."""
+By the wall clock: Linux may tell a process its processor time in ticks of 4 ms.
+"""
+
+CALL = Call(87, ("s:/proc/no",))
+"""``unlink`` of a file that is not there: nothing is left to do later, and nobody else looks there."""
 
 
 @dataclass(slots=True)
@@ -140,17 +143,18 @@ def _repeat(machine: Machine, places: _Places, samples: dict[str, _Samples]) -> 
             )
     way = CHEAP["optimized_count"]
     with _attached(machine, way.dispatch):
-        groups = [places.many[first :: MANY // FEW] for first in range(0, MANY // FEW, MANY // FEW // _GROUPS)]
-        few = [measure(machine, way, CALL, group, (0, FEW)) for group in groups]
-        many = measure(machine, way, CALL, places.many, (0, MANY))
+        # All of the many in turn, for what a hit costs depends on the place.
+        groups = [places.many[first :: MANY // FEW] for first in range(MANY // FEW)]
+        short = replace(way, calls=_FEW_CALLS)
+        few = merge(measure(machine, short, CALL, group, (0, FEW), machine.wall_seconds) for group in groups)
+        many = measure(machine, short, CALL, places.many, (0, MANY) * way.times, machine.wall_seconds)
     unobserved = statistics.median(measured.points[0][1] for measured in cheap.values())
     for name, measured in dear.items():
         samples.setdefault(name, _Samples()).add(measured.points[0][1] - unobserved, measured)
     for name, measured in cheap.items():
         samples.setdefault(name, _Samples()).add(measured.us_per_hit(), measured)
-    for number, found in ((FEW, few), (MANY, [many])):
-        sample = samples.setdefault(f"optimized_count_{number}", _Samples())
-        sample.add(statistics.fmean(measured.us_per_hit() for measured in found), *found)
+    for number, found in ((FEW, few), (MANY, many)):
+        samples.setdefault(f"optimized_count_{number}", _Samples()).add(found.us_per_hit(), found)
 
 
 @contextmanager

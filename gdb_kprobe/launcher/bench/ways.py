@@ -10,7 +10,9 @@ that hit is taken off: what is left must be the calls made, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -72,22 +74,38 @@ class Measured:
     expected: int
 
     def us_per_hit(self) -> float:
-        """The slope."""
-        return slope(self.points)
+        """The slope, of the medians: what a call takes is now and then much more."""
+        numbers = sorted({number for number, _ in self.points})
+        return slope([(number, statistics.median(us for of, us in self.points if of == number)) for number in numbers])
 
 
-def measure(machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr], numbers: Sequence[int]) -> Measured:
-    """Measure a cheap way with each of *numbers* of *places*."""
+def merge(found: Iterable[Measured]) -> Measured:
+    """As if measured together; the calls are of the same length."""
+    parts = tuple(found)
+    points = tuple(itertools.chain.from_iterable(part.points for part in parts))
+    return Measured(points, sum(part.hits for part in parts), sum(part.expected for part in parts))
+
+
+def measure(
+    machine: Machine,
+    way: Way,
+    call: Call,
+    places: Sequence[VirtAddr],
+    numbers: Sequence[int],
+    clock: Clock | None = None,
+) -> Measured:
+    """Measure a cheap way with each of *numbers* of *places*, by QEMU's processor time or another *clock*."""
+    clock = clock or machine.cpu_seconds
     points: list[tuple[int, float]] = []
     hits = 0
     runs = 1 + _TIMED
     for number in numbers:
         with way.observe(machine, places[:number]) as count, _caller(machine, way, call) as run:
-            run((0,) * runs, machine.cpu_seconds)  # the first after arming may take other ways
+            run((0,) * runs, clock)  # the first after arming may take other ways
             before = count()
-            run((0,) * runs, machine.cpu_seconds)
+            run((0,) * runs, clock)
             idle = count() - before
-            seconds = run((way.calls,) * runs, machine.cpu_seconds)
+            seconds = run((way.calls,) * runs, clock)
             hits += count() - before - 2 * idle
         points.append((number, min(seconds[1:]) / way.calls * 1e6))
     expected = 0 if way.rejects else runs * way.calls * sum(numbers)
