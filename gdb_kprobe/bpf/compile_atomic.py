@@ -7,7 +7,6 @@ from gdb_kprobe.bpf.compile_alu import GROUP
 from gdb_kprobe.bpf.frame import SCRATCH
 from gdb_kprobe.bpf.insn import CMPXCHG, FETCH, XCHG, AluOp, BpfInsn, Size
 from gdb_kprobe.bpf.places import Operand, Place, Places
-from gdb_kprobe.bpf.value import to_signed
 from gdb_kprobe.x86.assemble import Label, fits_s32
 from gdb_kprobe.x86.emit import At, Cc, Gp, Mem
 

@@ -164,7 +164,8 @@ class Plugin:
         if not wanted:
             raise KprobeError(
                 "which guest? no profile was given",
-                f"'kprobe attach NAME', with a file or one of {CONFIGS}; or 'set kprobe profile NAME' once",
+                f"'kprobe attach NAME', with a file or one of {CONFIGS} ('plain' is for any 'qemu -s'); or 'set kprobe "
+                "profile NAME' once",
             )
         return load_profile(find_profile(wanted, (Path.cwd(), CONFIGS)))
 

@@ -7,7 +7,7 @@ import time
 import gdb
 
 from gdb_kprobe.config.profile import KernelKind, Profile
-from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
+from gdb_kprobe.errors import ConnectionLostError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
@@ -57,4 +57,3 @@ def _look(stub: QemuStub, memory: RamView, profile: Profile) -> None:
         open_linux(stub, memory)
     else:
         open_bare(stub, memory, {}, None)
-

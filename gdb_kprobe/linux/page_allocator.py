@@ -1,8 +1,8 @@
 """The guest's page allocator: what to call to get memory of it, and from where it may be called.
 
-A caller that neither sleeps nor reclaims (no ``__GFP_DIRECT_RECLAIM``) may call it from nearly anywhere, hard interrupts
-included: the zones' locks are taken with interrupts off (mm/page_alloc.c). Not from NMI-like context, and not on
-PREEMPT_RT, where those locks sleep.
+A caller that neither sleeps nor reclaims (no ``__GFP_DIRECT_RECLAIM``) may call it from nearly anywhere, hard
+interrupts included: the zones' locks are taken with interrupts off (mm/page_alloc.c). Not from NMI-like context, and
+not on PREEMPT_RT, where those locks sleep.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gdb_kprobe.model import PAGE_SIZE, PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
 GFP_NOWARN: Final = 0x2000
-"""``__GFP_NOWARN`` alone (include/linux/gfp_types.h): take what is free, wake and wait for nobody, and do not complain."""
+"""``__GFP_NOWARN`` alone (include/linux/gfp_types.h): take what is free, wait for nobody, and do not complain."""
 
 MAX_ORDER: Final = 10
 """The largest block that there is on x86-64: 4 MiB (``MAX_ORDER`` - 1 up to v6.3, ``MAX_PAGE_ORDER`` since v6.8)."""
@@ -36,7 +36,7 @@ _INTERRUPTS: Final = 1 << 9
 
 @dataclass(frozen=True, slots=True)
 class PageAllocator:
-    """*allocate* is ``unsigned long (gfp_t gfp_mask, unsigned int order)``, *free* ``void (unsigned long, unsigned int)``.
+    """*allocate* is ``unsigned long (gfp_t mask, unsigned int order)``, *free* ``void (unsigned long, unsigned int)``.
 
     Both speak of addresses in the direct map, which begins at *direct_map*.
     """
@@ -57,7 +57,7 @@ def find_page_allocator(memory: Memory, kallsyms: Kallsyms, banner: str, levels:
     """
     if "PREEMPT_RT" in banner:
         raise GuestStateError(
-            "the guest's kernel is PREEMPT_RT: its page allocator may sleep, so it cannot be asked for memory from outside",
+            "the guest's kernel is PREEMPT_RT: its page allocator may sleep, so it cannot be called from outside",
             "reserve the memory: 'memmap=16M$ADDRESS' for the guest, 'source: reserved' in the profile",
         )
     allocate = next((found for name in _ALLOCATE if (found := kallsyms.find(name)) is not None), None)

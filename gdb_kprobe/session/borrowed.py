@@ -16,7 +16,7 @@ from gdb_kprobe.session.guest_calls import guest_calls
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.target.protocols import Machine
 
-_TRIES: Final = 4
+_TRIES: Final = 8
 """How many times what is needed may be in our hands before it is said that there is not so much in one piece."""
 
 
@@ -48,11 +48,12 @@ def borrow(machine: Machine, guest: LinuxGuest, size: int) -> PhysAddr:
                 undo.pop_all()
                 give_back(found - set(_blocks(start, wanted, PAGE_SIZE << order)))
                 return start
+    block_mib = PAGE_SIZE << order >> 20
+    pieces = f"of {len(found)} blocks of {block_mib} MiB no {wanted} lie side by side" if found else "it gave none"
+    less = ", or ask for less ('region.size: 4M' in the profile is one block)" if wanted > 1 else ""
     raise RegionError(
-        f"the guest has no {size >> 20} MiB of free memory in one piece: it gave {len(found)} block(s) of "
-        f"{PAGE_SIZE << order >> 20} MiB, of which no {wanted} lie side by side",
-        "ask for less ('region.size: 4M' in the profile is one block, enough for some thousand probes), "
-        "free memory in the guest, or boot it with more",
+        f"the guest has no {size >> 20} MiB of free memory in one piece: {pieces}",
+        f"free memory in the guest, or boot it with more{less}",
     )
 
 

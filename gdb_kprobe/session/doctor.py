@@ -10,6 +10,7 @@ from typing import Final
 from gdb_kprobe.errors import GuestStateError, KprobeError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
+from gdb_kprobe.linux.page_allocator import find_page_allocator
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.target.ivshmem import find_bar
 from gdb_kprobe.target.protocols import Machine, Monitor
@@ -107,12 +108,22 @@ def _room(machine: Machine, guest: LinuxGuest) -> Iterator[Finding]:
         device = True
         yield Finding("region", f"an ivshmem device of {size >> 20} MiB at {start:#x}: 'source: ivshmem'")
     if not device and not set_aside(table):
-        word = memmap_for(table)
-        yield Finding(
-            "region",
-            "no memory is set aside for probes",
-            f"boot with {word} on the kernel's command line" if word else "give the guest more memory",
-        )
+        yield _without_memory(guest, memmap_for(table))
+
+
+def _without_memory(guest: LinuxGuest, word: str) -> Finding:
+    """*word* is for the kernel's command line, if there is room for it."""
+    state = "no memory is set aside for probes"
+    set_aside_some = f"boot with {word} on the kernel's command line" if word else "give the guest more memory"
+    try:
+        find_page_allocator(guest.memory, guest.kallsyms, guest.banner, guest.memory.levels)
+    except GuestStateError as error:
+        return Finding("region", f"{state}, and it cannot be borrowed: {error.message}", set_aside_some)
+    return Finding(
+        "region",
+        f"{state}; it can be borrowed of the guest: 'source: borrowed', as in 'kprobe attach plain'",
+        f"to leave the guest's own memory alone, {set_aside_some}",
+    )
 
 
 def set_aside(table: E820Table) -> tuple[E820Entry, ...]:

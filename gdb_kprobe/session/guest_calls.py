@@ -8,7 +8,8 @@ all that it had, and the function returns by way of the kernel's own end of an e
             restore_regs_and_return_to_kernel      pops that frame, iretq
     rsp'->  the address of a `ret`                 where the function returns to, and we wait
 
-So the guest is safe whatever happens to us meanwhile: left alone, the vCPU goes on where it was. We stop it at the
+So the guest is safe whatever happens to us meanwhile: left alone, the vCPU goes on where it was. (For that its
+registers are always written at once: it has ours, or its own.) We stop it at the
 ``ret`` for the result. Nobody else comes there: it is a byte in the middle of another instruction.
 """
 
@@ -37,7 +38,6 @@ _SEARCHED: Final = 1 << 14
 """Bytes of text in which such a byte is looked for; ``mov rbx, rax``, which has one, is everywhere."""
 _RESERVED: Final = 1 << 1
 """RFLAGS of a call: interrupts, direction, alignment check and single step off; bit 1 is always set."""
-
 
 
 class _NotBackError(GuestStateError):
@@ -71,7 +71,7 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
         stack = offset(frame, -16)
         guest.memory.write(stack, ret.to_bytes(8, "little") + back.to_bytes(8, "little"))
         registers = dict(zip(_ARGUMENTS, arguments, strict=False))
-        machine.write_registers(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
+        machine.write_registers_at_once(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
         if machine.run_to((ret,), _CALL_PATIENCE) != cpu:
             lost.append(
                 _NotBackError(
@@ -84,7 +84,7 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
 
     with contextlib.ExitStack() as undo:
         undo.callback(guest.refresh)
-        undo.callback(machine.write_registers, cpu, {name: saved[name] for name in GENERAL_REGISTERS})
+        undo.callback(machine.write_registers_at_once, cpu, {name: saved[name] for name in GENERAL_REGISTERS})
         try:
             yield call
         finally:
@@ -108,7 +108,7 @@ def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
 
 
 def _frame_below(rsp: int) -> VirtAddr:
-    """Where a ``struct pt_regs`` fits below *rsp*; a function called below it has its stack aligned as the ABI has it."""
+    """Where a ``struct pt_regs`` fits below *rsp*; what is called below it has its stack aligned as the ABI has it."""
     return VirtAddr((rsp - pt_regs.SIZE - 16) // 16 * 16 + 8)
 
 

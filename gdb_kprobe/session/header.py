@@ -139,9 +139,23 @@ class Header:
 
         :raises RegionError: there is one, of a version that this code does not know.
         """
-        magic, version, flags, size, virt, phys, build_id, records, text, entry, cookie, at, value, high, *entry_text = (
-            _HEADER.unpack(data[: _HEADER.size])
-        )
+        (
+            magic,
+            version,
+            flags,
+            size,
+            virt,
+            phys,
+            build_id,
+            records,
+            text,
+            entry,
+            cookie,
+            at,
+            value,
+            high,
+            *entry_text,
+        ) = _HEADER.unpack(data[: _HEADER.size])
         if magic != MAGIC:
             return None
         if version != VERSION:

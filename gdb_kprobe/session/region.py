@@ -68,7 +68,9 @@ class Region:
         except ConnectionLostError:
             raise
         except KprobeError as error:
-            return f"the region's {self.header.size >> 20} MiB stay allocated in the guest until it boots: {error.message}"
+            return (
+                f"the region's {self.header.size >> 20} MiB stay allocated in the guest until it boots: {error.message}"
+            )
         return None
 
 

@@ -96,6 +96,15 @@ class QemuStub:
             data = value.to_bytes(size, "little").hex().encode()
             self._expect_ok(b"P%x=%b" % (number, data), f"write {name} of vCPU {cpu}")
 
+    def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
+        layout = self._register_layout()
+        self.select(cpu)
+        data = bytearray(_unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}"))
+        for name, value in values.items():
+            _, start, size = layout[name]
+            data[start : start + size] = value.to_bytes(size, "little")
+        self._expect_ok(b"G" + data.hex().encode(), f"write the registers of vCPU {cpu}")
+
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         self._be_virtual()
         self.select(cpu)

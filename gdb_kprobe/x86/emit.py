@@ -201,14 +201,6 @@ class Emitter:
         else:
             self._insn(b"\x81", op, dst, width, _imm(value, width), lock=lock)  # op r/m, imm32
 
-    def inc(self, dst: Rm, width: int, *, lock: bool = False) -> None:
-        self._note(dst, flags=True)
-        self._insn(b"\xfe" if width == 1 else b"\xff", 0, dst, width, lock=lock)  # inc r/m
-
-    def dec(self, dst: Rm, width: int, *, lock: bool = False) -> None:
-        self._note(dst, flags=True)
-        self._insn(b"\xfe" if width == 1 else b"\xff", 1, dst, width, lock=lock)  # dec r/m
-
     def test(self, left: Rm, right: Gp, width: int) -> None:
         self._note(flags=True)
         self._insn(b"\x84" if width == 1 else b"\x85", right, left, width)  # test r/m, r

@@ -21,7 +21,7 @@ from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
 from kprobe_guest.errors import GuestError
-from kprobe_guest.spec import GuestSpec
+from kprobe_guest.spec import GuestSpec, RegionSource
 from kprobe_guest.vm import TICK, GuestVm
 
 
@@ -128,12 +128,18 @@ def boot_command(spec: GuestSpec) -> str:
     return shlex.join(words)
 
 
+PROFILES: dict[RegionSource, str] = {"reserved": "debian", "ivshmem": "ivshmem", "none": "plain"}
+"""The plugin's profile for a region."""
+
+
 def _how_to_attach(guest: GuestVm) -> str:
     plugin = Path(__file__).resolve().parents[2] / "gdb_kprobe" / "gdbext" / "load.py"
     variables = {"KPROBE_GUEST": str(guest.directory)}
+    if guest.spec.region == "none":
+        variables["KPROBE_STUB"] = guest.gdb_address
     if guest.spec.kernel == "bare":
         variables["KPROBE_SYMBOLS"] = str(guest.bare_image().symbols_path)
-    profile = "bare" if guest.spec.kernel == "bare" else {"ivshmem": "ivshmem"}.get(guest.spec.region, "debian")
+    profile = "bare" if guest.spec.kernel == "bare" else PROFILES[guest.spec.region]
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     return (
         f"guest:    {guest.spec.label()}, logs and sockets in {guest.directory}\n"

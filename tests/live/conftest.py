@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
-
-PROFILES = {"reserved": "debian", "ivshmem": "ivshmem"}
 
 
 @dataclass
@@ -26,11 +25,11 @@ class Probed:
     @property
     def environment(self) -> dict[str, str]:
         """What the profiles in configs/ refer to."""
-        return {"KPROBE_GUEST": str(self.guest.directory)}
+        return environment(self.guest)
 
     @property
     def profile(self) -> str:
-        return PROFILES[self.guest.spec.region]
+        return profile(self.guest)
 
     @contextlib.contextmanager
     def gdb(self, *, attach: bool = True, dispatch: str = "auto") -> Iterator[GdbMi]:

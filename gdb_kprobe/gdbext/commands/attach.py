@@ -22,7 +22,9 @@ class Attach(Command):
 
     kprobe attach [--wait] [--dispatch auto|guest|stub] [PROFILE]
 
-    PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which.
+    PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which. 'plain' is for
+    any 'qemu-system-x86_64 -s': its region is memory that is asked from the guest's own allocator, for which the guest
+    runs for a moment.
     gdb is connected to the profile's gdbstub, if it is not connected already. Then the kernel, its symbols and its
     modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
     added before are armed. The text of probes that an earlier gdb left behind is restored first; to go on with them,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gdb_kprobe.errors import KprobeError
@@ -39,18 +40,8 @@ CALL = Call(87, ("s:/proc/no",))
 """``unlink`` of a file that is not there: nothing is left to do later, and nobody else looks there."""
 
 
-@dataclass(slots=True)
-class _Samples:
-    """What the repetitions of a row found: us a hit, and the hits of all."""
-
-    us: list[float] = field(default_factory=list)
-    hits: int = 0
-    expected: int = 0
-
-    def add(self, us_per_hit: float, *found: Measured) -> None:
-        self.us.append(us_per_hit)
-        self.hits += sum(measured.hits for measured in found)
-        self.expected += sum(measured.expected for measured in found)
+Samples = dict[str, list[Measured]]
+"""What the repetitions of each row found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +71,16 @@ def run(options: argparse.Namespace) -> int:
         kernel_events.prepare(guest)
         places = _find_places(machine)
         print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)
-        samples: dict[str, _Samples] = {}
+        samples: Samples = defaultdict(list)
         for repetition in range(options.repetitions):
             _repeat(machine, places, samples)
             print(f"repetition {repetition + 1} of {options.repetitions}", flush=True)
         problems = guest.dmesg_problems()
     # gdb steps over its breakpoint, and once in some 500 steps QEMU executes nothing: then gdb comes to it again.
     rows = [
-        make_row(name, found.us, found.hits, found.expected, found.expected // 50 if name == "gdb_breakpoint" else 0)
+        make_row(name, all_.points, all_.hits, all_.expected, all_.expected // 50 if name == "gdb_breakpoint" else 0)
         for name, found in samples.items()
+        for all_ in [merge(found)]
     ]
     print(show(rows))
     options.json.write_text(json.dumps([row.entry() for row in rows], indent=2) + "\n")
@@ -129,7 +121,7 @@ def _for_the_kernel(machine: Machine, path: CallPath) -> tuple[list[VirtAddr], l
     return [entry for entry, _ in both], [addr for _, addr in both]
 
 
-def _repeat(machine: Machine, places: _Places, samples: dict[str, _Samples]) -> None:
+def _repeat(machine: Machine, places: _Places, samples: Samples) -> None:
     """Measure each row once more."""
     cheap: dict[str, Measured] = {}
     dear: dict[str, Measured] = {}
@@ -150,11 +142,10 @@ def _repeat(machine: Machine, places: _Places, samples: dict[str, _Samples]) -> 
         many = measure(machine, short, CALL, places.many, (0, MANY) * way.times, machine.wall_seconds)
     unobserved = statistics.median(measured.points[0][1] for measured in cheap.values())
     for name, measured in dear.items():
-        samples.setdefault(name, _Samples()).add(measured.points[0][1] - unobserved, measured)
-    for name, measured in cheap.items():
-        samples.setdefault(name, _Samples()).add(measured.us_per_hit(), measured)
-    for number, found in ((FEW, few), (MANY, many)):
-        samples.setdefault(f"optimized_count_{number}", _Samples()).add(found.us_per_hit(), found)
+        points = tuple((number, us - unobserved) for number, us in measured.points)
+        samples[name].append(replace(measured, points=points))
+    for name, measured in (*cheap.items(), (f"optimized_count_{FEW}", few), (f"optimized_count_{MANY}", many)):
+        samples[name].append(measured)
 
 
 @contextmanager

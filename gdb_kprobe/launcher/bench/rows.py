@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from gdb_kprobe.render.text import table
+
+_DRAWS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table.
 
-    *us_per_hit* is the median of the repetitions and *spread* their range, in us. *again* are the hits more than
-    expected that are no mistake.
+    *us_per_hit* and *spread*, the width of the interval that it lies in with 95 %, are in us. *again* are the hits more
+    than expected that are no mistake.
     """
 
     name: str
@@ -26,7 +30,7 @@ class Row:
 
     @property
     def noisy(self) -> bool:
-        """The repetitions differ by more than a third of the value: it proves nothing."""
+        """The spread is more than a third of the value: it proves nothing."""
         return self.spread > self.us_per_hit / 3
 
     @property
@@ -46,15 +50,48 @@ class Row:
         }
 
 
-def make_row(name: str, samples: Sequence[float], hits: int, expected_hits: int, again: int = 0) -> Row:
-    """The row of *samples*, in us a hit, one of each repetition."""
-    return Row(name, statistics.median(samples), max(samples) - min(samples), hits, expected_hits, again)
+Points = Sequence[tuple[int, float]]
+"""Of measurements: how many places were observed, and the us of a call."""
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
+def make_row(name: str, points: Points, hits: int, expected_hits: int, again: int = 0) -> Row:
+    """The row of *points*: what a place costs, and how wide the interval is that it lies in with 95 %."""
+    return Row(name, cost_of_a_place(points), _spread(points), hits, expected_hits, again)
+
+
+def cost_of_a_place(points: Points) -> float:
+    """How much the us of a call grow with the places; of points with one number of places, their median.
+
+    By the medians of the points with the same number: a call takes much longer now and then.
+    """
+    medians = [(number, statistics.median(values)) for number, values in _by_number(points).items()]
+    return slope(medians) if len(medians) > 1 else medians[0][1]
+
+
+def slope(points: Points) -> float:
     """How much y grows with x, of the straight line with the least squares; needs two different x."""
     xs, ys = zip(*points, strict=True)
     return statistics.linear_regression(xs, ys).slope
+
+
+def _spread(points: Points) -> float:
+    """By the bootstrap: of as many points drawn from those of each number, again and again."""
+    chance = random.Random(0)
+    groups = _by_number(points)
+    drawn = sorted(
+        cost_of_a_place(
+            [(number, us) for number, values in groups.items() for us in chance.choices(values, k=len(values))]
+        )
+        for _ in range(_DRAWS)
+    )
+    return drawn[_DRAWS - _DRAWS // 40 - 1] - drawn[_DRAWS // 40]
+
+
+def _by_number(points: Points) -> dict[int, list[float]]:
+    groups: dict[int, list[float]] = {}
+    for number, us in points:
+        groups.setdefault(number, []).append(us)
+    return groups
 
 
 def show(rows: Sequence[Row]) -> str:

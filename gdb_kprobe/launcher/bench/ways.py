@@ -11,7 +11,6 @@ that hit is taken off: what is left must be the calls made, exactly.
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.launcher.bench import kernel_events
 from gdb_kprobe.launcher.bench.machine import TIMEOUT, Machine
 from gdb_kprobe.launcher.bench.places import Call
-from gdb_kprobe.launcher.bench.rows import slope
 from gdb_kprobe.model import Dispatch, Rung, VirtAddr
 
 NEVER = "if di == 0x123456789 && (si & 0x40)"
@@ -72,11 +70,6 @@ class Measured:
     points: tuple[tuple[int, float], ...]
     hits: int
     expected: int
-
-    def us_per_hit(self) -> float:
-        """The slope, of the medians: what a call takes is now and then much more."""
-        numbers = sorted({number for number, _ in self.points})
-        return slope([(number, statistics.median(us for of, us in self.points if of == number)) for number in numbers])
 
 
 def merge(found: Iterable[Measured]) -> Measured:
@@ -218,7 +211,7 @@ DEAR: dict[str, Way] = {
     "stub_boosted": Way(partial(_probes, rung=Rung.BOOSTED), dispatch=Dispatch.STUB),
 }
 CHEAP: dict[str, Way] = {
-    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 10_000, Dispatch.GUEST),
+    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 30_000, Dispatch.GUEST, times=2),
     "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 50_000, Dispatch.GUEST, times=4),
     "optimized_filter_reject": Way(
         partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 50_000, Dispatch.GUEST, times=4, rejects=True

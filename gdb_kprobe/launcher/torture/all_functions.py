@@ -12,16 +12,15 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from gdb_kprobe.model import Rung
 from gdb_kprobe.testing import GdbMi, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
-from kprobe_guest.spec import KernelKind
 
 SCHED_GET_PRIORITY_MAX = 146
 """A system call that nothing else in the guest makes."""
@@ -31,20 +30,6 @@ _TIMEOUT = 600
 
 _SITES = "f'{site.addr} {site.plan.rung}' for site in plugin.the_plugin().link.session.armed_sites()"
 _SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
-
-
-@dataclass(frozen=True, slots=True)
-class AllFunctions:
-    """One guest, and how long it works; *options* are for its kernel's command line."""
-
-    kernel: KernelKind
-    cpus: int
-    minutes: float
-    options: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        more = f", {' '.join(self.options)}" if self.options else ""
-        return f"every function, {self.minutes:g} minutes, kernel {self.kernel}, {self.cpus} vCPUs{more}"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,30 +42,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    one = AllFunctions(options.kernel, options.cpus, options.minutes, tuple(options.append))
-    print(f"\n{one}", flush=True)
+    spec = spec_of(options, options.append)
+    print(f"every function, {options.minutes:g} minutes, {describe(spec)}", flush=True)
     try:
-        problems = _check(one)
+        problems = _check(spec, options.minutes * 60)
     except FAILURES as error:
         problems = [str(error)]
         print(f"FAILED: {error}", flush=True)
     return conclude(started, int(not problems), int(bool(problems)))
 
 
-def _check(one: AllFunctions) -> list[str]:
+def _check(spec: GuestSpec, seconds: float) -> list[str]:
     """Do it, and tell what happens; returns what went wrong."""
-    spec = GuestSpec(kernel=one.kernel, vcpus=one.cpus, extra_cmdline=one.options)
     with GuestVm(spec) as guest:
         snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
-        with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
-            print(gdb.console("kprobe attach debian"), end="")
+        with GdbMi(environment(guest)) as gdb:
+            print(gdb.console(f"kprobe attach {profile(guest)}"), end="")
             print(gdb.console("kprobe add --all-functions", timeout=_TIMEOUT), end="", flush=True)
             gdb.console("python from gdb_kprobe.gdbext import api, plugin")
             sites = _sites(gdb)
             print(_rungs(sites), flush=True)
             touched = _touched(sites)
             gdb.cont()
-            rounds = sum(1 for _ in _work(guest, one))
+            rounds = sum(1 for _ in _work(guest, seconds))
             guest.check()
             counted = int(gdb.console(f"python print(api.get('{_COUNTED}').hits)"))
             hits, missed = map(int, gdb.console(f"python print(*({_SUMS}))", timeout=_TIMEOUT).split())
@@ -91,8 +75,8 @@ def _check(one: AllFunctions) -> list[str]:
             touched |= _touched(sites)
             print(re.sub(r"\n+", "\n", gdb.console("kprobe detach", timeout=_TIMEOUT)), end="")
         problems = [*guest.dmesg_problems(), *snapshot.leftovers(touched)]
-    if counted != _CALLS * one.cpus * rounds:
-        problems.append(f"{_COUNTED} was hit {counted} times, not {_CALLS * one.cpus * rounds}")
+    if counted != _CALLS * spec.vcpus * rounds:
+        problems.append(f"{_COUNTED} was hit {counted} times, not {_CALLS * spec.vcpus * rounds}")
     if missed:
         problems.append(f"{missed} hits were missed")
     print(f"Text and log of the guest: {'; '.join(problems) or 'as before, clean'}", flush=True)
@@ -116,14 +100,14 @@ def _touched(sites: Mapping[int, Rung]) -> set[int]:
     return {addr + byte for addr, size in sizes.items() for byte in range(size)}
 
 
-def _work(guest: GuestVm, one: AllFunctions) -> Iterator[None]:
+def _work(guest: GuestVm, seconds: float) -> Iterator[None]:
     """Have every vCPU do each part, and again until the time is over; yields after each round."""
     parts = "; ".join(f"workload part {part} 20" for part in PARTS if part != SPIN)
     each = f"{parts}; workload syscall {SCHED_GET_PRIORITY_MAX} {_CALLS}"
-    end = time.monotonic() + one.minutes * 60
+    end = time.monotonic() + seconds
     while True:
         # Each in a directory of its own: the parts make files by name.
-        places = [f"mkdir -p /tmp/work{cpu}; cd /tmp/work{cpu}" for cpu in range(one.cpus)]
+        places = [f"mkdir -p /tmp/work{cpu}; cd /tmp/work{cpu}" for cpu in range(guest.spec.vcpus)]
         jobs = [guest.spawn(f"set -e; {place}; {each}", timeout=_TIMEOUT) for place in places]
         for job in jobs:
             status, output = guest.finish(job, timeout=_TIMEOUT)

@@ -10,10 +10,11 @@ import argparse
 import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from gdb_kprobe.testing import GdbMi, TextSnapshot
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestVm
 
 GETPRIORITY, CALLS = 140, 20_000
 ONLINE = "/sys/devices/system/cpu/cpu1/online"
@@ -30,13 +31,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    print(f"a CPU goes and comes {options.n} times, kernel {options.kernel}, {options.cpus} vCPUs", flush=True)
+    spec = spec_of(options)
+    print(f"a CPU goes and comes {options.n} times, {describe(spec)}", flush=True)
     passed, problems = 0, []
     try:
-        with GuestVm(GuestSpec(kernel=options.kernel, vcpus=options.cpus)) as guest:
+        with GuestVm(spec) as guest:
             text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
-            with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
-                gdb.console("kprobe attach debian")
+            with GdbMi(environment(guest)) as gdb:
+                gdb.console(f"kprobe attach {profile(guest)}")
                 gdb.console(f"kprobe p:jump {FUNCTION}")
                 gdb.console("set kprobe strategy boosted")
                 gdb.console(f"kprobe p:trap {FUNCTION}+{_second(gdb)}")

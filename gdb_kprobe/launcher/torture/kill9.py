@@ -23,6 +23,7 @@ from typing import assert_never
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.model import AddressRange
@@ -36,7 +37,6 @@ CALLS, LOAD = 10_000, 200_000
 FUNCTION = "__x64_sys_getpriority"
 PATTERN = "sched_*"
 """Many probes, to be killed among them."""
-PROFILE = "debian"
 _ENDBR_SIZE = 4
 _ADD_MANY = f"kprobe add '{PATTERN}'"
 _MOMENT = 0.05
@@ -112,7 +112,8 @@ class Kill9:
         self._guest = guest
         self._random = chosen
         self._text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
-        self._environment = {"KPROBE_GUEST": str(guest.directory)}
+        self._environment = environment(guest)
+        self._profile = profile(guest)
         self._job: int | None = None
         self._calls = 0
         """Made since the probes were armed."""
@@ -159,7 +160,7 @@ class Kill9:
         """Have a gdb in *phase*, and kill it."""
         self._calls = 0
         with self._gdb() as gdb:
-            gdb.console(f"kprobe attach {PROFILE}")
+            gdb.console(f"kprobe attach {self._profile}")
             self._arm(gdb)
             match phase:
                 case Phase.ARMING:
@@ -206,7 +207,7 @@ class Kill9:
     def _measure(self) -> tuple[float, float]:
         """Seconds that it takes to arm many, and to detach."""
         with self._gdb() as gdb:
-            gdb.console(f"kprobe attach {PROFILE}")
+            gdb.console(f"kprobe attach {self._profile}")
             self._arm(gdb)
             seconds = []
             for command in (_ADD_MANY, "kprobe detach"):
@@ -219,7 +220,7 @@ class Kill9:
         """Take the probes over, have them hit again, and detach; returns what is wrong with their counts."""
         wrong: list[str] = []
         with self._gdb() as gdb:
-            gdb.console(f"kprobe adopt {PROFILE}", timeout=60)
+            gdb.console(f"kprobe adopt {self._profile}", timeout=60)
             gdb.cont()
             self._finish()
             self._call()
@@ -241,7 +242,7 @@ class Kill9:
 
     def _restore(self) -> None:
         """As one does without a gdb: ``gdb-kprobe restore``."""
-        command = [sys.executable, "-m", "gdb_kprobe.launcher.cli", "restore", PROFILE]
+        command = [sys.executable, "-m", "gdb_kprobe.launcher.cli", "restore", self._profile]
         environment = {**os.environ, **self._environment}
         done = subprocess.run(command, check=False, env=environment, capture_output=True, timeout=60)
         output = (done.stdout + done.stderr).decode()

@@ -11,21 +11,24 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
+from gdb_kprobe.launcher.guests import environment, profile, unprepared
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.launcher.paths import CONFIGS
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.render.text import table
 from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbCommandError, GdbMi, TextSnapshot
 from gdb_kprobe.x86.decode import decode
 from gdb_kprobe.x86.encoding import MAX_LENGTH
 from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.build.debug_info import fetch_debug_info
+from kprobe_guest.build.kernel import find_kernel
 
 GETPRIORITY = 140
 OUTER, INNER = "__x64_sys_getpriority", "__do_sys_getpriority"
@@ -37,11 +40,11 @@ _TIMEOUT = 120
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A kind of guest. *before* are commands of gdb that come before the attach, *after* those right behind it."""
+    """A kind of guest. *after* are commands of gdb right behind the attach; *debug_info*: gdb is given it there."""
 
     spec: GuestSpec
-    before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    debug_info: bool = False
 
 
 CELLS: dict[str, Cell] = {
@@ -61,7 +64,12 @@ CELLS: dict[str, Cell] = {
     "private RAM": Cell(GuestSpec(shared_ram=False, vcpus=2)),
     "ivshmem": Cell(GuestSpec(region="ivshmem", vcpus=2)),
     "gdbstub by TCP": Cell(GuestSpec(gdb="tcp")),
+    "unprepared": Cell(unprepared()),
+    "unprepared, 2 vCPUs": Cell(unprepared(vcpus=2)),
+    "unprepared, -cpu max, pti=on": Cell(replace(unprepared(extra_cmdline=("pti=on",)), cpu="max")),
+    "6.12, unprepared": Cell(unprepared("newest")),
     "symbols loaded": Cell(GuestSpec(), after=("kprobe symbols",)),
+    "debug info loaded": Cell(GuestSpec(), after=("kprobe symbols {vmlinux}",), debug_info=True),
     "the user's breakpoints": Cell(
         GuestSpec(), after=("break *{inner:#x}", "ignore $bpnum 100000", "hbreak *{idle:#x}")
     ),
@@ -74,12 +82,25 @@ CELLS: dict[str, Cell] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a cell: the seconds of the attach, the rungs, the hits; *wrong* is empty if all is well."""
+    """What came of a cell: its times, the rungs, the hits; *wrong* is empty if all is well."""
 
-    seconds: float
+    times: Times | None
     rungs: tuple[str, ...]
     hits: int
     wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds: of the attach, of adding a first probe, of reading the counts while the guest runs (if that can be)."""
+
+    attach: float
+    add: float
+    read: float | None
+
+    def columns(self) -> tuple[str, str, str]:
+        """For the table: seconds, and milliseconds."""
+        return f"{self.attach:.2f}", f"{self.add * 1e3:.1f}", "-" if self.read is None else f"{self.read * 1e3:.1f}"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,12 +119,13 @@ def run(options: argparse.Namespace) -> int:
             with GuestVm(cell.spec) as guest:
                 outcome = check(guest, cell)
         except FAILURES as error:
-            outcome = Outcome(0, (), 0, (str(error),))
+            outcome = Outcome(None, (), 0, (str(error),))
         failed += bool(outcome.wrong)
         result = "FAILED" if outcome.wrong else "passed"
         print(f"{result} {name}", *outcome.wrong, sep="\n    ", flush=True)
-        rows.append((name, f"{outcome.seconds:.2f}", ", ".join(outcome.rungs), str(outcome.hits), result))
-    print(table(("guest", "attach, s", "rungs", "hits", ""), rows))
+        times = outcome.times.columns() if outcome.times else ("", "", "")
+        rows.append((name, *times, ", ".join(outcome.rungs), str(outcome.hits), result))
+    print(table(("guest", "attach, s", "add, ms", "read, ms", "rungs", "hits", ""), rows))
     return conclude(started, len(rows) - failed, failed)
 
 
@@ -114,21 +136,26 @@ def check(guest: GuestVm, cell: Cell) -> Outcome:
     """
     text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
     places = dict(_places(text.guest))
-    with tempfile.TemporaryDirectory() as directory, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
-        for command in cell.before:
-            gdb.console(command)
-        started = time.monotonic()
-        gdb.console(f"kprobe attach {profile_of(guest, Path(directory))}", timeout=_TIMEOUT)
-        seconds = time.monotonic() - started
+    with tempfile.TemporaryDirectory() as directory, GdbMi(environment(guest)) as gdb:
+        attach = _timed(gdb, f"kprobe attach {profile_of(guest, Path(directory))}")
+        vmlinux = _vmlinux(guest) if cell.debug_info else None
         for command in cell.after:
-            gdb.console(command.format(inner=places["step"], idle=places["idle"]))
+            gdb.console(command.format(inner=places["step"], idle=places["idle"], vmlinux=vmlinux), timeout=_TIMEOUT)
+        if vmlinux is not None and gdb.evaluate(f"&{OUTER}") != _function(text.guest, OUTER).start:
+            return Outcome(None, (), 0, (f"{vmlinux} is not at the guest's addresses",))
+        add = 0.0
         for name, strategy in (("jump", "auto"), ("trap", "boosted"), ("step", "single-step"), ("group", "auto")):
             gdb.console(f"set kprobe strategy {strategy}")
             condition = " if di == 1" if name == "group" else ""
-            gdb.console(f"kprobe p:{name} {places[name]:#x}{condition}", timeout=_TIMEOUT)
+            seconds = _timed(gdb, f"kprobe p:{name} {places[name]:#x}{condition}")
+            add = add or seconds
         gdb.cont()
         calls = [f"workload syscall {GETPRIORITY} {times} {which} 0" for which, times in ((0, CALLS), (1, OF_GROUPS))]
         guest.check_output(" & ".join([" && ".join(calls)] * guest.spec.vcpus) + " & wait", timeout=_TIMEOUT)
+        try:
+            read = _timed(gdb, "kprobe stats")
+        except GdbCommandError:
+            read = None  # nobody shares the guest's memory
         gdb.interrupt()
         probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
         done = gdb.command("-kprobe-detach", timeout=_TIMEOUT)
@@ -141,20 +168,32 @@ def check(guest: GuestVm, cell: Cell) -> Outcome:
     wrong += guest.dmesg_problems()
     wrong += text.leftovers(addr + byte for addr in places.values() for byte in range(JUMP_SIZE))
     rungs = tuple(dict.fromkeys(probe["rung"] for probe in probes.values()))
-    return Outcome(seconds, rungs, sum(found.values()), tuple(wrong))
+    return Outcome(Times(attach, add, read), rungs, sum(found.values()), tuple(wrong))
+
+
+def _timed(gdb: GdbMi, command: str) -> float:
+    """Seconds that a command of gdb takes."""
+    started = time.monotonic()
+    gdb.console(command, timeout=_TIMEOUT)
+    return time.monotonic() - started
+
+
+def _vmlinux(guest: GuestVm) -> Path:
+    assert guest.spec.kernel != "bare"
+    return fetch_debug_info(find_kernel(guest.spec.kernel))
 
 
 def profile_of(guest: GuestVm, directory: Path) -> Path:
     """Write the profile in configs/ for the guest's region, with the address and the memory of this very guest."""
-    text = (CONFIGS / ("ivshmem.yaml" if guest.spec.region == "ivshmem" else "debian.yaml")).read_text()
+    text = (CONFIGS / f"{profile(guest)}.yaml").read_text()
     text = text.replace("${KPROBE_GUEST}/gdb", guest.gdb_address)
     if guest.spec.reserved_base is not None:
         text = text.replace("physical: 0x10000000", f"physical: {guest.spec.reserved_base:#x}")
     if not guest.spec.shared_ram:
         text = text.replace("shared_memory: auto", "shared_memory: off")
-    profile = directory / "profile.yaml"
-    profile.write_text(text)
-    return profile
+    path = directory / "profile.yaml"
+    path.write_text(text)
+    return path
 
 
 def _places(kernel: LinuxGuest) -> Iterator[tuple[str, VirtAddr]]:

@@ -11,10 +11,11 @@ import argparse
 import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.report import FAILURES, conclude, guest_arguments
+from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from gdb_kprobe.testing import GdbMi, TextSnapshot
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestVm
 
 LOAD, UNLOAD = "insmod /modules/loop.ko", "rmmod loop"
 FAIL = f"{LOAD} max_part=300"
@@ -38,14 +39,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
-    print(f"{options.n} loads of a module, kernel {options.kernel}, {options.cpus} vCPUs", flush=True)
+    spec = spec_of(options)
+    print(f"{options.n} loads of a module, {describe(spec)}", flush=True)
     passed, problems = 0, []
     try:
-        with GuestVm(GuestSpec(kernel=options.kernel, vcpus=options.cpus)) as guest:
+        with GuestVm(spec) as guest:
             guest.check_output(UNLOAD)
             text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
-            with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
-                gdb.console("kprobe attach debian")
+            with GdbMi(environment(guest)) as gdb:
+                gdb.console(f"kprobe attach {profile(guest)}")
                 for definition in PROBES:
                     print(gdb.console(f"kprobe {definition}"), end="")
                 core = int(gdb.command("-kprobe-list")["probes"][2]["addr"], 16)

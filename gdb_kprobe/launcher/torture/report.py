@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from gdb_kprobe.launcher.guests import unprepared
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbTimeoutError
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.errors import GuestError
@@ -35,6 +36,20 @@ def guest_arguments(parser: argparse.ArgumentParser, *, cpus: int = 1) -> None:
     """Declare which guest is tortured."""
     parser.add_argument("--kernel", choices=KERNELS, default="debian")
     parser.add_argument("--cpus", type=int, default=cpus, metavar="N", help=f"vCPUs ({cpus})")
+    parser.add_argument("--unprepared", action="store_true", help="a guest as of 'qemu -s', with a borrowed region")
+
+
+def spec_of(options: argparse.Namespace, command_line: Sequence[str] = ()) -> GuestSpec:
+    """The guest that :func:`guest_arguments` were about; *command_line* is more for its kernel."""
+    if options.unprepared:
+        return unprepared(options.kernel, options.cpus, command_line)
+    return GuestSpec(kernel=options.kernel, vcpus=options.cpus, extra_cmdline=tuple(command_line))
+
+
+def describe(spec: GuestSpec) -> str:
+    """Which guest that is, for the first line of a run."""
+    words = [f"kernel {spec.kernel}", f"{spec.vcpus} vCPUs", *spec.extra_cmdline]
+    return ", ".join([*words, *(["unprepared"] if spec.region == "none" else [])])
 
 
 def round_arguments(parser: argparse.ArgumentParser, number: int, what: str) -> None:
@@ -55,10 +70,10 @@ def run_rounds(
     *command_line* is more for the guest's kernel.
     """
     seed = options.seed if options.seed is not None else random.randrange(10**6)
-    print(f"{options.n} {what}, kernel {options.kernel}, {options.cpus} vCPUs, seed {seed}", flush=True)
+    spec = spec_of(options, command_line)
+    print(f"{options.n} {what}, {describe(spec)}, seed {seed}", flush=True)
     done: list[R] = []
     problems: list[str] = []
-    spec = GuestSpec(kernel=options.kernel, vcpus=options.cpus, extra_cmdline=tuple(command_line))
     with GuestVm(spec) as guest:
         try:
             for one in itertools.islice(rounds(guest, random.Random(seed)), options.n):

@@ -2,9 +2,9 @@
 
 A round attaches, arms probes, and has the guest reset in one of :class:`How`. The session looks at it in one of
 :class:`When`, and must not write a byte: neither to memory nor to a register, which is seen in gdb's log of its
-connection, and in the region, whose memory a reset leaves as it was. When the guest is up, the next attach arms the
-definitions again; every call that is made then must be counted, and in the end the text must be that of the new boot,
-and the log clean.
+connection, and in the region, whose memory a reset leaves as it was (unless it was borrowed). When the guest is up, the
+next attach arms the definitions again; every call that is made then must be counted, and in the end the text must be
+that of the new boot, and the log clean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.session.header import Layout
@@ -30,7 +31,6 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
-PROFILE = "debian"
 PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+5", "boosted"), ("p:open do_sys_openat2", "auto"))
 _TIMEOUT = 60
 _BOOT = 3.0
@@ -107,7 +107,7 @@ class ResetTorture:
         wrong: list[str] = []
         with self._gdb() as gdb:
             wire = Wire(gdb, self._guest.directory / "wire")
-            gdb.console(f"kprobe attach --dispatch {dispatch} {PROFILE}")
+            gdb.console(f"kprobe attach --dispatch {dispatch} {profile(self._guest)}")
             self._add(gdb)
             runs = how in (How.RUNNING, How.ITSELF)
             if runs:
@@ -142,8 +142,8 @@ class ResetTorture:
         if self._region() != before:
             wrong.append("the region is not what it was")
         text = TextSnapshot(GuestMonitor(self._guest), GuestRam(self._guest))
-        said = gdb.console(f"kprobe attach {PROFILE}")
-        if "earlier boot; it was cleared" not in said:
+        said = gdb.console(f"kprobe attach {profile(self._guest)}")
+        if self._guest.spec.reserved_base is not None and "earlier boot; it was cleared" not in said:
             wrong.append("the attach does not tell of the earlier boot")
         probes = self._probes(gdb)
         first = {name: int(probe["hits"]) for name, probe in probes.items()}
@@ -205,15 +205,19 @@ class ResetTorture:
         return next(line for line in self._guest.hmp("info registers").splitlines() if line.startswith("IDT="))
 
     def _region(self) -> bytes:
-        """The region, but for what the guest itself writes until it is reset: counters, accessed bits of its tables."""
+        """The region, but for what the guest itself writes until it is reset: counters, accessed bits of its tables.
+
+        Empty where the memory was borrowed: it is the next boot's.
+        """
         spec = self._guest.spec
-        assert spec.reserved_base is not None
+        if spec.reserved_base is None:
+            return b""
         layout = Layout(spec.region_mb * MIB)
         data = self._guest.read_ram(spec.reserved_base, layout.size)
         return data[: layout.counters_start] + data[layout.definitions_start : layout.code_end]
 
     def _gdb(self) -> GdbMi:
-        return GdbMi({"KPROBE_GUEST": str(self._guest.directory)})
+        return GdbMi(environment(self._guest))
 
     def _add(self, gdb: GdbMi) -> None:
         for definition, strategy in PROBES:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.testing import GdbMi, TextSnapshot
@@ -31,7 +32,6 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
-PROFILE = "debian"
 PROBE = f"p:mine {FUNCTION}"
 OTHERS = (f"p:other {FUNCTION}+5", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
 _MOMENT = 0.2
@@ -109,11 +109,11 @@ class SnapshotTorture:
         started = time.monotonic()
         at_prompt = saved is not Saved.BEFORE and self._random.random() < 0.5
         wrong: list[str] = []
-        with GdbMi({"KPROBE_GUEST": str(self._guest.directory)}) as gdb:
+        with GdbMi(environment(self._guest)) as gdb:
             wire = Wire(gdb, self._guest.directory / "wire")
             if saved is Saved.BEFORE:
                 self._snapshots.save("it")
-            gdb.console(f"kprobe attach {PROFILE}")
+            gdb.console(f"kprobe attach {profile(self._guest)}")
             count = self._prepare(gdb, saved, at_prompt)
             text = self._load(gdb, wire, loaded)
             said = self._notice(gdb, loaded)
@@ -147,7 +147,7 @@ class SnapshotTorture:
             gdb.console("kprobe delete all")
         elif saved is Saved.EARLIER:
             gdb.console("kprobe detach")
-            gdb.console(f"kprobe attach {PROFILE}")
+            gdb.console(f"kprobe attach {profile(self._guest)}")
         if saved is not Saved.SAME:
             self._add(gdb, PROBE)
         return count
@@ -189,7 +189,7 @@ class SnapshotTorture:
         told = said.count("a snapshot with other probes was loaded") + said.count("the guest was reset")
         if told != 1:
             wrong.append(f"the user was told {told} times")
-        gdb.console(f"kprobe attach {PROFILE}")
+        gdb.console(f"kprobe attach {profile(self._guest)}")
         return wrong
 
     def _check_counts(self, gdb: GdbMi, count: int) -> list[str]:

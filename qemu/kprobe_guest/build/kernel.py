@@ -130,14 +130,8 @@ def _unpack(package: str) -> Kernel:
         return kernel
     with atomic_directory(kernel.directory) as building:
         progress(f"fetching {package} {version}")
-        with tempfile.TemporaryDirectory(prefix="gdb-kprobe-deb-") as download:
-            # Root's apt drops to a user that cannot write here and says so at length: fetch as who we are.
-            command = ["apt-get", "-q", "-o", f"APT::Sandbox::User={_user()}", "download", package]
-            try:
-                run_tool(command, package="apt", cwd=Path(download))
-            except BuildError as error:
-                raise BuildError(f"{error}\n(no network, or old package lists? run: sudo apt-get update)") from error
-            [archive] = Path(download).glob("*.deb")
+        with tempfile.TemporaryDirectory(prefix="gdb-kprobe-deb-") as temporary:
+            archive = download(package, Path(temporary))
             progress(f"unpacking {archive.name}")
             run_tool(["dpkg-deb", "-x", str(archive), str(building)], package="dpkg")
         for name in ("vmlinuz", "config", "System.map"):
@@ -147,6 +141,21 @@ def _unpack(package: str) -> Kernel:
         run_tool([depmod, "-b", str(building), release], package="kmod")
         (building / "package.json").write_text(json.dumps({"package": package, "version": version}))
     return kernel
+
+
+def download(package: str, directory: Path) -> Path:
+    """Fetch *package* into the empty *directory*; returns its file.
+
+    :raises BuildError: apt cannot.
+    """
+    # Root's apt drops to a user that cannot write here and says so at length: fetch as who we are.
+    command = ["apt-get", "-q", "-o", f"APT::Sandbox::User={_user()}", "download", package]
+    try:
+        run_tool(command, package="apt", cwd=directory)
+    except BuildError as error:
+        raise BuildError(f"{error}\n(no network, or old package lists? run: sudo apt-get update)") from error
+    [archive] = directory.glob("*.deb")
+    return archive
 
 
 def _user() -> str:

@@ -242,7 +242,7 @@ def test_a_counter_is_one_instruction() -> None:
         assert (prepared.saves, prepared.clobbers, prepared.stack) == ((), frozenset(), 0)
         assert prepared.clobbers_flags
         assert not prepared.reads_flags
-        assert listing(checked, frame) == ["lock inc qword ptr [rip + 8]"]
+        assert listing(checked, frame) == ["lock add qword ptr [rip + 7], 1"]
 
 
 def test_only_registers_that_are_changed_are_saved() -> None:

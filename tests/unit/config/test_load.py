@@ -177,16 +177,22 @@ def test_home_directory(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_profiles_for_each_source() -> None:
-    assert {"bare", "debian", "ivshmem"} <= set(profile_names([CONFIGS]))
+    assert {"bare", "debian", "ivshmem", "plain"} <= set(profile_names([CONFIGS]))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_profile_of_the_project_loads(path: Path, tmp_path: Path) -> None:
     (tmp_path / "symbols.json").write_text("{}")
-    environment = {"KPROBE_GUEST": str(tmp_path), "KPROBE_SYMBOLS": str(tmp_path / "symbols.json")}
+    stub = str(tmp_path / "gdb")
+    environment = {"KPROBE_GUEST": str(tmp_path), "KPROBE_SYMBOLS": str(tmp_path / "symbols.json"), "KPROBE_STUB": stub}
     profile = load_profile(path, environment)
-    assert profile.gdbstub == str(tmp_path / "gdb")
-    assert profile.qmp == tmp_path / "qmp"
+    assert profile.gdbstub == stub
+    assert profile.qmp in (tmp_path / "qmp", None)
+
+
+def test_the_profile_for_a_plain_qemu_is_for_its_usual_port() -> None:
+    profile = load_profile(CONFIGS / "plain.yaml", {})
+    assert (profile.gdbstub, profile.region.source) == ("localhost:1234", RegionSource.BORROWED)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

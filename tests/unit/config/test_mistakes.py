@@ -104,7 +104,6 @@ def test_not_a_profile(tmp_path: Path, text: str | bytes, line: int, message: st
         (changed("  size: 16M", "  size:"), 7, "'region.size' has no value"),
         (changed("  kind: linux", "  kind: Linux"), 3, "'kernel.kind' cannot be 'Linux'"),
         (changed("  source: reserved", "  source: reserve"), 5, "'region.source' cannot be 'reserve'"),
-        (changed("  source: reserved", "  source: borrowed"), 5, "not implemented yet: source 'borrowed'"),
         (changed("boosted", "boost"), 9, "'policy.rungs' cannot be 'boost'"),
         (changed("boosted", "single-step"), 9, "rung 'single-step' is there twice"),
         (changed("[boosted, single-step]", "[]"), 9, "'policy.rungs' is empty: no probe could be placed"),
@@ -132,6 +131,8 @@ def test_not_a_profile(tmp_path: Path, text: str | bytes, line: int, message: st
          "'kernel.vmlinux' is for Linux guests"),
         (bare(source="ivshmem"), 3, "source 'ivshmem' is for Linux guests: it is mapped into Linux's page tables"),
         (region(source="ivshmem", physical="0x10000000"), 4, "'region.physical' is not for source 'ivshmem'"),
+        (region(source="borrowed", physical="0x10000000"), 4, "'region.physical' is not for source 'borrowed'"),
+        (bare(source="borrowed"), 3, "source 'borrowed' is for Linux guests: it is mapped into Linux's page tables"),
         (region(source="premapped", physical="1M"), 4, "'region.physical' is not for source 'premapped'"),
     ],
 )  # fmt: skip

@@ -146,7 +146,7 @@ def listing(program: Program, frame: Frame) -> list[str]:
 
 
 GUARD = ["cmp dword ptr [enable], 0", "je end"]
-COUNT = ["lock inc qword ptr [hits]"]
+COUNT = ["lock add qword ptr [hits], 1"]
 
 
 @pytest.mark.parametrize(

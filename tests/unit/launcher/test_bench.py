@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 
 from gdb_kprobe.launcher.bench.machine import FunctionCode
 from gdb_kprobe.launcher.bench.places import Call, far_enough
-from gdb_kprobe.launcher.bench.rows import Row, make_row, show, slope
+from gdb_kprobe.launcher.bench.rows import Row, cost_of_a_place, make_row, show, slope
 from gdb_kprobe.model import VirtAddr
 
 
@@ -19,9 +22,31 @@ def test_slope_has_the_least_squares() -> None:
     assert slope([(0, 1.0), (1, 3.0), (2, 4.0)]) == pytest.approx(1.5)
 
 
-def test_row_is_median_and_range() -> None:
-    row = make_row("row", [3.0, 9.0, 4.0], hits=7, expected_hits=7)
+def test_a_row_of_one_number_of_places_is_the_median() -> None:
+    row = make_row("row", [(1, 3.0), (1, 9.0), (1, 4.0)], hits=7, expected_hits=7)
     assert (row.us_per_hit, row.spread) == (4.0, 6.0)
+
+
+def test_one_call_that_took_long_changes_no_slope() -> None:
+    points = [(0, 5.0), (0, 5.0), (0, 50.0), (8, 9.0), (8, 9.0), (8, 9.0)]
+    assert cost_of_a_place(points) == pytest.approx(0.5)
+
+
+def test_the_spread_is_that_of_the_slope_and_shrinks_with_more_points() -> None:
+    """Normal noise of 0.2 us on a call: of the slope, times the square root of 2 * pi/2 / n, by 8; 95 % is +/- 1.96."""
+    chance = random.Random(1)
+
+    def spread(count: int) -> float:
+        points = [(number, chance.gauss(10 + number, 0.2)) for number in (0, 8) for _ in range(count)]
+        return make_row("row", points, 1, 1).spread
+
+    for count in (50, 400):
+        assert spread(count) == pytest.approx(2 * 1.96 * 0.2 * math.sqrt(math.pi / count) / 8, rel=0.5)
+
+
+def test_what_is_the_same_every_time_has_no_spread() -> None:
+    row = make_row("row", [(0, 5.0), (8, 9.0), (0, 5.0), (8, 9.0)], 1, 1)
+    assert (row.us_per_hit, row.spread) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(("spread", "noisy"), [(0.9, False), (1.0, False), (1.1, True)])

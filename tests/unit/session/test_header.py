@@ -105,6 +105,13 @@ def test_another_version_is_an_error_that_says_what_to_do() -> None:
         Header.unpack(MAGIC + (7).to_bytes(4, "little") + bytes(0x1000))
 
 
+@pytest.mark.parametrize("borrowed", [True, False])
+def test_it_says_whose_the_memory_is(borrowed: bool) -> None:
+    identity = Identity(bytes(20), VirtAddr(1), VirtAddr(2), PhysAddr(3), 4)
+    header = Header(2 * MIB, VirtAddr(0x1000_0000), PHYS, identity, bytes(16), VirtAddr(0x1000_0000), borrowed=borrowed)
+    assert Header.unpack(header.pack().ljust(0x1000, b"\0")) == header
+
+
 @pytest.mark.parametrize("size", [2 * MIB, 4 * MIB, 16 * MIB, 64 * MIB])
 def test_the_parts_of_a_region_do_not_overlap_and_never_share_a_page(size: int) -> None:
     layout = Layout(size)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.errors import RegionError
+from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.session.header import read_header
 from gdb_kprobe.session.region import create_mapped, create_premapped, links_of
@@ -118,6 +118,33 @@ def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
     toy.machine.set_quad(link.addr, 0x1234_5003)
     toy.region.unmap(toy.machine)
     assert int.from_bytes(toy.machine.read_physical(link.addr, 8), "little") == 0x1234_5003
+
+
+def test_borrowed_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Any) -> None:
+    link = toy.region.links[0]
+
+    def give_back() -> None:
+        assert int.from_bytes(toy.machine.read_physical(link.addr, 8), "little") == 0
+        assert read_header(toy.machine, toy.region.header.phys) is None
+        given.append(len(toy.machine.log))
+
+    given: list[int] = []
+    toy.region.give_back = give_back
+    toy.put("f_nop")
+    done = toy.session.detach()
+    assert (done.unmapped, done.problems, done.notes) == (True, (), ())
+    assert given == [len(toy.machine.log)], "not a byte is written to it afterwards"
+
+
+def test_borrowed_memory_that_cannot_be_given_back_is_told_of(toy: Any) -> None:
+    def give_back() -> None:
+        raise GuestStateError("nobody came")
+
+    toy.region.give_back = give_back
+    done = toy.session.detach()
+    assert (done.unmapped, done.problems) == (True, ())
+    (note,) = done.notes
+    assert note == "the region's 2 MiB stay allocated in the guest until it boots: nobody came"
 
 
 # -- memory that the guest has mapped itself ----------------------------------------------------------------------

@@ -216,3 +216,34 @@ def test_another_connection_starts_from_nothing(stub: QemuStub, described: Any) 
     assert stub.cpus() == (3,)
     stub.read_current(CPU, VirtAddr(0), 1)
     assert other.packets[-2:] == [b"Hgp1.1", b"m0,1"]
+
+
+def test_registers_written_at_once_are_one_packet_that_leaves_the_others(described: Any) -> None:
+    packet = b"G" + (G_PACKET[:8] + (0x1234).to_bytes(8, "little") + G_PACKET[16:]).hex().encode()
+    described.answers[packet] = b"OK"
+    QemuStub(described).write_registers_at_once(CPU, {"rip": 0x1234})
+    assert described.packets[-1] == packet
+
+
+def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> CpuId | None:
+    """The machine has one vCPU, which stops at *stops*, one after another."""
+
+    def run_for(seconds: float) -> None:
+        channel.packets.append(b"run")
+        channel.answers[b"p1"] = stops.pop(0).to_bytes(8, "little").hex().encode()
+
+    channel.run_for = run_for
+    channel.answers |= {b"qfThreadInfo": b"mp01.01", b"qsThreadInfo": b"l"}
+    channel.answers |= {b"%c1,%x,1" % (kind, addr): b"OK" for kind in b"Zz" for addr in addrs}
+    return QemuStub(channel).run_to([VirtAddr(addr) for addr in addrs], seconds)
+
+
+def test_run_to_an_address_leaves_no_breakpoint(described: Any) -> None:
+    assert run_to(described, [0x5000, 0x2000], [0x1000, 0x2000], 60) == CPU
+    packets = [packet for packet in described.packets if packet[:1] in b"Zzr"]
+    assert packets == [b"Z1,1000,1", b"Z1,2000,1", b"run", b"run", b"z1,1000,1", b"z1,2000,1"]
+
+
+def test_run_to_an_address_that_nobody_comes_to_ends(described: Any) -> None:
+    assert run_to(described, [0x5000] * 100_000, [0x1000], 0.01) is None
+    assert described.packets[-1] == b"z1,1000,1"

@@ -1,0 +1,52 @@
+"""A kernel's vmlinux with debug info, from the package that Debian has beside each kernel. Fetched on request only."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from kprobe_guest.build.cache import atomic_directory, build_lock, progress
+from kprobe_guest.build.kernel import Kernel, download
+from kprobe_guest.errors import BuildError
+
+_NAME: Final = "vmlinux"
+
+
+def fetch_debug_info(kernel: Kernel) -> Path:
+    """The vmlinux of *kernel*; fetched unless it is in the cache: 300 MB of a package, of which as much again is kept.
+
+    :raises BuildError: it cannot be fetched, or the package has none.
+    """
+    directory = kernel.directory.with_name(f"{kernel.release}-debug")
+    with build_lock():
+        if not (directory / _NAME).exists():
+            package = f"linux-image-{kernel.release}-dbg"
+            with (
+                atomic_directory(directory) as building,
+                tempfile.TemporaryDirectory(prefix="gdb-kprobe-deb-") as temporary,
+            ):
+                progress(f"fetching {package}: this takes minutes")
+                archive = download(package, Path(temporary))
+                _extract(archive, f"./usr/lib/debug/boot/vmlinux-{kernel.release}", building / _NAME)
+    return directory / _NAME
+
+
+def _extract(archive: Path, member: str, to: Path) -> None:
+    """Unpack one file of a Debian package; there is much more in this one."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking,
+        tarfile.open(fileobj=unpacking.stdout, mode="r|") as files,
+    ):
+        for file in files:
+            data = files.extractfile(file) if file.name == member and file.isfile() else None
+            if data is not None:
+                with to.open("wb") as out:
+                    shutil.copyfileobj(data, out)
+                unpacking.kill()
+                return
+    raise BuildError(f"{archive.name} has no {member}")

@@ -1,0 +1,248 @@
+"""A guest that nobody has prepared: default CPU, private RAM, TCP, and no memory set aside. The region is borrowed.
+
+The oracle for what is borrowed, and given back, is the guest's own /proc/meminfo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.errors import ConnectionLostError
+from gdb_kprobe.launcher.guests import environment, unprepared
+from gdb_kprobe.launcher.torture.matrix import Cell, check
+from gdb_kprobe.session.borrowed import borrow, give_back
+from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
+from gdb_kprobe.target.ram import RamView
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.testing import GdbCommandError, GdbMi
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+GETPRIORITY, CALLS = 140, 2300
+FUNCTION = "__x64_sys_getpriority"
+REGION = 16 << 10
+NOISE = 3 << 10
+"""KiB that a guest takes by itself in a moment, at the most; less than one block that it gives us."""
+BLOCK = 2 << 20
+"""The smallest region: one block of the guest's allocator."""
+
+Boot = Callable[[GuestSpec], Any]
+
+PTI = replace(unprepared(vcpus=2, extra_cmdline=("pti=on",)), cpu="max")
+GUESTS = [unprepared(), unprepared(vcpus=2), unprepared("newest", 2), PTI]
+IDS = ["debian-1", "debian-2", "newest-2", "pti-2"]
+
+
+def free(vm: GuestVm) -> int:
+    """KiB of free memory."""
+    return int(re.findall(r"MemFree: +(\d+) kB", vm.check_output("cat /proc/meminfo"))[0])
+
+
+def call(vm: GuestVm) -> int:
+    """Make the calls on each vCPU at once; returns how many there are."""
+    vcpus = vm.spec.vcpus
+    command = f"workload syscall {GETPRIORITY} {CALLS}"
+    vm.check_output(" & ".join(f"taskset {1 << cpu:x} {command}" for cpu in range(vcpus)) + " & wait")
+    return CALLS * vcpus
+
+
+@contextlib.contextmanager
+def nothing_missing(vm: GuestVm) -> Iterator[int]:
+    """The guest has as much free memory afterwards, or more; yields how much it had."""
+    before = free(vm)
+    yield before
+    assert free(vm) > before - NOISE
+
+
+@pytest.mark.parametrize("spec", GUESTS, ids=IDS)
+def test_every_rung_counts_and_the_memory_is_given_back(booted_guest: Boot, spec: GuestSpec) -> None:
+    vm = booted_guest(spec)
+    with nothing_missing(vm):
+        outcome = check(vm, Cell(spec))
+    assert not outcome.wrong, outcome
+
+
+@pytest.mark.parametrize("spec", GUESTS[1:3], ids=IDS[1:3])
+def test_counts_are_read_while_it_runs_and_the_region_is_the_guests_own_memory(probed: Boot, spec: GuestSpec) -> None:
+    guest = probed(spec)
+    with nothing_missing(guest.guest) as before, guest.gdb() as gdb:
+        guest.add(gdb, f"p:jump {FUNCTION}")
+        gdb.cont()
+        assert before - free(guest.guest) == pytest.approx(REGION, abs=NOISE)
+        calls = call(guest.guest)
+        assert guest.hits(gdb) == {"jump": calls}  # it runs: through QEMU's process
+        gdb.interrupt()
+        assert "process memory of QEMU" in gdb.console("kprobe info")
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("spec", [GUESTS[1], PTI], ids=["debian-2", "pti-2"])
+def test_attached_and_detached_under_load_at_any_moment(probed: Boot, spec: GuestSpec) -> None:
+    """Where the vCPUs are then is nearly always in user programs, with the user's page table under PTI."""
+    guest = probed(spec)
+    loads = [guest.guest.spawn(load) for load in ("workload spin 0", "workload syscall 39 -1")]
+    try:
+        with nothing_missing(guest.guest):
+            for _ in range(10):
+                with guest.gdb() as gdb:
+                    guest.add(gdb, f"p:jump {FUNCTION}")
+                    gdb.cont()
+                    calls = call(guest.guest)
+                    gdb.interrupt()
+                    assert guest.hits(gdb) == {"jump": calls}
+                    gdb.console("kprobe detach")
+    finally:
+        for load in loads:
+            guest.guest.finish(load, kill=True)
+
+
+def test_where_the_kernel_can_be_called_at_once_the_user_stays_where_they_are(probed: Boot) -> None:
+    """At a breakpoint in a system call nothing is held: attaching and detaching moves nobody."""
+    guest = probed(unprepared(vcpus=2))
+    symbols = guest.snapshot.guest.kallsyms
+    with nothing_missing(guest.guest), guest.gdb(attach=False) as gdb:
+        gdb.console(f"target remote {guest.guest.gdb_address}")
+        gdb.console(f"thbreak *{symbols.address(FUNCTION):#x}")
+        gdb.cont()
+        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}")
+        gdb.wait_stop()
+        registers = gdb.console("info registers")
+        gdb.console("kprobe attach plain", timeout=60)
+        assert gdb.console("info registers") == registers
+        assert gdb.pc == symbols.address(FUNCTION)
+        guest.add(gdb, f"p:jump {FUNCTION}")
+        gdb.cont()
+        assert guest.guest.finish(job)[0] == 0
+        assert guest.hits(gdb) == {"jump": CALLS}
+        gdb.interrupt()
+        gdb.console("kprobe detach --stay")
+        gdb.console("detach")
+
+
+@pytest.mark.parametrize("adopt", [True, False], ids=["adopt", "restore"])
+def test_a_killed_gdb_leaves_a_region_that_is_found_and_given_back(probed: Boot, adopt: bool) -> None:
+    guest = probed(unprepared(vcpus=2))
+    vm = guest.guest
+    with nothing_missing(vm) as before:
+        with guest.gdb() as gdb:
+            guest.add(gdb, f"p:jump {FUNCTION}")
+            gdb.cont()
+            calls = call(vm)
+            gdb.signal(signal.SIGKILL)
+            gdb.wait_exit()
+        calls += call(vm)  # it goes on, and counts
+        assert before - free(vm) == pytest.approx(REGION, abs=NOISE)
+        with guest.gdb(attach=False) as gdb:
+            if adopt:
+                gdb.console("kprobe adopt plain", timeout=60)
+                gdb.cont()
+                calls += call(vm)
+                gdb.interrupt()
+                assert guest.hits(gdb) == {"jump": calls}
+                gdb.console("kprobe detach")
+            else:
+                assert f"jump {FUNCTION}: {calls} hit(s)" in gdb.console("kprobe restore plain", timeout=60)
+
+
+def test_more_than_there_is_in_one_piece_is_refused_and_nothing_is_kept(probed: Boot, tmp_path: Path) -> None:
+    guest = probed(unprepared())
+    profile = tmp_path / "large.yaml"
+    profile.write_text(f"gdbstub: {guest.guest.gdb_address}\nregion: {{source: borrowed, size: 896M}}\n")
+    with nothing_missing(guest.guest), guest.gdb(attach=False) as gdb:
+        with pytest.raises(GdbCommandError) as refused:
+            gdb.console(f"kprobe attach {profile}", timeout=120)
+        print(refused.value)
+        assert re.search(
+            r"no 896 MiB of free memory in one piece: of \d+ blocks of 4 MiB no 224 lie", str(refused.value)
+        )
+        gdb.console("detach")
+
+
+class CutChannel(RspSocket):
+    """A connection that is lost before a packet, as that of a gdb that is killed."""
+
+    def __init__(self, address: str) -> None:
+        self.packets: list[bytes] = []
+        self.cut_at: int | None = None
+        super().__init__(address)
+
+    def send(self, packet: bytes) -> bytes:
+        self._note(packet)
+        return super().send(packet)
+
+    def run_for(self, seconds: float) -> None:
+        self._note(b"vCont;c")
+        super().run_for(seconds)
+
+    def _note(self, packet: bytes) -> None:
+        if len(self.packets) == self.cut_at:
+            raise ConnectionLostError("cut")
+        self.packets.append(packet)
+
+
+@contextlib.contextmanager
+def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
+    """The guest, stopped by a client of ours, which is closed without a word if it was cut."""
+    with CutChannel(vm.gdb_address) as channel:
+        stub = QemuStub(channel)
+        stub.drop_breakpoints()
+        yield channel, stub, open_linux(stub, RamView(stub, None))
+        if channel.cut_at is None:
+            channel.detach()
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_cut_off_before_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, vcpus: int) -> None:
+    """A vCPU that was made to call goes on where it was by itself; only what it has allocated is lost."""
+    # A guest of its own: what it loses is in the way of others.
+    vm = booted_guest(replace(unprepared(vcpus=vcpus), memory_mb=480))
+    with stopped(vm) as (channel, stub, kernel):
+        channel.packets.clear()
+        region = borrow(stub, kernel, BLOCK)
+        packets = channel.packets.copy()
+        give_back(stub, kernel, region, BLOCK)
+    changing = [at for at, packet in enumerate(packets) if packet[:1] in b"MGPXZz" or packet.startswith(b"vCont")]
+    cuts = sorted({cut for at in changing for cut in (at, at + 1) if cut < len(packets)})
+    print(f"{len(packets)} packets, {len(changing)} of them change something")
+    for cut in cuts:
+        with stopped(vm) as (channel, stub, kernel):
+            channel.packets.clear()
+            channel.cut_at = cut
+            with contextlib.suppress(ConnectionLostError):
+                borrow(stub, kernel, BLOCK)
+        with RspSocket(vm.gdb_address) as plain:  # a new client, which knows nothing of the old one
+            QemuStub(plain).drop_breakpoints()
+            plain.detach()
+        call(vm)
+        vm.check()
+    assert vm.dmesg_problems() == []
+
+
+def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Boot) -> None:
+    vm = booted_guest(unprepared())
+    with nothing_missing(vm), stopped(vm) as (_, stub, kernel):
+        starts = sorted(borrow(stub, kernel, 16 << 20) for _ in range(3))
+        assert all(low + (16 << 20) <= high for low, high in itertools.pairwise(starts))
+        for start in starts:
+            give_back(stub, kernel, start, 16 << 20)
+
+
+def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Boot) -> None:
+    """Its vCPUs halt: a timer brings one to where the kernel can be called."""
+    vm = booted_guest(unprepared(vcpus=2))
+    time.sleep(2)
+    with GdbMi(environment(vm)) as gdb:
+        gdb.console("kprobe attach plain", timeout=20)
+        gdb.console("kprobe detach")
