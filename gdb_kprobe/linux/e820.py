@@ -23,7 +23,7 @@ _TYPE_NAMES = {
     128: "Reserved",
     0xEFFF_FFFF: "Soft Reserved",
 }
-_RESERVED = 2
+_RAM, _RESERVED = 1, 2
 
 _ENTRY = struct.Struct("<QQI")
 _MOST_ENTRIES = 4096
@@ -55,6 +55,11 @@ class E820Table:
     """The entries in the kernel's order, which is ascending."""
 
     entries: tuple[E820Entry, ...]
+
+    @property
+    def ram(self) -> int:
+        """Bytes of usable memory."""
+        return sum(entry.size for entry in self.entries if entry.type == _RAM)
 
     def overlapping(self, start: PhysAddr, size: int) -> tuple[E820Entry, ...]:
         """Return the entries that share a byte with the range."""

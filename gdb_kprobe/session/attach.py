@@ -160,7 +160,12 @@ def _borrowed(
     else:
         with contextlib.ExitStack() as undo:
             if phys is None:
-                phys = borrow(machine, guest, size)
+                phys, size = borrow(machine, guest, size)
+                if size < config.size:
+                    messages.append(
+                        f"the guest has no {config.size >> 20} MiB of free memory in one piece: the region is of "
+                        f"{size >> 20} MiB"
+                    )
             undo.callback(give_back, machine, guest, phys, size)
             region = create_mapped(memory, guest, phys, size, config.virtual, MODULES, borrowed=True)
             undo.pop_all()

@@ -1,0 +1,23 @@
+"""Which of the blocks that a guest gives become the region."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.session.borrowed import longest_run
+
+
+@pytest.mark.parametrize(
+    ("blocks", "found"),
+    [
+        ([], []),
+        ([7], [7]),
+        ([7, 5, 3], [3]),
+        ([4, 1, 9, 2, 8], [1, 2]),
+        ([9, 1, 3, 8, 7], [7, 8, 9]),
+    ],
+)
+def test_the_longest_run_is_found_in_whatever_order_they_come(blocks: list[int], found: list[int]) -> None:
+    size = 4 << 20
+    assert longest_run([PhysAddr(block * size) for block in blocks], size) == [block * size for block in found]
