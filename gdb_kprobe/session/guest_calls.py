@@ -8,9 +8,9 @@ all that it had, and the function returns by way of the kernel's own end of an e
             restore_regs_and_return_to_kernel      pops that frame, iretq
     rsp'->  the address of a `ret`                 where the function returns to, and we wait
 
-So the guest is safe whatever happens to us meanwhile: left alone, the vCPU goes on where it was. (For that its
-registers are always written at once: it has ours, or its own.) We stop it at the
-``ret`` for the result. Nobody else comes there: it is a byte in the middle of another instruction.
+So the guest is safe whatever happens to us meanwhile: left alone, the vCPU goes on where it was. For that its registers
+are always written at once: it has ours, or its own. We stop it at the ``ret`` for the result. Nobody else comes there:
+it is a byte in the middle of another instruction.
 """
 
 from __future__ import annotations
