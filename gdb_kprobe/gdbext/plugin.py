@@ -27,7 +27,7 @@ from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import cut, rescue
 from gdb_kprobe.session.session import Detached, Session
 from gdb_kprobe.target.process_memory import find_process_memory
-from gdb_kprobe.target.ram import RamView
+from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import is_served
 from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub
@@ -66,6 +66,10 @@ class Link:
         assert self.attached is not None
         return self.attached.memory
 
+    def peers(self) -> tuple[int, ...]:
+        """The processes that may be the QEMU behind the connection."""
+        return () if self.descriptor is None else peer_processes(self.descriptor)
+
     def open_data_plane(self) -> None:
         """Find a way to read the region while the machine runs. It must be stopped now.
 
@@ -74,13 +78,15 @@ class Link:
         region = self.session.region.header
         if self.profile.shared_memory is SharedMemory.OFF:
             self.memory.not_live = "the profile says shared_memory: off"
-        elif self.memory.live(region.phys, region.size) is None:
-            pids = () if self.descriptor is None else peer_processes(self.descriptor)
+        elif not isinstance(self.memory.live(region.phys, region.size), SharedRam):
+            self.memory.close()  # its process was told by what another guest's might hold, too
             try:
-                self.memory.use_process(find_process_memory(self.stub, pids, region.phys, region.size))
+                found = find_process_memory(self.stub, self.peers(), region.phys, region.size)
+                self.memory.use_process(found)
                 # And what tells whether it is still mapped. Its bytes could be anywhere, but its process is known now.
                 for page in {PhysAddr(link.addr & -PAGE_SIZE) for link in self.session.region.links}:
-                    self.memory.use_process(find_process_memory(self.stub, pids, page, PAGE_SIZE))
+                    self.memory.use_process(find_process_memory(self.stub, (found.pid,), page, PAGE_SIZE))
+                self.memory.use_ram_of(self.stub, (found.pid,))
             except ConnectionLostError:
                 raise
             except TargetError as error:
@@ -182,7 +188,7 @@ class Plugin:
         link = Link(profile)
         try:
             with link.stopped():
-                link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch)
+                link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch, link.peers())
                 link.open_data_plane()
                 link.session.lift()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,8 +50,9 @@ def attach(
     breakpoints: Breakpoints,
     interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     dispatch: Dispatch = Dispatch.AUTO,
+    pids: Collection[int] = (),
 ) -> Attached:
-    """Attach to the stopped *machine* as *profile* describes it.
+    """Attach to the stopped *machine* as *profile* describes it; one of the processes *pids* may be its QEMU.
 
     :raises GuestStateError: the guest's software is not up, or cannot dispatch as asked for.
     :raises RegionError: the region cannot be used as described; nothing was written.
@@ -59,6 +60,8 @@ def attach(
     started = time.monotonic()
     shared = SharedRam.discover(machine) if profile.shared_memory is not SharedMemory.OFF else None
     memory = RamView(machine, shared)
+    if profile.shared_memory is not SharedMemory.OFF:
+        memory.use_ram_of(machine, pids)
     guest = _open(machine, memory, profile)
     messages: list[str] = []
     with contextlib.ExitStack() as undo:

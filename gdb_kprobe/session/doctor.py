@@ -87,9 +87,9 @@ def _memory(machine: Machine) -> Finding:
     if shared is None:
         return Finding(
             "memory",
-            "through the stub; while the guest runs through QEMU's process, if it is yours",
-            "attaching is faster with -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/ram,share=on "
-            "-machine memory-backend=ram",
+            "through QEMU's process, if it is yours and on this host; else through the stub, and only at stops",
+            "faster for whoever may open the file: -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/ram,"
+            "share=on -machine memory-backend=ram",
         )
     name = shared.name
     shared.close()

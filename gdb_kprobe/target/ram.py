@@ -10,21 +10,26 @@ import contextlib
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gdb_kprobe.errors import GuestStateError, TargetError
+from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr
-from gdb_kprobe.target.process_memory import ProcessMemory
-from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
+from gdb_kprobe.target.process_memory import ProcessMemory, find_process_memory
+from gdb_kprobe.target.protocols import Machine, Monitor, PhysicalMemory
 
 _GRAIN = 8
 """Bytes that are compared at once to find out what a batch has changed."""
 
 _NEAR = 128
 """Two changes that are no further apart are one packet: its cost is that of some hundred bytes."""
+
+_BULK = 1 << 20
+"""Bytes of a piece of RAM that is worth being asked for."""
+
+_CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 _RAM_LINE = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): (\S+)(?: @([0-9a-f]+))?", re.M)
 
@@ -133,6 +138,33 @@ class RamView:
     def use_process(self, process: ProcessMemory) -> None:
         """Read what *process* covers from it, too. When it has ended, the stub is asked again."""
         self._process += (process,)
+
+    def use_ram_of(self, machine: Machine, pids: Collection[int]) -> None:
+        """Read all the RAM of the stopped *machine* from QEMU's process, one of *pids*, where no file is shared.
+
+        In bulk that is a hundred times faster than the stub. Where it cannot be, the stub is asked: that is no error.
+        What tells the process from another guest's is the page table in use, which the stub must read alike.
+
+        :raises ConnectionLostError: nobody answers any more.
+        """
+        root = PhysAddr(machine.read_register(machine.cpus()[0], "cr3") & _CR3_ADDRESS)
+        blocks = [block for block in ram_blocks(machine) if block.end - block.start >= _BULK] if pids else []
+        for block in blocks:
+            size = block.end - block.start
+            if self._shared is not None and self._shared.covers(block.start, size):
+                continue
+            try:
+                process = find_process_memory(machine, pids, block.start, size)
+            except ConnectionLostError:
+                raise
+            except TargetError:
+                continue
+            if process.covers(root, PAGE_SIZE) and process.read_physical(root, PAGE_SIZE) != machine.read_physical(
+                root, PAGE_SIZE
+            ):
+                process.close()
+            else:
+                self.use_process(process)
 
     def live(self, addr: PhysAddr, size: int) -> SharedRam | ProcessMemory | None:
         """Where these bytes can be read from while the machine runs; ``None``: only through the stub, when stopped."""

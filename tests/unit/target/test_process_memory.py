@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gdb_kprobe.errors import TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr
+from gdb_kprobe.target import ram
 from gdb_kprobe.target.process_memory import ProcessMemory, find_process_memory
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.socket_peer import peer_processes
@@ -186,6 +188,47 @@ def test_a_view_reads_what_is_live_and_goes_back_to_the_stub_when_the_process_en
     assert view.read_physical(START, 1) == bytes([1]), "by the stub"
     assert view.live(START, SIZE) is None
     assert view.not_live == f"process {holder.process.pid} has ended"
+
+
+class WholeMachine(Machine):
+    """One whose RAM is these pages, with a page table in the second of them."""
+
+    def monitor(self, command: str) -> str:
+        if command == "info mtree -f":
+            line = f"  {START:016x}-{START + SIZE - 1:016x} (prio 0, ram): pc.ram"
+            return f'FlatView #1\n AS "memory", root: system\n{line}\n'
+        return super().monitor(command)
+
+    def cpus(self) -> tuple[int, ...]:
+        return (1,)
+
+    def read_register(self, cpu: int, name: str) -> int:
+        assert (cpu, name) == (1, "cr3")
+        return START + PAGE_SIZE | 0x18  # with flags beside the address
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_all_ram_is_read_from_the_process_that_has_this_guests_page_table(
+    holder: Holder, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    monkeypatch.setattr(ram, "_BULK", SIZE)
+    machine: Any = WholeMachine(holder.host, holder.host + SIZE - 1)
+    if not same:
+        pages = bytearray(machine.pages)
+        pages[PAGE_SIZE + 8] ^= 1
+        machine.pages = bytes(pages)
+    view = RamView(machine, None)
+    view.use_ram_of(machine, [holder.process.pid])
+    assert view.is_live(START, SIZE) is same
+    holder.set_first_byte(55)
+    assert view.read_physical(START, 1) == bytes([55 if same else 1])
+
+
+def test_without_a_process_ram_is_read_by_the_stub() -> None:
+    machine: Any = WholeMachine()
+    view = RamView(machine, None)
+    view.use_ram_of(machine, [])
+    assert view.live(START, SIZE) is None
 
 
 def peers_seen_by_client(listener: socket.socket) -> tuple[int, tuple[int, ...]]:
