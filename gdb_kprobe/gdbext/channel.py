@@ -49,6 +49,12 @@ class GdbChannel:
             raise _translated(error) from error
 
     def run_for(self, seconds: float) -> None:
+        if gdb.parameter("breakpoint always-inserted"):
+            # It could go on from none of them: that takes gdb.
+            raise GuestStateError(
+                "gdb keeps its breakpoints in the guest, so that it cannot run without gdb for a moment",
+                "'set breakpoint always-inserted off'",
+            )
         # gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to vCont
         # comes at the latest when a thread has sent the interrupt byte over gdb's own socket.
         descriptor = find_socket(self.address)
@@ -58,9 +64,10 @@ class GdbChannel:
         timer.start()
         try:
             self.send(b"vCont;c")
+            timer.cancel()  # else it must still stop the guest
         finally:
-            timer.cancel()
             timer.join()
+        gdb.execute("maintenance flush dcache", to_string=True)
 
     def monitor(self, command: str) -> str:
         global _monitoring

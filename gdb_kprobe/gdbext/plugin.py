@@ -423,6 +423,8 @@ class Plugin:
             raise gdb.GdbError(str(error)) from error
         if done.restored:
             gdb.write(f"kprobe: {done.restored} site(s) restored.\n")
+        for left in (*done.notes, *done.problems):
+            gdb.write(f"kprobe: {left}.\n", gdb.STDERR)
 
     def on_lost(self, address: str) -> None:
         """gdb's connection is gone (it was lost, or an MI client detached)."""
@@ -443,7 +445,9 @@ class Plugin:
         with uninterrupted():
             if not killed:
                 with contextlib.suppress(KprobeError, gdb.error, KeyboardInterrupt):
-                    self.detach()
+                    done = self.detach()
+                    for left in (*done.notes, *done.problems):
+                        print(f"kprobe: {left}.", file=sys.stderr, flush=True)
             # Reset: nothing is to be restored, and gdb's own way out lets the guest run.
             if self.link is not None:
                 self.rescue()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.cli import PROFILES
-from kprobe_guest.spec import KernelKind
+from kprobe_guest.spec import PROFILES, KernelKind
 
 
 def environment(guest: GuestVm) -> dict[str, str]:

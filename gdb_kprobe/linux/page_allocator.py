@@ -13,21 +13,27 @@ from typing import Final
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
-from gdb_kprobe.linux.percpu import hot_symbol
+from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_ptr
 from gdb_kprobe.linux.structs import read_pointer
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
-GFP_NOWARN: Final = 0x2000
-"""``__GFP_NOWARN`` alone (include/linux/gfp_types.h): take what is free, wait for nobody, and do not complain."""
+GFP: Final = 0x2000 | 0x80000
+"""``__GFP_NOWARN | __GFP_NOMEMALLOC`` (include/linux/gfp_types.h): take what is free and nobody's reserve, wait for
+nobody, and do not complain."""
 
 MAX_ORDER: Final = 10
 """The largest block that there is on x86-64: 4 MiB (``MAX_ORDER`` - 1 up to v6.3, ``MAX_PAGE_ORDER`` since v6.8)."""
 
 # Memory allocation profiling has renamed it: Linux kernel commit b951aaff5035 (in v6.10).
 _ALLOCATE: Final = ("get_free_pages_noprof", "__get_free_pages")
+RETURN: Final = "restore_regs_and_return_to_kernel"
+"""The end of an exception in the kernel: pops a ``struct pt_regs``, and returns to it (arch/x86/entry/entry_64.S)."""
+
 _DIRECT_MAP: Final = {4: 0xFFFF_8880_0000_0000, 5: 0xFF11_0000_0000_0000}
 """Where all RAM is mapped without KASLR, by levels (Documentation/arch/x86/x86_64/mm.rst)."""
+
+_RESERVE: Final = "reserve the memory: 'memmap=16M$ADDRESS' for the guest, 'source: reserved' in the profile"
 
 _PREEMPT_NEED_RESCHED: Final = 1 << 31
 """Kept inverted in the count (arch/x86/include/asm/preempt.h)."""
@@ -58,8 +64,11 @@ def find_page_allocator(memory: Memory, kallsyms: Kallsyms, banner: str, levels:
     if "PREEMPT_RT" in banner:
         raise GuestStateError(
             "the guest's kernel is PREEMPT_RT: its page allocator may sleep, so it cannot be called from outside",
-            "reserve the memory: 'memmap=16M$ADDRESS' for the guest, 'source: reserved' in the profile",
+            _RESERVE,
         )
+    missing = next((name for name in (RETURN, "free_pages", "schedule") if kallsyms.find(name) is None), None)
+    if missing is not None:
+        raise GuestStateError(f"the guest's kernel has no {missing}: its page allocator cannot be called", _RESERVE)
     allocate = next((found for name in _ALLOCATE if (found := kallsyms.find(name)) is not None), None)
     base = kallsyms.find("page_offset_base")  # CONFIG_DYNAMIC_MEMORY_LAYOUT
     return PageAllocator(
@@ -82,6 +91,8 @@ def way_points(kallsyms: Kallsyms) -> tuple[VirtAddr, ...]:
 def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Btf, registers: dict[str, int]) -> bool:
     """Whether a CPU with these *registers* is where it may be called: in the kernel, nothing held, nothing off.
 
+    Not in an idle task: its CPU halts, and would not wake for us.
+
     :raises GuestStateError: this kernel keeps its preempt count where it is not known here.
     """
     in_kernel = not registers["cs"] & 3 and registers["gs_base"] >> 63
@@ -89,9 +100,11 @@ def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Btf, registers: dict[
         return False
     # In kernel mode gs_base is what is added to a per-CPU symbol's address.
     name = "__preempt_count" if kallsyms.find("__preempt_count") is not None else "preempt_count"
-    at = hot_symbol(kallsyms, btf, name) + registers["gs_base"] & 0xFFFF_FFFF_FFFF_FFFF
-    count = int.from_bytes(memory.read(VirtAddr(at), 4), "little")
-    return not count & ~_PREEMPT_NEED_RESCHED
+    count = memory.read(per_cpu_ptr(hot_symbol(kallsyms, btf, name), registers["gs_base"]), 4)
+    if int.from_bytes(count, "little") & ~_PREEMPT_NEED_RESCHED:
+        return False
+    task = read_pointer(memory, per_cpu_ptr(hot_symbol(kallsyms, btf, "current_task"), registers["gs_base"]))
+    return any(memory.read(VirtAddr(task + btf.offset_of("task_struct", "pid")), 4))
 
 
 def blocks_of(size: int) -> tuple[int, int]:

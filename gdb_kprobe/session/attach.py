@@ -14,14 +14,14 @@ from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
-from gdb_kprobe.session.borrowed import borrow, give_back
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.definitions import Definition
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
+from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.leftover import find_header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
-from gdb_kprobe.session.restore import Restored, restore
+from gdb_kprobe.session.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.ivshmem import find_bar
 from gdb_kprobe.target.protocols import Breakpoints, Machine, PhysicalMemory
@@ -66,7 +66,7 @@ def attach(
     messages: list[str] = []
     with contextlib.ExitStack() as undo:
         region, left = _put_region(machine, memory, guest, profile.region, messages)
-        undo.callback(region.unmap, machine)
+        undo.callback(_take_away, region, machine)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
         session = Session(
@@ -82,6 +82,12 @@ def attach(
         )
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
+
+
+def _take_away(region: Region, machine: Machine) -> None:
+    """Nothing was armed. What cannot be given back to the guest now stays for the next attach."""
+    with contextlib.suppress(GuestStateError):
+        region.unmap(machine)
 
 
 def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:
@@ -151,28 +157,32 @@ def _put_region(
 def _borrowed(
     machine: Machine, memory: PhysicalMemory, guest: LinuxGuest, config: RegionConfig, messages: list[str]
 ) -> tuple[Restored, Region]:
-    """A region in memory of the guest's allocator: that of a session which was cut off, or asked for now."""
+    """A region in memory of the guest's allocator: what a session that was cut off has left, or asked for now."""
     header = find_header(memory, guest.memory, guest.bp_entry)
-    found, phys, size = Restored(), None, config.size
-    if header is not None and header.borrowed:
-        found, phys, size = restore(machine, memory, guest, header.phys), header.phys, header.size
-        if size != config.size:
-            messages.append(f"the region is that of an earlier session, of {size >> 20} MiB")
+    # Of whichever source: the guest runs for the asking, and must not run into what is armed.
+    is_ours = header is not None and is_of_this_boot(memory, guest, header)
+    found = Restored() if header is None else restore(machine, memory, guest, header.phys)
     if found.kept is not None:
         region = adopt_mapped(memory, guest, found.kept)
+        lent = Lent(found.kept.phys, found.kept.size, found.kept.lent)
     else:
-        with contextlib.ExitStack() as undo:
-            if phys is None:
-                phys, size = borrow(machine, guest, size)
-                if size < config.size:
-                    messages.append(
-                        f"the guest has no {config.size >> 20} MiB of free memory in one piece: the region is of "
-                        f"{size >> 20} MiB"
-                    )
-            undo.callback(give_back, machine, guest, phys, size)
-            region = create_mapped(memory, guest, phys, size, config.virtual, MODULES, borrowed=True)
-            undo.pop_all()
-    region.give_back = partial(give_back, machine, guest, region.header.phys, region.header.size)
+        if header is not None and header.lent and is_ours:
+            lent = Lent(header.phys, header.size, header.lent)
+        else:
+            lent = borrow_pages(machine, guest, config.size)
+        if lent.size < config.size:
+            messages.append(
+                f"the guest has no {config.size >> 20} MiB of free memory in one piece: the region is of "
+                f"{lent.size >> 20} MiB"
+            )
+        try:
+            region = create_mapped(memory, guest, lent.start, lent.size, config.virtual, MODULES, lent=lent.order)
+        except RegionError:
+            with contextlib.suppress(GuestStateError), giving_back(machine, guest, lent) as give_back:
+                give_back()
+            raise
+    if lent.order:
+        region.giving_back = partial(giving_back, machine, guest, lent)
     return found, region
 
 

@@ -21,7 +21,7 @@ from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux import pt_regs
-from gdb_kprobe.linux.page_allocator import may_call_here, way_points
+from gdb_kprobe.linux.page_allocator import RETURN, may_call_here, way_points
 from gdb_kprobe.model import GENERAL_REGISTERS, CpuId, VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.target.protocols import Machine
@@ -40,10 +40,6 @@ _RESERVED: Final = 1 << 1
 """RFLAGS of a call: interrupts, direction, alignment check and single step off; bit 1 is always set."""
 
 
-class _NotBackError(GuestStateError):
-    """A call that did not return in time."""
-
-
 Call = Callable[..., int]
 """Calls a function at an address with integers, and gives what it returns."""
 
@@ -53,43 +49,47 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
     """Bring a vCPU of the stopped *machine* to where the page allocator may be called, and give a way to call.
 
     If one stands at such a place already, it calls there; else all run until one comes to one. Nothing of ours may be
-    armed. The vCPU's registers are as before at the end.
+    armed. The vCPU's registers are as before at the end; but not when a call has not come back: it goes on by itself
+    then, and there are no more calls.
 
     :raises GuestStateError: none came there in time; nothing was called.
     """
-    back = guest.kallsyms.address("restore_regs_and_return_to_kernel")
+    back = guest.kallsyms.address(RETURN)
     ret = _hidden_ret(guest)
     cpu = _ready(machine, guest)
     saved = machine.read_registers(cpu)
-    lost: list[_NotBackError] = []
+    inside = False
 
     def call(function: VirtAddr, *arguments: int) -> int:
-        if lost:
-            raise lost[0]
+        nonlocal inside
+        if inside:
+            raise _not_back()
         frame = _frame_below(saved["rsp"])
         guest.memory.write(frame, pt_regs.pack({**saved, "orig_rax": (1 << 64) - 1}))
         stack = offset(frame, -16)
         guest.memory.write(stack, ret.to_bytes(8, "little") + back.to_bytes(8, "little"))
         registers = dict(zip(_ARGUMENTS, arguments, strict=False))
+        inside = True
         machine.write_registers_at_once(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
         if machine.run_to((ret,), _CALL_PATIENCE) != cpu:
-            lost.append(
-                _NotBackError(
-                    f"a call of the guest's page allocator has not returned in {_CALL_PATIENCE:g} s",
-                    "the vCPU goes on by itself when the guest runs; look at it with 'bt'",
-                )
-            )
-            raise lost[0]
+            raise _not_back()
+        inside = False
+        guest.memory.invalidate()
         return machine.read_register(cpu, "rax")
 
-    with contextlib.ExitStack() as undo:
-        undo.callback(guest.refresh)
-        undo.callback(machine.write_registers_at_once, cpu, {name: saved[name] for name in GENERAL_REGISTERS})
-        try:
-            yield call
-        finally:
-            if lost:
-                undo.pop_all()  # it is in the middle of something, and has its registers on its stack
+    try:
+        yield call
+    finally:
+        guest.refresh()
+        if not inside:  # else it is in the middle of something, and has its registers on its stack
+            machine.write_registers_at_once(cpu, {name: saved[name] for name in GENERAL_REGISTERS})
+
+
+def _not_back() -> GuestStateError:
+    return GuestStateError(
+        f"a call of the guest's page allocator has not come back in {_CALL_PATIENCE:g} s",
+        "its vCPU goes on by itself when the guest runs; what it has allocated stays so until the next boot",
+    )
 
 
 def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
@@ -104,6 +104,7 @@ def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
             f"no vCPU came to where the guest's page allocator may be called, in {_PATIENCE:g} s",
             "is the guest hung, or do its vCPUs only run user programs with interrupts off? Let it run, and try again",
         )
+    guest.memory.invalidate()
     return reached
 
 

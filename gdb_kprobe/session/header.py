@@ -32,8 +32,6 @@ VERSION = 4
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")
 RECORD_SIZE = 72
-_BORROWED = 1
-"""A flag of the header."""
 RECORD_OFFSET = PAGE_SIZE
 
 NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
@@ -108,8 +106,8 @@ class Header:
     code_high_water: VirtAddr
     records: int = 0
     """Records from the first up to the last that was ever in use; what lies behind was never written."""
-    borrowed: bool = False
-    """The guest's own allocator gave the memory, and is to have it back."""
+    lent: int = 0
+    """The order of the blocks in which the guest's own allocator has lent the memory; 0: it has not."""
     entry_text: AddressRange = NO_ENTRY_TEXT
     """The guest's entry text, in which a vCPU may be on its way to and from our dispatcher; empty without one."""
 
@@ -117,7 +115,7 @@ class Header:
         return _HEADER.pack(
             MAGIC,
             VERSION,
-            _BORROWED if self.borrowed else 0,
+            self.lent,
             self.size,
             self.virt,
             self.phys,
@@ -142,7 +140,7 @@ class Header:
         (
             magic,
             version,
-            flags,
+            lent,
             size,
             virt,
             phys,
@@ -165,8 +163,7 @@ class Header:
             )
         identity = Identity(build_id, VirtAddr(text), VirtAddr(entry), PhysAddr(at), value)
         entries = AddressRange(*map(VirtAddr, entry_text))
-        borrowed = bool(flags & _BORROWED)
-        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, borrowed, entries)
+        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, lent, entries)
 
     @property
     def layout(self) -> Layout:

@@ -7,6 +7,11 @@ nothing.
 
 But a snapshot of this session, with the same sites as now, is one that it can go on from. What may differ then is the
 text: at the user's prompt it is lifted (:meth:`gdb_kprobe.session.session.Session.lift`), else not.
+
+A mark has two halves. An act writes the first when it begins, and the second when it is over; each time it sees whether
+the other half is still there, for the snapshot may have been loaded since it has looked last. So all of that goes
+through the stub, one request after another: while QEMU loads, its answers wait, but what is read past it, from a file
+that QEMU shares, is of no moment at all.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ from gdb_kprobe.model import PAGE_SIZE, PhysAddr, offset
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.target.protocols import LiveMemory, PhysicalMemory
 
-MARK_SIZE: Final = 16
+_HALF: Final = 16
+MARK_SIZE: Final = 2 * _HALF
 MARK_OFFSET: Final = PAGE_SIZE - MARK_SIZE
 """Where the mark is in the region: at the end of the header's page."""
 
@@ -44,7 +50,7 @@ class Memory(Enum):
 
 
 class Moment:
-    """The mark of the region at physical *start*, in *memory*; *is_lifted* says how the text is."""
+    """The mark of the region at physical *start*; *is_lifted* says how the text is. *memory* is that of the stub."""
 
     def __init__(self, memory: PhysicalMemory, start: PhysAddr, is_lifted: Callable[[], bool]) -> None:
         self._memory = memory
@@ -65,10 +71,13 @@ class Moment:
 
         What is in between has a mark of its own, which is never gone on from.
 
-        :raises GuestResetError: another error came because a snapshot was loaded right in the middle.
+        :raises GuestResetError: a snapshot was loaded right before, and nothing was done; or right in the middle, and
+            another error came of it.
         """
         if not self._depth:
-            self._write()
+            self._open()
+            if self._lost:
+                raise was_loaded()
         self._depth += 1
         self._changed |= changes
         try:
@@ -89,6 +98,9 @@ class Moment:
 
     def go_on(self) -> None:
         """Memory is of an earlier moment of the same sites, and that is now."""
+        found = self._memory.read_physical(self._addr, MARK_SIZE)
+        if found in self._same:
+            self._mark = found
         with self.act(changes=False):
             pass
 
@@ -98,22 +110,22 @@ class Moment:
         :raises GuestStateError: its memory cannot be reached then.
         """
         self._same.clear()
-        mark = secrets.token_bytes(MARK_SIZE)
-        memory.write_live(self._addr, mark)
-        self._mark = mark
+        half = secrets.token_bytes(_HALF)
+        memory.write_live(offset(self._addr, _HALF), half)
+        self._mark = self._mark[:_HALF] + half
 
     def end(self) -> None:
         """The region is nobody's any more: write nothing there."""
         self._over = True
 
-    def look(self) -> Memory:
-        """Compare the mark in memory with the last one.
+    def look(self, memory: PhysicalMemory | None = None) -> Memory:
+        """Compare the mark in memory with the last one; while the machine runs, in a *memory* that can be read then.
 
         :raises TargetError: memory cannot be read.
         """
         if self._lost:
             return Memory.OTHER
-        found = self._memory.read_physical(self._addr, MARK_SIZE)
+        found = (memory or self._memory).read_physical(self._addr, MARK_SIZE)
         if found == self._mark or (self._before and found == self._before):
             return Memory.NOW
         lifted = self._same.get(found)
@@ -135,19 +147,29 @@ class Moment:
             self._lost |= self._memory.read_physical(self._addr, MARK_SIZE) not in (self._mark, self._before)
         return self._lost
 
+    def _open(self) -> None:
+        if self._mark:
+            self._write(0)
+        else:
+            self._mark = secrets.token_bytes(MARK_SIZE)
+            self._memory.write_physical(self._addr, self._mark)
+
     def _close(self) -> None:
         if self._changed:
             self._same.clear()
             self._changed = False
-        self._write()
+        self._write(_HALF)
         self._same[self._mark] = self._is_lifted()
         if len(self._same) > _KEPT:
             del self._same[next(iter(self._same))]
 
-    def _write(self) -> None:
-        self._before, self._mark = self._mark, secrets.token_bytes(MARK_SIZE)
-        self._memory.write_physical(self._addr, self._mark)
+    def _write(self, at: int) -> None:
+        """Write the half at *at* anew, and see that the other is the last one."""
+        half = secrets.token_bytes(_HALF)
+        self._before, self._mark = self._mark, self._mark[:at] + half + self._mark[at + _HALF :]
+        self._memory.write_physical(offset(self._addr, at), half)
         self._before = b""
+        self.is_lost()
 
 
 _AGAIN = "'kprobe attach' again; the definitions are kept, and armed anew"
@@ -174,11 +196,11 @@ def check_live(region: Region, moment: Moment, memory: LiveMemory) -> None:
     """Before *region* is read or written while the machine runs: is it still the session's of *moment*?
 
     A reset leaves the region's own bytes as they were. So the page-table entries that map it are looked at too, where
-    *memory* has them.
+    *memory* has them. (What is read here may be of a moment in between: it is looked at again at the next stop.)
 
     :raises GuestResetError: it is not.
     """
-    if all(memory.is_live(link.addr, 8) for link in region.links) and not region.is_mapped():
+    if all(memory.is_live(link.addr, 8) for link in region.links) and not region.is_mapped(region.memory):
         raise was_reset()
-    if moment.look() is Memory.OTHER:
+    if moment.look(region.memory) is Memory.OTHER:
         raise was_loaded()

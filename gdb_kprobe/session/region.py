@@ -6,11 +6,13 @@ page table from outside (:mod:`gdb_kprobe.linux.mapping`).
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import ConnectionLostError, KprobeError, RegionError
+from gdb_kprobe.errors import GuestResetError, RegionError
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.linux.mapping import find_hole, plan_mapping
 from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable
@@ -19,7 +21,7 @@ from gdb_kprobe.session.counters import Counters
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, HeaderStore, Identity, Layout
 from gdb_kprobe.session.transaction import apply_physical
-from gdb_kprobe.target.protocols import Cpus, PhysicalMemory
+from gdb_kprobe.target.protocols import Cpus, Machine, PhysicalMemory
 
 COOKIE_SIZE = 16
 
@@ -34,44 +36,49 @@ class Region:
     links: tuple[Entry, ...]
     slots: SlotAllocator
     counters: Counters
-    give_back: Callable[[], None] | None = None
-    """Gives the memory back to whom it was borrowed from."""
+    giving_back: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None
+    """Brings the guest that has lent the memory to where it can take it back; gives what has it do so."""
 
     @property
     def header(self) -> Header:
         return self.store.header
 
-    def is_mapped(self) -> bool:
-        """Whether the page-table entries that map us are still there. Without them nothing may be armed."""
+    def is_mapped(self, memory: PhysicalMemory) -> bool:
+        """Whether the page-table entries that map us are still in *memory*. Without them nothing may be armed."""
         if not self.links:
             return True
         # They are neighbours, in one page most often: one read.
         start = min(link.addr for link in self.links)
         end = max(link.addr for link in self.links) + 8
         if end - start > PAGE_SIZE:
-            return all(_holds(self.memory, link) for link in self.links)
-        found = self.memory.read_physical(start, end - start)
+            return all(_holds(memory, link) for link in self.links)
+        found = memory.read_physical(start, end - start)
         return all(found[link.addr - start :][:8] == link.value.to_bytes(8, "little") for link in self.links)
 
-    def unmap(self, machine: Cpus) -> str | None:
+    def unmap(self, machine: Machine) -> None:
         """Take the mapping and the header away. Only when nothing can be executing in the region any more.
 
-        The header goes last: what is cut off in between can still be recognized. Then borrowed memory is given back.
-        Returns what is left behind, for the user.
+        The header goes last: what is cut off in between can still be recognized. Then lent memory is given back; the
+        guest runs for a moment before, so that it is known to be possible.
+
+        :raises GuestStateError: it cannot be given back; then the region stays as it is, for the next attach.
+        :raises GuestResetError: the guest's memory was exchanged in that moment.
         """
+        if self.giving_back is None:
+            self._unmap(machine)
+            return
+        with self.giving_back() as give_back:
+            if not self.is_mapped(machine):
+                raise GuestResetError(
+                    "the guest was reset, or a snapshot loaded, while its memory was to be given back"
+                )
+            self._unmap(machine)
+            give_back()
+
+    def _unmap(self, machine: Machine) -> None:
         unlink(self.memory, machine, self.links)
         self.store.erase()
         self.table.invalidate()
-        try:
-            if self.give_back is not None:
-                self.give_back()
-        except ConnectionLostError:
-            raise
-        except KprobeError as error:
-            return (
-                f"the region's {self.header.size >> 20} MiB stay allocated in the guest until it boots: {error.message}"
-            )
-        return None
 
 
 def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
@@ -111,11 +118,11 @@ def create_mapped(
     virt: VirtAddr | None,
     window: AddressRange,
     *,
-    borrowed: bool = False,
+    lent: int = 0,
 ) -> Region:
     """Map *size* bytes at *phys* into the guest's kernel and start an empty region there.
 
-    *borrowed*: the guest's allocator gave them.
+    *lent*: the order of the blocks in which the guest's allocator gave them.
 
     :raises RegionError: *virt* is taken, or the window has no room. Nothing was written then.
     """
@@ -135,9 +142,12 @@ def create_mapped(
         memory.write_physical(addr, image)
     links = tuple(Entry(0, link.addr, int.from_bytes(link.new, "little")) for link in plan.links)
     # The header before the links: what is cut off in between can still be recognized, and taken away.
-    region = _start(memory, guest, virt, phys, size, links, borrowed=borrowed)
-    for link in plan.links:
-        apply_physical(memory, link.addr, link.old, link.new)
+    region = _start(memory, guest, virt, phys, size, links, lent=lent)
+    with contextlib.ExitStack() as undo:
+        for link in plan.links:
+            apply_physical(memory, link.addr, link.old, link.new)
+            undo.callback(apply_physical, memory, link.addr, link.new, link.old)
+        undo.pop_all()
     table.invalidate()
     region.links = links_of(table, virt, phys, size)
     return region
@@ -146,8 +156,8 @@ def create_mapped(
 def adopt_mapped(memory: PhysicalMemory, guest: Guest, header: Header) -> Region:
     """Go on with the mapping that *header* describes; slots that were ever given out there are not given out again."""
     links = links_of(guest.memory, header.virt, header.phys, header.size)
-    high_water, borrowed = header.code_high_water, header.borrowed
-    return _start(memory, guest, header.virt, header.phys, header.size, links, high_water, borrowed=borrowed)
+    high_water, lent = header.code_high_water, header.lent
+    return _start(memory, guest, header.virt, header.phys, header.size, links, high_water, lent=lent)
 
 
 def create_premapped(
@@ -182,11 +192,11 @@ def _start(
     links: tuple[Entry, ...],
     high_water: VirtAddr | None = None,
     *,
-    borrowed: bool = False,
+    lent: int = 0,
 ) -> Region:
     first = links[0] if links else Entry(0, PhysAddr(0), 0)
     identity = Identity(guest.build_id, guest.text_base, guest.bp_entry, first.addr, first.value)
-    header = Header(size, virt, phys, identity, secrets.token_bytes(COOKIE_SIZE), high_water or virt, borrowed=borrowed)
+    header = Header(size, virt, phys, identity, secrets.token_bytes(COOKIE_SIZE), high_water or virt, lent=lent)
     store = HeaderStore(memory, header)
     store.create()
     area = header.code if high_water is None else AddressRange(max(high_water, header.code.start), header.code.end)

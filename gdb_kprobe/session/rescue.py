@@ -48,6 +48,7 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
         )
     lines = [f"kprobe: connected to {address} again: {done.restored} site(s) restored, the guest runs."]
     lines += [f"kprobe: left alone: {problem}" for problem in done.problems]
+    lines += [f"kprobe: {note}" for note in done.notes]
     return "\n".join(lines)
 
 

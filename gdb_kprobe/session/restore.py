@@ -40,7 +40,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     header = read_header(memory, phys)
     if header is None:
         return Restored()
-    if not _is_of_this_boot(memory, guest, header):
+    if not is_of_this_boot(memory, guest, header):
         memory.write_physical(phys, bytes(8))
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
@@ -78,7 +78,7 @@ def take_back(memory: PhysicalMemory, guest: Guest, phys: PhysAddr, patches: Ite
     guest.memory.invalidate()
     header = read_header(memory, phys)
     known = set()
-    if header is not None and _is_of_this_boot(memory, guest, header):
+    if header is not None and is_of_this_boot(memory, guest, header):
         known = {record.patch for record in iter_records(memory, header)}
     for patch in patches:
         with contextlib.suppress(UnmappedError):
@@ -101,7 +101,8 @@ def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:
     return messages
 
 
-def _is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:
+def is_of_this_boot(memory: PhysicalMemory, guest: Guest, header: Header) -> bool:
+    """Whether *header* is that of a region in the guest as it is now, and not of an earlier boot."""
     found = header.identity
     now = Identity(guest.build_id, guest.text_base, guest.bp_entry, found.entry_addr, found.entry_value)
     if not found.same_boot(now):

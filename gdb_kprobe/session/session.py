@@ -108,7 +108,7 @@ class Session:
             self._listeners,
         )
         self._definitions = Definitions(region.memory, region.header)
-        self._moment = Moment(region.memory, region.header.phys, lambda: self._routes.lifted)
+        self._moment = Moment(machine, region.header.phys, lambda: self._routes.lifted)
         self._moment.change()
         self._borrows = Borrows(guest)
         self._jumps = Jumps(machine, guest, breakpoints, self._sites, self._programs, self._listeners, jumps)
@@ -418,21 +418,18 @@ class Session:
                 self._routes.lower()
             return Detached(restored, False, tuple(problems), still_armed)
         self._definitions.clear()
-        notes = list(self._borrows.kept.values())
+        notes = tuple(self._borrows.kept.values())
         self._routes.tidy()
         for probe in self.probes:
             probe.take_counter()
         unmapped = False
         try:
-            unmapped = not problems and self.is_quiet
-            left = self._unmap() if unmapped else None
-            notes += [left] if left else []
+            unmapped = not problems and self._unmap_if_unused()
         except ConnectionLostError:
             raise
         except KprobeError as error:
-            unmapped = False
             problems.append(f"the region stays mapped: {error.message}")
-        return Detached(restored, unmapped, tuple(problems), notes=tuple(notes))
+        return Detached(restored, unmapped, tuple(problems), notes=notes)
 
     # -- private: the guest as it is now ------------------------------------------------------------------------
 
@@ -463,7 +460,7 @@ class Session:
 
         :raises GuestResetError: the guest's memory is not of this session, as it is.
         """
-        if not self.region.is_mapped():
+        if not self.region.is_mapped(self.machine):
             raise was_reset()
         found = self._moment.look()
         if found is Memory.OTHER:
@@ -920,10 +917,12 @@ class Session:
         write_verified(self.guest.memory, slot.start, image)
         return slot.code
 
-    def _unmap(self) -> str | None:
-        """Returns what is left of the region, for the user."""
+    def _unmap_if_unused(self) -> bool:
+        if not self.is_quiet:
+            return False
         self._moment.end()  # before it may be somebody else's memory
-        return self.region.unmap(self.machine)
+        self.region.unmap(self.machine)
+        return True
 
     def _drop_failed(self) -> None:
         """Disable the probes whose handler raised; their sites get their text back."""

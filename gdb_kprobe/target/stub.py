@@ -100,10 +100,13 @@ class QemuStub:
         layout = self._register_layout()
         self.select(cpu)
         data = bytearray(_unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}"))
+        end = 0
         for name, value in values.items():
             _, start, size = layout[name]
             data[start : start + size] = value.to_bytes(size, "little")
-        self._expect_ok(b"G" + data.hex().encode(), f"write the registers of vCPU {cpu}")
+            end = max(end, start + size)
+        # Only as many as that: QEMU 8.0 and later give x87 registers in another order than they take them.
+        self._expect_ok(b"G" + data[:end].hex().encode(), f"write the registers of vCPU {cpu}")
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         self._be_virtual()
@@ -133,22 +136,18 @@ class QemuStub:
 
     def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
         deadline = time.monotonic() + seconds
-        inserted: list[VirtAddr] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for addr in addrs:
                 # Of the hardware kind: no accelerator writes to memory for it, so that it may be anywhere.
+                undo.callback(self._channel.send, b"z1,%x,1" % addr)
                 self._expect_ok(b"Z1,%x,1" % addr, f"set a breakpoint at {addr:#x}")
-                inserted.append(addr)
             while (left := deadline - time.monotonic()) > 0:
                 self._channel.run_for(min(left, _RUN_SLICE))
                 self._selected = None
                 for cpu in self.cpus():
                     if self.read_register(cpu, "rip") in addrs:
                         return cpu
-            return None
-        finally:
-            for addr in inserted:
-                self._expect_ok(b"z1,%x,1" % addr, f"take the breakpoint at {addr:#x} away")
+        return None
 
     def drop_breakpoints(self) -> None:
         # '?' drops those of one vCPU, the one of the last Hc (QEMU 7.2, gdbstub.c handle_target_halt); at a connection

@@ -21,7 +21,7 @@ from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
 from kprobe_guest.errors import GuestError
-from kprobe_guest.spec import GuestSpec, RegionSource
+from kprobe_guest.spec import PROFILES, GuestSpec
 from kprobe_guest.vm import TICK, GuestVm
 
 
@@ -126,10 +126,6 @@ def boot_command(spec: GuestSpec) -> str:
     if spec.extra_cmdline:
         words += ["--append", " ".join(spec.extra_cmdline)]
     return shlex.join(words)
-
-
-PROFILES: dict[RegionSource, str] = {"reserved": "debian", "ivshmem": "ivshmem", "none": "plain"}
-"""The plugin's profile for a region."""
 
 
 def _how_to_attach(guest: GuestVm) -> str:

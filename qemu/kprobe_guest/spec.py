@@ -12,6 +12,9 @@ Machine = Literal["q35", "pc"]
 GdbTransport = Literal["unix", "tcp"]
 TcgThread = Literal["multi", "single"]
 
+PROFILES: dict[RegionSource, str] = {"reserved": "debian", "ivshmem": "ivshmem", "none": "plain"}
+"""The plugin's profile, in configs/, for each kind of region."""
+
 MIB = 1 << 20
 
 LOWEST_BASE = 64 * MIB

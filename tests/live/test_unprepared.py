@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ import pytest
 from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.launcher.guests import environment, unprepared
 from gdb_kprobe.launcher.torture.matrix import Cell, check
-from gdb_kprobe.session.borrowed import borrow, give_back
+from gdb_kprobe.session.guest_pages import borrow_pages, giving_back
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
@@ -53,8 +52,9 @@ GUESTS = [
 
 
 def free(vm: GuestVm) -> int:
-    """KiB of free memory."""
-    return int(re.findall(r"MemFree: +(\d+) kB", vm.check_output("cat /proc/meminfo"))[0])
+    """KiB of free memory, but for what the guest caches."""
+    meminfo = vm.check_output("sync; echo 3 >/proc/sys/vm/drop_caches; cat /proc/meminfo")
+    return int(re.findall(r"MemFree: +(\d+) kB", meminfo)[0])
 
 
 def call(vm: GuestVm) -> int:
@@ -115,26 +115,78 @@ def test_attached_and_detached_under_load_at_any_moment(probed: Boot, spec: Gues
 
 
 def test_where_the_kernel_can_be_called_at_once_the_user_stays_where_they_are(probed: Boot) -> None:
-    """At a breakpoint in a system call nothing is held: attaching and detaching moves nobody."""
+    """At a breakpoint in a system call nothing is held: neither attaching nor detaching moves the vCPU there."""
     guest = probed(unprepared(vcpus=2))
-    symbols = guest.snapshot.guest.kallsyms
+    entry = int(guest.snapshot.guest.kallsyms.address(FUNCTION))
+
+    def registers() -> str:
+        assert gdb.pc == entry
+        return str(gdb.console("info registers"))
+
     with nothing_missing(guest.guest), guest.gdb(attach=False) as gdb:
         gdb.console(f"target remote {guest.guest.gdb_address}")
-        gdb.console(f"thbreak *{symbols.address(FUNCTION):#x}")
+        gdb.console(f"thbreak *{entry:#x}")
         gdb.cont()
         job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}")
         gdb.wait_stop()
-        registers = gdb.console("info registers")
+        before = registers()
         gdb.console("kprobe attach plain", timeout=60)
-        assert gdb.console("info registers") == registers
-        assert gdb.pc == symbols.address(FUNCTION)
+        assert registers() == before
         guest.add(gdb, f"p:jump {FUNCTION}")
         gdb.cont()
         assert guest.guest.finish(job)[0] == 0
         assert guest.hits(gdb) == {"jump": CALLS}
         gdb.interrupt()
+        gdb.console(f"thbreak *{entry:#x}")
+        gdb.cont()
+        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}")
+        gdb.wait_stop()
+        before = registers()
         gdb.console("kprobe detach --stay")
+        assert registers() == before
         gdb.console("detach")
+        assert guest.guest.finish(job)[0] == 0
+
+
+def test_breakpoints_that_gdb_keeps_in_the_guest_are_told_of(probed: Boot) -> None:
+    guest = probed(unprepared())
+    with nothing_missing(guest.guest), guest.gdb(attach=False) as gdb:
+        gdb.console("set breakpoint always-inserted on")
+        with pytest.raises(GdbCommandError, match=r"keeps its breakpoints in the guest(?s:.)*always-inserted off"):
+            gdb.console("kprobe attach plain", timeout=60)
+        gdb.console("set breakpoint always-inserted off")
+        gdb.console("kprobe attach plain", timeout=60)
+        gdb.console("set breakpoint always-inserted on")
+        assert "the region stays mapped: gdb keeps its breakpoints" in gdb.console("kprobe detach")
+        gdb.console("set breakpoint always-inserted off")
+        # What stayed is found, and given back by the next one.
+        gdb.console("kprobe attach plain", timeout=60)
+        assert "the region is unmapped" in gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("dispatch", ["stub", "guest"])
+def test_what_a_killed_gdb_has_armed_elsewhere_is_restored_before_the_guest_runs(probed: Boot, dispatch: str) -> None:
+    """Armed by way of memory that was set aside, and dispatched by a stub without a gdb: a hit would be fatal."""
+    guest = probed(GuestSpec(vcpus=2))
+    vm = guest.guest
+    job = None
+    with guest.gdb(dispatch=dispatch) as gdb:
+        guest.add(gdb, f"p:jump {FUNCTION}", "boosted")
+        guest.add(gdb, "p:often ksys_read", "boosted")
+        job = vm.spawn("workload syscall 0 -1 0 0 0")
+        if dispatch == "guest":
+            gdb.cont()
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    with guest.gdb(attach=False) as gdb:
+        gdb.console("kprobe attach plain", timeout=60)
+        guest.add(gdb, f"p:jump {FUNCTION}")
+        gdb.cont()
+        calls = call(vm)
+        assert guest.hits(gdb) == {"jump": calls}
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+    vm.finish(job, kill=True)
 
 
 @pytest.mark.parametrize("adopt", [True, False], ids=["adopt", "restore"])
@@ -179,12 +231,16 @@ def test_of_more_than_there_is_in_one_piece_it_takes_what_there_is(probed: Boot,
         gdb.console("kprobe detach")
 
 
+RUN = b"vCont;c"
+
+
 class CutChannel(RspSocket):
-    """A connection that is lost before a packet, as that of a gdb that is killed."""
+    """A connection that is lost before a packet, as that of a gdb that is killed; or after one that lets it run."""
 
     def __init__(self, address: str) -> None:
         self.packets: list[bytes] = []
         self.cut_at: int | None = None
+        self.runs_then = False
         super().__init__(address)
 
     def send(self, packet: bytes) -> bytes:
@@ -192,7 +248,9 @@ class CutChannel(RspSocket):
         return super().send(packet)
 
     def run_for(self, seconds: float) -> None:
-        self._note(b"vCont;c")
+        if self.runs_then and len(self.packets) == self.cut_at:
+            self.resume()
+        self._note(RUN)
         super().run_for(seconds)
 
     def _note(self, packet: bytes) -> None:
@@ -219,18 +277,21 @@ def test_cut_off_before_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boo
     vm = booted_guest(replace(unprepared(vcpus=vcpus), memory_mb=480))
     with stopped(vm) as (channel, stub, kernel):
         channel.packets.clear()
-        region, size = borrow(stub, kernel, BLOCK)
+        lent = borrow_pages(stub, kernel, BLOCK)
         packets = channel.packets.copy()
-        give_back(stub, kernel, region, size)
-    changing = [at for at, packet in enumerate(packets) if packet[:1] in b"MGPXZz" or packet.startswith(b"vCont")]
+        with giving_back(stub, kernel, lent) as give_back:
+            give_back()
+    changing = [at for at, packet in enumerate(packets) if packet[:1] in b"MGPXZz" or packet == RUN]
     cuts = sorted({cut for at in changing for cut in (at, at + 1) if cut < len(packets)})
-    print(f"{len(packets)} packets, {len(changing)} of them change something")
-    for cut in cuts:
+    running = [at for at, packet in enumerate(packets) if packet == RUN]
+    print(f"{len(packets)} packets, {len(changing)} of them change something, {len(running)} let it run")
+    assert running
+    for cut, runs in [*((cut, False) for cut in cuts), *((cut, True) for cut in running)]:
         with stopped(vm) as (channel, stub, kernel):
             channel.packets.clear()
-            channel.cut_at = cut
+            channel.cut_at, channel.runs_then = cut, runs
             with contextlib.suppress(ConnectionLostError):
-                borrow(stub, kernel, BLOCK)
+                borrow_pages(stub, kernel, BLOCK)
         with RspSocket(vm.gdb_address) as plain:  # a new client, which knows nothing of the old one
             QemuStub(plain).drop_breakpoints()
             plain.detach()
@@ -242,16 +303,18 @@ def test_cut_off_before_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boo
 def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Boot) -> None:
     vm = booted_guest(unprepared())
     with nothing_missing(vm), stopped(vm) as (_, stub, kernel):
-        pieces = sorted(borrow(stub, kernel, 16 << 20) for _ in range(3))
-        assert all(low + size <= high for (low, size), (high, _) in itertools.pairwise(pieces))
-        for start, size in pieces:
-            give_back(stub, kernel, start, size)
+        pieces = sorted((borrow_pages(stub, kernel, 16 << 20) for _ in range(3)), key=lambda lent: lent.start)
+        assert all(low.start + low.size <= high.start for low, high in itertools.pairwise(pieces))
+        for lent in pieces:
+            with giving_back(stub, kernel, lent) as give_back:
+                give_back()
 
 
 def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Boot) -> None:
-    """Its vCPUs halt: a timer brings one to where the kernel can be called."""
+    """Its vCPUs halt: a timer brings one to where the kernel can be called, before it is said that it hangs."""
     vm = booted_guest(unprepared(vcpus=2))
-    time.sleep(2)
-    with GdbMi(environment(vm)) as gdb:
-        gdb.console("kprobe attach plain", timeout=20)
-        gdb.console("kprobe detach")
+    with nothing_missing(vm):
+        for _ in range(5):
+            with GdbMi(environment(vm)) as gdb:
+                gdb.console("kprobe attach plain")
+                assert gdb.command("-kprobe-detach")["unmapped"] == "1"

@@ -1,4 +1,4 @@
-"""A kernel's vmlinux with debug info, from the package that Debian has beside each kernel. Fetched on request only."""
+"""A kernel's vmlinux with debug info, from the package that Debian has beside each kernel. No set-up fetches it."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def fetch_debug_info(kernel: Kernel) -> Path:
 def _extract(archive: Path, member: str, to: Path) -> None:
     """Unpack one file of a Debian package; there is much more in this one."""
     command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking,
-        tarfile.open(fileobj=unpacking.stdout, mode="r|") as files,
-    ):
-        for file in files:
-            data = files.extractfile(file) if file.name == member and file.isfile() else None
-            if data is not None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
+        try:
+            with tarfile.open(fileobj=unpacking.stdout, mode="r|") as files:
+                found = next((file for file in files if file.name == member and file.isfile()), None)
+                data = None if found is None else files.extractfile(found)
+                if data is None:
+                    raise BuildError(f"{archive.name} has no {member}")
                 with to.open("wb") as out:
                     shutil.copyfileobj(data, out)
-                unpacking.kill()
-                return
-    raise BuildError(f"{archive.name} has no {member}")
+        except (tarfile.TarError, OSError) as error:
+            raise BuildError(f"{archive.name} cannot be unpacked: {error}") from error
+        finally:
+            unpacking.kill()  # there is much more in it

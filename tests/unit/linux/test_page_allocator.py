@@ -14,7 +14,11 @@ from gdb_kprobe.model import PhysAddr, VirtAddr
 
 MIB = 1 << 20
 BASE = 0xFFFF_FFFF_8100_0000
+TASK, PID = 0xFFFF_8880_2000_0000, 0x500
 PER_CPU = 0xFFFF_8880_1000_0000
+
+
+NEEDED = {"restore_regs_and_return_to_kernel": BASE, "free_pages": BASE, "schedule": BASE}
 
 
 class Symbols:
@@ -34,7 +38,7 @@ class Symbols:
 
 
 class Types:
-    """A Btf whose only structure is ``pcpu_hot``, if it has that."""
+    """A Btf with ``pcpu_hot``, if it has any *members*, and a ``task_struct``."""
 
     def __init__(self, **members: int) -> None:
         self._members = members
@@ -43,8 +47,7 @@ class Types:
         return struct_name == "pcpu_hot" and member in self._members
 
     def offset_of(self, struct_name: str, member: str) -> int:
-        assert struct_name == "pcpu_hot"
-        return self._members[member]
+        return PID if struct_name == "task_struct" else self._members[member]
 
 
 class Words:
@@ -65,7 +68,7 @@ def test_a_region_is_made_of_the_largest_blocks_that_fit(size: int, order: int, 
 
 @pytest.mark.parametrize("name", ["__get_free_pages", "get_free_pages_noprof"])
 def test_the_allocator_is_found_by_either_name(name: str) -> None:
-    symbols: Any = Symbols(**{name: BASE, "free_pages": BASE + 1, "page_offset_base": BASE + 2})
+    symbols: Any = Symbols(**{**NEEDED, name: BASE, "free_pages": BASE + 1, "page_offset_base": BASE + 2})
     memory: Any = Words({BASE + 2: 0xFFFF_9000_0000_0000})
     found = find_page_allocator(memory, symbols, "Linux version 6.1", 4)
     assert (found.allocate, found.free) == (BASE, BASE + 1)
@@ -74,34 +77,45 @@ def test_the_allocator_is_found_by_either_name(name: str) -> None:
 
 @pytest.mark.parametrize(("levels", "start"), [(4, 0xFFFF_8880_0000_0000), (5, 0xFF11_0000_0000_0000)])
 def test_without_kaslr_of_memory_the_direct_map_is_where_it_always_is(levels: int, start: int) -> None:
-    symbols: Any = Symbols(__get_free_pages=BASE, free_pages=BASE)
+    symbols: Any = Symbols(**NEEDED, __get_free_pages=BASE)
     found = find_page_allocator(Words({}), symbols, "Linux version 6.1", levels)  # type: ignore[arg-type]
     assert found.direct_map == start
 
 
 def test_a_kernel_whose_locks_sleep_is_not_called() -> None:
-    symbols: Any = Symbols(__get_free_pages=BASE, free_pages=BASE)
+    symbols: Any = Symbols(**NEEDED, __get_free_pages=BASE)
     with pytest.raises(GuestStateError, match=r"is PREEMPT_RT: .*\n.*reserve the memory"):
         find_page_allocator(Words({}), symbols, "Linux version 6.1.0 #1 SMP PREEMPT_RT Debian", 4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("missing", sorted(NEEDED))
+def test_a_kernel_without_what_is_needed_is_told_apart(missing: str) -> None:
+    symbols: Any = Symbols(__get_free_pages=BASE, **{name: addr for name, addr in NEEDED.items() if name != missing})
+    with pytest.raises(GuestStateError, match=rf"has no {missing}: .*\n.*reserve the memory"):
+        find_page_allocator(Words({}), symbols, "Linux version 6.1", 4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["symbol", "member"])
 @pytest.mark.parametrize(
-    ("changed", "count", "may"),
+    ("changed", "count", "pid", "may"),
     [
-        ({}, 0x8000_0000, True),
-        ({}, 0, True),  # a reschedule is due: it waits
-        ({}, 0x8000_0001, False),
-        ({}, 0x0001_0000, False),  # a hard interrupt
-        ({"eflags": 0x46}, 0x8000_0000, False),
-        ({"cs": 0x33}, 0x8000_0000, False),
-        ({"gs_base": 0x7F00_0000_0000}, 0x8000_0000, False),  # on the way in, before swapgs
+        ({}, 0x8000_0000, 7, True),
+        ({}, 0, 7, True),  # a reschedule is due: it waits
+        ({}, 0x8000_0001, 7, False),
+        ({}, 0x0001_0000, 7, False),  # a hard interrupt
+        ({}, 0x8000_0000, 0, False),  # an idle task
+        ({"eflags": 0x46}, 0x8000_0000, 7, False),
+        ({"cs": 0x33}, 0x8000_0000, 7, False),
+        ({"gs_base": 0x7F00_0000_0000}, 0x8000_0000, 7, False),  # on the way in, before swapgs
     ],
 )
-def test_it_is_called_where_nothing_is_held(kind: str, changed: dict[str, int], count: int, may: bool) -> None:
-    types: Any = Types(preempt_count=8) if kind == "member" else Types()
-    symbols: Any = Symbols(pcpu_hot=0x2000) if kind == "member" else Symbols(__preempt_count=0x2008)
-    memory: Any = Words({PER_CPU + 0x2008: count})
+def test_it_is_called_where_nothing_is_held(
+    kind: str, changed: dict[str, int], count: int, pid: int, may: bool
+) -> None:
+    types: Any = Types(current_task=0, preempt_count=8) if kind == "member" else Types()
+    hot = {"pcpu_hot": 0x2000} if kind == "member" else {"__preempt_count": 0x2008, "current_task": 0x2000}
+    symbols: Any = Symbols(**hot)
+    memory: Any = Words({PER_CPU + 0x2008: count, PER_CPU + 0x2000: TASK, TASK + PID: pid})
     registers = {"cs": 0x10, "gs_base": PER_CPU, "eflags": 0x246, **changed}
     assert may_call_here(memory, symbols, types, registers) is may
 

@@ -105,10 +105,10 @@ def test_another_version_is_an_error_that_says_what_to_do() -> None:
         Header.unpack(MAGIC + (7).to_bytes(4, "little") + bytes(0x1000))
 
 
-@pytest.mark.parametrize("borrowed", [True, False])
-def test_it_says_whose_the_memory_is(borrowed: bool) -> None:
+@pytest.mark.parametrize("lent", [0, 9, 10])
+def test_it_says_whose_the_memory_is(lent: int) -> None:
     identity = Identity(bytes(20), VirtAddr(1), VirtAddr(2), PhysAddr(3), 4)
-    header = Header(2 * MIB, VirtAddr(0x1000_0000), PHYS, identity, bytes(16), VirtAddr(0x1000_0000), borrowed=borrowed)
+    header = Header(2 * MIB, VirtAddr(0x1000_0000), PHYS, identity, bytes(16), VirtAddr(0x1000_0000), lent=lent)
     assert Header.unpack(header.pack().ljust(0x1000, b"\0")) == header
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -94,6 +95,30 @@ def test_memory_exchanged_in_the_middle_of_an_act_is_lost(ram: Ram, moment: Any)
     with moment.act(changes=False):
         ram.data[:] = before
     assert bytes(ram.data) == before
+    assert moment.look() is Memory.OTHER
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_memory_exchanged_right_before_a_mark_is_written_is_lost(ram: Ram, moment: Any, left: int) -> None:
+    """The last look was at the memory of before: there is nothing between it and the write that could tell."""
+    before = bytes(ram.data)
+    moment.change()
+    writes = ram.write_physical
+
+    def exchange_then_write(addr: PhysAddr, data: bytes) -> None:
+        nonlocal left
+        if not left:
+            ram.data[:] = before
+        left -= 1
+        writes(addr, data)
+
+    ram.write_physical = exchange_then_write  # type: ignore[method-assign]
+    opening = left == 0
+    done = []
+    with pytest.raises(GuestResetError) if opening else contextlib.nullcontext(), moment.act():
+        done.append("the act")
+    assert done == ([] if opening else ["the act"])
+    assert moment.was_lost
     assert moment.look() is Memory.OTHER
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,10 +109,10 @@ def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Any) -> None:
 
 
 def test_a_changed_entry_means_that_it_is_not_mapped(toy: Any) -> None:
-    assert toy.region.is_mapped()
+    assert toy.region.is_mapped(toy.machine)
     link = toy.region.links[0]
     toy.machine.set_quad(link.addr, link.value | 1 << 9)
-    assert not toy.region.is_mapped()
+    assert not toy.region.is_mapped(toy.machine)
 
 
 def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
@@ -120,31 +122,57 @@ def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
     assert int.from_bytes(toy.machine.read_physical(link.addr, 8), "little") == 0x1234_5003
 
 
-def test_borrowed_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Any) -> None:
+@contextlib.contextmanager
+def lender(toy: Any, given: list[int]) -> Iterator[Callable[[], None]]:
+    """What has lent the region's memory; it notes how many writes there were when it got it back."""
     link = toy.region.links[0]
+    assert toy.region.is_mapped(toy.machine), "it is not taken away before it is known that it can be given back"
 
     def give_back() -> None:
         assert int.from_bytes(toy.machine.read_physical(link.addr, 8), "little") == 0
         assert read_header(toy.machine, toy.region.header.phys) is None
         given.append(len(toy.machine.log))
 
+    yield give_back
+
+
+def test_lent_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Any) -> None:
     given: list[int] = []
-    toy.region.give_back = give_back
+    toy.region.giving_back = lambda: lender(toy, given)
     toy.put("f_nop")
     done = toy.session.detach()
     assert (done.unmapped, done.problems, done.notes) == (True, (), ())
     assert given == [len(toy.machine.log)], "not a byte is written to it afterwards"
 
 
-def test_borrowed_memory_that_cannot_be_given_back_is_told_of(toy: Any) -> None:
-    def give_back() -> None:
+def test_lent_memory_that_cannot_be_given_back_stays_for_the_next_attach(toy: Any) -> None:
+    def nobody_came() -> None:
         raise GuestStateError("nobody came")
 
-    toy.region.give_back = give_back
+    toy.region.giving_back = nobody_came
+    toy.add("f_nop")
     done = toy.session.detach()
-    assert (done.unmapped, done.problems) == (True, ())
-    (note,) = done.notes
-    assert note == "the region's 2 MiB stay allocated in the guest until it boots: nobody came"
+    assert (done.restored, done.unmapped, done.problems) == (1, False, ("the region stays mapped: nobody came",))
+    assert toy.region.is_mapped(toy.machine)
+    assert read_header(toy.machine, toy.region.header.phys) is not None
+
+
+def test_memory_that_was_exchanged_meanwhile_is_not_given_back(toy: Any) -> None:
+    given: list[int] = []
+
+    @contextlib.contextmanager
+    def with_a_reset() -> Iterator[Callable[[], None]]:
+        with lender(toy, given) as give_back:
+            toy.machine.set_quad(toy.region.links[0].addr, 0)
+            yield give_back
+
+    toy.region.giving_back = with_a_reset
+    written = len(toy.machine.log)
+    assert "the guest was reset, or a snapshot loaded" in toy.session.detach().problems[0]
+    assert not given
+    # Only what was written before the reset: the marks of the act.
+    header = toy.region.header.phys
+    assert not [at for at, _ in toy.machine.log[written:] if at == header], "the header is not touched"
 
 
 # -- memory that the guest has mapped itself ----------------------------------------------------------------------
