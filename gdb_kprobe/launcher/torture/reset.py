@@ -33,6 +33,9 @@ CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
 PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+5", "boosted"), ("p:open do_sys_openat2", "auto"))
 _TIMEOUT = 60
+_READY = "/tmp/ready-to-reset"
+_DELAY = 3
+"""Seconds in which the guest has told that it is ready."""
 _BOOT = 3.0
 """Seconds that a boot takes, more or less."""
 
@@ -113,6 +116,8 @@ class ResetTorture:
             if runs:
                 gdb.cont()
                 self._call()
+            if how is How.ITSELF:
+                self._prepare_to_reset_itself()
             wire.mark()
             before = self._region()
             self._reset(gdb, how)
@@ -157,6 +162,11 @@ class ResetTorture:
         gdb.console("kprobe detach")
         return wrong + self._guest.dmesg_problems() + text.leftovers(touched)
 
+    def _prepare_to_reset_itself(self) -> None:
+        """In a moment it will, without another call that is probed: a hit that the stub handles is written, too."""
+        self._guest.spawn(f"exec 3>/proc/sysrq-trigger; touch {_READY}; sleep {_DELAY}; echo b >&3")
+        self._guest.check_output(f"while [ ! -e {_READY} ]; do sleep 0.1; done")
+
     def _reset(self, gdb: GdbMi, how: How) -> None:
         if how is How.BY_GDB:
             self._guest.expect_reset()
@@ -164,7 +174,6 @@ class ResetTorture:
         elif how is How.ITSELF:
             self._guest.expect_reset()
             tables = self._idt()
-            self._guest.spawn("sleep 0.1; echo b > /proc/sysrq-trigger")
             deadline = time.monotonic() + _TIMEOUT
             while self._idt() == tables:
                 assert time.monotonic() < deadline, "the guest does not reset itself"
