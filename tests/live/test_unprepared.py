@@ -169,13 +169,10 @@ def test_what_a_killed_gdb_has_armed_elsewhere_is_restored_before_the_guest_runs
     """Armed by way of memory that was set aside, and dispatched by a stub without a gdb: a hit would be fatal."""
     guest = probed(GuestSpec(vcpus=2))
     vm = guest.guest
-    job = None
+    job = vm.spawn("workload syscall 0 -1 0 0 0")
     with guest.gdb(dispatch=dispatch) as gdb:
-        guest.add(gdb, f"p:jump {FUNCTION}", "boosted")
         guest.add(gdb, "p:often ksys_read", "boosted")
-        job = vm.spawn("workload syscall 0 -1 0 0 0")
-        if dispatch == "guest":
-            gdb.cont()
+        gdb.cont()
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     with guest.gdb(attach=False) as gdb:
