@@ -48,19 +48,26 @@ class GdbChannel:
         except (gdb.error, RuntimeError) as error:
             raise _translated(error) from error
 
-    def run_for(self, seconds: float) -> None:
+    def check_can_run(self) -> None:
         if gdb.parameter("breakpoint always-inserted"):
             # It could go on from none of them: that takes gdb.
             raise GuestStateError(
                 "gdb keeps its breakpoints in the guest, so that it cannot run without gdb for a moment",
                 "'set breakpoint always-inserted off'",
             )
-        # gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to vCont
-        # comes at the latest when a thread has sent the interrupt byte over gdb's own socket.
+        self._descriptor()
+
+    def _descriptor(self) -> int:
+        """gdb's own socket."""
         descriptor = find_socket(self.address)
         if descriptor is None:
             raise GuestStateError("cannot find gdb's socket to the guest", "is it another kind of connection?")
-        timer = threading.Timer(seconds, os.write, (descriptor, b"\x03"))
+        return descriptor
+
+    def run_for(self, seconds: float) -> None:
+        # gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to vCont
+        # comes at the latest when a thread has sent the interrupt byte over gdb's own socket.
+        timer = threading.Timer(seconds, os.write, (self._descriptor(), b"\x03"))
         timer.start()
         try:
             self.send(b"vCont;c")
@@ -93,6 +100,7 @@ class GdbChannel:
         except gdb.error as error:
             raise _translated(error) from error
         stub.forget_selection()
+        stub.shown = cpu
         try:
             yield cpu
         finally:

@@ -24,6 +24,7 @@ from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.linux.page_allocator import RETURN, may_call_here, way_points
 from gdb_kprobe.model import GENERAL_REGISTERS, CpuId, VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.session.moment import was_reset
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.x86.decode import iter_insns
 
@@ -53,17 +54,27 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
     then, and there are no more calls.
 
     :raises GuestStateError: none came there in time; nothing was called.
+    :raises GuestResetError: by a call, too: the machine is not where it was left. Nothing is written to it.
     """
+    machine.check_can_run()
     back = guest.kallsyms.address(RETURN)
     ret = _hidden_ret(guest)
     cpu = _ready(machine, guest)
     saved = machine.read_registers(cpu)
     inside = False
+    where = saved["rip"], saved["rsp"]
+
+    def check() -> None:
+        """While the machine ran, it may have been reset, or have got another's memory and registers."""
+        found = machine.read_registers(cpu)
+        if (found["rip"], found["rsp"]) != where:
+            raise was_reset()
 
     def call(function: VirtAddr, *arguments: int) -> int:
-        nonlocal inside
+        nonlocal inside, where
         if inside:
             raise _not_back()
+        check()
         frame = _frame_below(saved["rsp"])
         guest.memory.write(frame, pt_regs.pack({**saved, "orig_rax": (1 << 64) - 1}))
         stack = offset(frame, -16)
@@ -74,15 +85,17 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
         if machine.run_to((ret,), _CALL_PATIENCE) != cpu:
             raise _not_back()
         inside = False
+        where = ret, offset(stack, 8)
         guest.memory.invalidate()
         return machine.read_register(cpu, "rax")
 
     try:
         yield call
     finally:
-        guest.refresh()
         if not inside:  # else it is in the middle of something, and has its registers on its stack
+            check()
             machine.write_registers_at_once(cpu, {name: saved[name] for name in GENERAL_REGISTERS})
+        guest.refresh()
 
 
 def _not_back() -> GuestStateError:
@@ -93,7 +106,8 @@ def _not_back() -> GuestStateError:
 
 
 def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
-    for cpu in machine.cpus():
+    # That of the user's first: where another one calls, theirs goes on meanwhile.
+    for cpu in sorted(machine.cpus(), key=lambda cpu: cpu != machine.shown):
         registers = machine.read_registers(cpu)
         with contextlib.suppress(UnmappedError):
             if may_call_here(guest.memory, guest.kallsyms, guest.btf, registers):

@@ -68,15 +68,15 @@ def borrow_pages(machine: Machine, guest: LinuxGuest, size: int) -> Lent:
             address = call(allocator.allocate, GFP, order)
             if not address:
                 break
-            phys = guest.memory.translate(VirtAddr(address))
-            if allocator.address(phys) != address:
+            mapped = guest.memory.walk(VirtAddr(address))
+            if mapped is None or allocator.address(mapped.phys) != address:
                 call(allocator.free, address, order)
                 raise GuestStateError(
                     f"the guest's page allocator gave {address:#x}, which is not in the direct map at "
                     f"{allocator.direct_map:#x}",
                     "this kernel is not known well enough: reserve the region's memory ('source: reserved')",
                 )
-            found.add(phys)
+            found.add(mapped.phys)
             longest = longest_run(found, block)
         kept += longest[:wanted]
     if not kept:

@@ -55,16 +55,18 @@ class Region:
         found = memory.read_physical(start, end - start)
         return all(found[link.addr - start :][:8] == link.value.to_bytes(8, "little") for link in self.links)
 
-    def unmap(self, machine: Machine) -> None:
+    def unmap(self, machine: Machine, about_to: Callable[[], None] = lambda: None) -> None:
         """Take the mapping and the header away. Only when nothing can be executing in the region any more.
 
         The header goes last: what is cut off in between can still be recognized. Then lent memory is given back; the
         guest runs for a moment before, so that it is known to be possible.
 
+        :param about_to: called right before anything is written; may raise.
         :raises GuestStateError: it cannot be given back; then the region stays as it is, for the next attach.
         :raises GuestResetError: the guest's memory was exchanged in that moment.
         """
         if self.giving_back is None:
+            about_to()
             self._unmap(machine)
             return
         with self.giving_back() as give_back:
@@ -72,6 +74,7 @@ class Region:
                 raise GuestResetError(
                     "the guest was reset, or a snapshot loaded, while its memory was to be given back"
                 )
+            about_to()
             self._unmap(machine)
             give_back()
 

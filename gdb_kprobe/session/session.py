@@ -428,7 +428,7 @@ class Session:
         except ConnectionLostError:
             raise
         except KprobeError as error:
-            problems.append(f"the region stays mapped: {error.message}")
+            problems.append(f"the region is not taken away: {error.message}")
         return Detached(restored, unmapped, tuple(problems), notes=notes)
 
     # -- private: the guest as it is now ------------------------------------------------------------------------
@@ -920,8 +920,13 @@ class Session:
     def _unmap_if_unused(self) -> bool:
         if not self.is_quiet:
             return False
-        self._moment.end()  # before it may be somebody else's memory
-        self.region.unmap(self.machine)
+
+        def about_to() -> None:
+            if self._moment.look() is not Memory.NOW:
+                raise was_loaded()
+            self._moment.end()  # it may be somebody else's memory in a moment
+
+        self.region.unmap(self.machine, about_to)
         return True
 
     def _drop_failed(self) -> None:

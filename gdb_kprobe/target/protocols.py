@@ -23,6 +23,12 @@ class PacketChannel(Protocol):
         :raises ConnectionLostError: the other end is gone.
         """
 
+    def check_can_run(self) -> None:
+        """Before anything is done that :meth:`run_for` is needed for.
+
+        :raises GuestStateError: it would not let the machine run.
+        """
+
     def run_for(self, seconds: float) -> None:
         """Let all vCPUs run until one stops by itself, but no longer than *seconds*; then the machine is stopped.
 
@@ -115,6 +121,15 @@ class Cpus(Protocol):
 
     def step(self, cpu: CpuId) -> None:
         """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
+
+    shown: CpuId | None
+    """The vCPU that the user looks at, if somebody does."""
+
+    def check_can_run(self) -> None:
+        """Before anything is done that :meth:`run_to` is needed for.
+
+        :raises GuestStateError: it would not let the machine run.
+        """
 
     def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
         """Let all vCPUs run until one is about to execute one of *addrs*; which one, or ``None`` after *seconds*.

@@ -123,6 +123,9 @@ class RspSocket:
             if reply[:1] == b"O":
                 output.append(bytes.fromhex(reply[1:].decode()).decode(errors="replace"))
 
+    def check_can_run(self) -> None:
+        """It always can."""
+
     def run_for(self, seconds: float) -> None:
         self.resume()
         if self.wait_stop(seconds) is None:

@@ -31,6 +31,7 @@ class QemuStub:
 
     def __init__(self, channel: PacketChannel) -> None:
         self._channel = channel
+        self.shown: CpuId | None = None
         self._physical_depth = 0
         # QEMU keeps the mode over connections: a client that was killed may have left its memory packets physical.
         self._is_virtual = False
@@ -134,6 +135,9 @@ class QemuStub:
         if reply[:1] not in (b"T", b"S"):
             raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
 
+    def check_can_run(self) -> None:
+        self._channel.check_can_run()
+
     def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
         deadline = time.monotonic() + seconds
         with contextlib.ExitStack() as undo:
@@ -144,6 +148,7 @@ class QemuStub:
             while (left := deadline - time.monotonic()) > 0:
                 self._channel.run_for(min(left, _RUN_SLICE))
                 self._selected = None
+                self.forget_cpus()
                 for cpu in self.cpus():
                     if self.read_register(cpu, "rip") in addrs:
                         return cpu

@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.launcher.guests import environment, unprepared
 from gdb_kprobe.launcher.torture.matrix import Cell, check
-from gdb_kprobe.session.guest_pages import borrow_pages, giving_back
+from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
@@ -38,6 +39,8 @@ NOISE = 3 << 10
 BLOCK = 2 << 20
 """The smallest region: one block of the guest's allocator."""
 
+LATER = f"sleep 1; taskset 2 workload syscall {GETPRIORITY} {CALLS}"
+"""On the second vCPU, when it was told that this was started."""
 ROUNDS = 10 if os.environ.get("GDB_KPROBE_FULL") else 4
 
 Boot = Callable[[GuestSpec], Any]
@@ -63,6 +66,12 @@ def call(vm: GuestVm) -> int:
     command = f"workload syscall {GETPRIORITY} {CALLS}"
     vm.check_output(" & ".join(f"taskset {1 << cpu:x} {command}" for cpu in range(vcpus)) + " & wait")
     return CALLS * vcpus
+
+
+def give(stub: QemuStub, kernel: LinuxGuest, lent: Lent) -> None:
+    """Give back what was borrowed."""
+    with giving_back(stub, kernel, lent) as give_back:
+        give_back()
 
 
 @contextlib.contextmanager
@@ -127,7 +136,7 @@ def test_where_the_kernel_can_be_called_at_once_the_user_stays_where_they_are(pr
         gdb.console(f"target remote {guest.guest.gdb_address}")
         gdb.console(f"thbreak *{entry:#x}")
         gdb.cont()
-        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}")
+        job = guest.guest.spawn(LATER)
         gdb.wait_stop()
         before = registers()
         gdb.console("kprobe attach plain", timeout=60)
@@ -139,7 +148,7 @@ def test_where_the_kernel_can_be_called_at_once_the_user_stays_where_they_are(pr
         gdb.interrupt()
         gdb.console(f"thbreak *{entry:#x}")
         gdb.cont()
-        job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}")
+        job = guest.guest.spawn(LATER)
         gdb.wait_stop()
         before = registers()
         gdb.console("kprobe detach --stay")
@@ -148,20 +157,32 @@ def test_where_the_kernel_can_be_called_at_once_the_user_stays_where_they_are(pr
         assert guest.guest.finish(job)[0] == 0
 
 
-def test_breakpoints_that_gdb_keeps_in_the_guest_are_told_of(probed: Boot) -> None:
-    guest = probed(unprepared())
+@pytest.mark.parametrize("at_once", [False, True], ids=["idle", "in a system call"])
+def test_breakpoints_that_gdb_keeps_in_the_guest_are_told_of(probed: Boot, at_once: bool) -> None:
+    guest = probed(unprepared(vcpus=2))
     with nothing_missing(guest.guest), guest.gdb(attach=False) as gdb:
+        gdb.console(f"target remote {guest.guest.gdb_address}")
+        job = None
+        if at_once:
+            gdb.console(f"thbreak *{guest.snapshot.guest.kallsyms.address(FUNCTION):#x}")
+            gdb.cont()
+            job = guest.guest.spawn(LATER)
+            gdb.wait_stop()
+        registers = gdb.console("info registers")
         gdb.console("set breakpoint always-inserted on")
         with pytest.raises(GdbCommandError, match=r"keeps its breakpoints in the guest(?s:.)*always-inserted off"):
             gdb.console("kprobe attach plain", timeout=60)
+        assert gdb.console("info registers") == registers
         gdb.console("set breakpoint always-inserted off")
         gdb.console("kprobe attach plain", timeout=60)
         gdb.console("set breakpoint always-inserted on")
-        assert "the region stays mapped: gdb keeps its breakpoints" in gdb.console("kprobe detach")
+        assert "the region is not taken away: gdb keeps its breakpoints" in gdb.console("kprobe detach --stay")
         gdb.console("set breakpoint always-inserted off")
         # What stayed is found, and given back by the next one.
         gdb.console("kprobe attach plain", timeout=60)
         assert "the region is unmapped" in gdb.console("kprobe detach")
+        if job is not None:
+            assert guest.guest.finish(job)[0] == 0
 
 
 @pytest.mark.parametrize("dispatch", ["stub", "guest"])
@@ -173,8 +194,12 @@ def test_what_a_killed_gdb_has_armed_elsewhere_is_restored_before_the_guest_runs
     with guest.gdb(dispatch=dispatch) as gdb:
         guest.add(gdb, "p:often ksys_read", "boosted")
         gdb.cont()
+        deadline = time.monotonic() + 30
+        while not guest.probed_bytes():
+            assert time.monotonic() < deadline, "it is not armed"
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
+    assert guest.probed_bytes(), "armed"
     with guest.gdb(attach=False) as gdb:
         gdb.console("kprobe attach plain", timeout=60)
         guest.add(gdb, f"p:jump {FUNCTION}")
@@ -229,15 +254,25 @@ def test_of_more_than_there_is_in_one_piece_it_takes_what_there_is(probed: Boot,
 
 
 RUN = b"vCont;c"
+CHANGES = 14
+"""Packets that change something, of borrowing one block: three way points, a frame, a call."""
+KINDS = {"M", "G", "Z", "z", "vCont"}
+
+
+def kind_of(packet: bytes) -> str:
+    """What a packet changes; empty for one that only asks."""
+    return "vCont" if packet == RUN else packet[:1].decode() if packet[:1] in b"MGPXZz" else ""
 
 
 class CutChannel(RspSocket):
-    """A connection that is lost before a packet, as that of a gdb that is killed; or after one that lets it run."""
+    """A connection that is lost at the packet number *cut_at* of those that change something, as of a killed gdb."""
 
     def __init__(self, address: str) -> None:
-        self.packets: list[bytes] = []
+        self.changes = 0
         self.cut_at: int | None = None
-        self.runs_then = False
+        self.cut_after = False
+        """Right behind it: before the next one; for one that lets the machine run, before that has stopped."""
+        self.was_cut = ""
         super().__init__(address)
 
     def send(self, packet: bytes) -> bytes:
@@ -245,15 +280,25 @@ class CutChannel(RspSocket):
         return super().send(packet)
 
     def run_for(self, seconds: float) -> None:
-        if self.runs_then and len(self.packets) == self.cut_at:
-            self.resume()
         self._note(RUN)
+        if self.was_cut:
+            self.resume()
+            self._cut()
         super().run_for(seconds)
 
     def _note(self, packet: bytes) -> None:
-        if len(self.packets) == self.cut_at:
-            raise ConnectionLostError("cut")
-        self.packets.append(packet)
+        if self.was_cut:
+            self._cut()
+        if kind_of(packet):
+            if self.changes == self.cut_at:
+                self.was_cut = kind_of(packet)
+                if not self.cut_after:
+                    self._cut()
+            self.changes += 1
+
+    @staticmethod
+    def _cut() -> None:
+        raise ConnectionLostError("cut")
 
 
 @contextlib.contextmanager
@@ -268,32 +313,28 @@ def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_cut_off_before_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, vcpus: int) -> None:
+def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, vcpus: int) -> None:
     """A vCPU that was made to call goes on where it was by itself; only what it has allocated is lost."""
     # A guest of its own: what it loses is in the way of others.
     vm = booted_guest(replace(unprepared(vcpus=vcpus), memory_mb=480))
-    with stopped(vm) as (channel, stub, kernel):
-        channel.packets.clear()
-        lent = borrow_pages(stub, kernel, BLOCK)
-        packets = channel.packets.copy()
-        with giving_back(stub, kernel, lent) as give_back:
-            give_back()
-    changing = [at for at, packet in enumerate(packets) if packet[:1] in b"MGPXZz" or packet == RUN]
-    cuts = sorted({cut for at in changing for cut in (at, at + 1) if cut < len(packets)})
-    running = [at for at, packet in enumerate(packets) if packet == RUN]
-    print(f"{len(packets)} packets, {len(changing)} of them change something, {len(running)} let it run")
-    assert running
-    for cut, runs in [*((cut, False) for cut in cuts), *((cut, True) for cut in running)]:
+    cut: list[str] = []
+    for number, after in itertools.product(range(CHANGES), (False, True)):
         with stopped(vm) as (channel, stub, kernel):
-            channel.packets.clear()
-            channel.cut_at, channel.runs_then = cut, runs
-            with contextlib.suppress(ConnectionLostError):
-                borrow_pages(stub, kernel, BLOCK)
-        with RspSocket(vm.gdb_address) as plain:  # a new client, which knows nothing of the old one
+            channel.changes, channel.cut_at, channel.cut_after = 0, number, after
+            try:
+                lent = borrow_pages(stub, kernel, BLOCK)
+            except ConnectionLostError:
+                cut.append(channel.was_cut)
+            else:  # it came to the end with fewer packets: a vCPU stood where it could be called at once
+                channel.cut_at = None
+                give(stub, kernel, lent)
+        with RspSocket(vm.gdb_address) as plain:
             QemuStub(plain).drop_breakpoints()
             plain.detach()
         call(vm)
         vm.check()
+    print(f"{len(cut)} of {2 * CHANGES} cut: {cut}")
+    assert set(cut) == KINDS
     assert vm.dmesg_problems() == []
 
 
@@ -303,8 +344,7 @@ def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Boot
         pieces = sorted((borrow_pages(stub, kernel, 16 << 20) for _ in range(3)), key=lambda lent: lent.start)
         assert all(low.start + low.size <= high.start for low, high in itertools.pairwise(pieces))
         for lent in pieces:
-            with giving_back(stub, kernel, lent) as give_back:
-                give_back()
+            give(stub, kernel, lent)
 
 
 def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Boot) -> None:

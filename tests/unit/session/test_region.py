@@ -152,7 +152,7 @@ def test_lent_memory_that_cannot_be_given_back_stays_for_the_next_attach(toy: An
     toy.region.giving_back = nobody_came
     toy.add("f_nop")
     done = toy.session.detach()
-    assert (done.restored, done.unmapped, done.problems) == (1, False, ("the region stays mapped: nobody came",))
+    assert (done.restored, done.unmapped, done.problems) == (1, False, ("the region is not taken away: nobody came",))
     assert toy.region.is_mapped(toy.machine)
     assert read_header(toy.machine, toy.region.header.phys) is not None
 
