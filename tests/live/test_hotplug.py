@@ -20,7 +20,7 @@ ONLINE = "/sys/devices/system/cpu/cpu1/online"
 @pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_a_cpu_goes_and_comes(kernel: str) -> None:
     """The oracle is the guest: the calls it has made on all CPUs, its log, and its text."""
-    assert hotplug.run(Namespace(n=3, kernel=kernel, cpus=2)) == 0
+    assert hotplug.run(Namespace(n=3, kernel=kernel, cpus=2, unprepared=False)) == 0
 
 
 def test_a_cpu_that_is_plugged_in_is_looked_at_too(

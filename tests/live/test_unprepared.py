@@ -312,7 +312,7 @@ def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
             channel.detach()
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, vcpus: int) -> None:
     """A vCPU that was made to call goes on where it was by itself; only what it has allocated is lost."""
     # A guest of its own: what it loses is in the way of others.
