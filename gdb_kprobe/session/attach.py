@@ -168,13 +168,15 @@ def _borrowed(
     else:
         if header is not None and header.lent and is_ours:
             lent = Lent(header.phys, header.size, header.lent)
+            if lent.size != config.size:
+                messages.append(f"the region is that of an earlier session, of {lent.size >> 20} MiB")
         else:
             lent = borrow_pages(machine, guest, config.size)
-        if lent.size < config.size:
-            messages.append(
-                f"the guest has no {config.size >> 20} MiB of free memory in one piece: the region is of "
-                f"{lent.size >> 20} MiB"
-            )
+            if lent.size < config.size:
+                messages.append(
+                    f"the guest has no {config.size >> 20} MiB of free memory in one piece: the region is of "
+                    f"{lent.size >> 20} MiB"
+                )
         try:
             region = create_mapped(memory, guest, lent.start, lent.size, config.virtual, MODULES, lent=lent.order)
         except RegionError:
