@@ -22,7 +22,7 @@ from gdb_kprobe.launcher.bench.machine import Machine
 from gdb_kprobe.launcher.bench.places import Call, find_path
 from gdb_kprobe.launcher.bench.places import Path as CallPath
 from gdb_kprobe.launcher.bench.rows import Row, make_row, show
-from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear, merge
+from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear, merge, us_of_a_tick
 from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
@@ -30,11 +30,8 @@ from kprobe_guest import GuestSpec, GuestVm
 NUMBERS = (0, 8, 32)
 FEW, MANY = 8, 512
 """Of how many places the cost of a hit is compared."""
-_FEW_CALLS = 10_000
-"""Of a run with so few: they hardly show beside the call, so that many short runs say more than a few long ones.
-
-By the wall clock: Linux may tell a process its processor time in ticks of 4 ms.
-"""
+_MANY_EVERY = 8
+"""How many groups of few are measured between two times that the many are."""
 
 CALL = Call(87, ("s:/proc/no",))
 """``unlink`` of a file that is not there: nothing is left to do later, and nobody else looks there."""
@@ -70,10 +67,11 @@ def run(options: argparse.Namespace) -> int:
         machine = Machine.of(gdb, guest)
         kernel_events.prepare(guest)
         places = _find_places(machine)
+        us_per_tick = us_of_a_tick(machine, CALL)
         print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)
         samples: Samples = defaultdict(list)
         for repetition in range(options.repetitions):
-            _repeat(machine, places, samples)
+            _repeat(machine, places, us_per_tick, samples)
             print(f"repetition {repetition + 1} of {options.repetitions}", flush=True)
         problems = guest.dmesg_problems()
     # gdb steps over its breakpoint, and once in some 500 steps QEMU executes nothing: then gdb comes to it again.
@@ -121,7 +119,7 @@ def _for_the_kernel(machine: Machine, path: CallPath) -> tuple[list[VirtAddr], l
     return [entry for entry, _ in both], [addr for _, addr in both]
 
 
-def _repeat(machine: Machine, places: _Places, samples: Samples) -> None:
+def _repeat(machine: Machine, places: _Places, us_per_tick: float, samples: Samples) -> None:
     """Measure each row once more."""
     cheap: dict[str, Measured] = {}
     dear: dict[str, Measured] = {}
@@ -130,22 +128,28 @@ def _repeat(machine: Machine, places: _Places, samples: Samples) -> None:
             dear[name] = measure_dear(machine, way, CALL, places.behind[0])
     for name, way in CHEAP.items():
         with _attached(machine, way.dispatch):
-            cheap[name] = measure(
-                machine, way, CALL, places.entries if way.at_entry else places.behind, NUMBERS * way.times
-            )
-    way = CHEAP["optimized_count"]
-    with _attached(machine, way.dispatch):
-        # All of the many in turn, for what a hit costs depends on the place.
-        groups = [places.many[first :: MANY // FEW] for first in range(MANY // FEW)]
-        short = replace(way, calls=_FEW_CALLS)
-        few = merge(measure(machine, short, CALL, group, (0, FEW), machine.wall_seconds) for group in groups)
-        many = measure(machine, short, CALL, places.many, (0, MANY) * way.times, machine.wall_seconds)
+            at = places.entries if way.at_entry else places.behind
+            cheap[name] = measure(machine, way, CALL, at, NUMBERS * way.times, us_per_tick)
+    few, many = _few_and_many(machine, places.many, us_per_tick)
     unobserved = statistics.median(measured.points[0][1] for measured in cheap.values())
     for name, measured in dear.items():
         points = tuple((number, us - unobserved) for number, us in measured.points)
         samples[name].append(replace(measured, points=points))
     for name, measured in (*cheap.items(), (f"optimized_count_{FEW}", few), (f"optimized_count_{MANY}", many)):
         samples[name].append(measured)
+
+
+def _few_and_many(machine: Machine, places: Sequence[VirtAddr], us_per_tick: float) -> tuple[Measured, Measured]:
+    """The few are all of the many in turn, for what a hit costs depends on the place."""
+    way = CHEAP["optimized_count"]
+    groups = [places[first :: MANY // FEW] for first in range(MANY // FEW)]
+    few, many = [], []
+    with _attached(machine, way.dispatch):
+        for index, group in enumerate(groups):
+            few.append(measure(machine, way, CALL, group, (0, FEW), us_per_tick))
+            if index % _MANY_EVERY == 0:
+                many.append(measure(machine, way, CALL, places, (0, MANY), us_per_tick))
+    return merge(few), merge(many)
 
 
 @contextmanager

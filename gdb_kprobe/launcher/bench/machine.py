@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.model import Rung, VirtAddr
@@ -82,18 +81,16 @@ class FunctionCode:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """*clock* is the clock of the processor time of QEMU's process (``clock_gettime``)."""
+    """Probes of the attached gdb, and the guest that they are in."""
 
     gdb: GdbMi
     guest: GuestVm
-    clock: int
 
     @classmethod
     def of(cls, gdb: GdbMi, guest: GuestVm) -> Machine:
         """Define in *gdb* what the methods here call."""
         gdb.console(f"python exec({_IN_GDB!r})")
-        # As clock_getcpuclockid(3) does: CPUCLOCK_SCHED of a process.
-        return cls(gdb, guest, (~guest.pid << 3) | 2)
+        return cls(gdb, guest)
 
     # -- probes: attached, and the guest stopped ----------------------------------------------------------------
 
@@ -121,20 +118,3 @@ class Machine:
             for insns, nops in found
             if insns
         ]
-
-    # -- runs ---------------------------------------------------------------------------------------------------
-
-    def wall_seconds(self, work: Callable[[], object]) -> float:
-        """Seconds that *work* takes in the running guest."""
-        started = time.monotonic()
-        work()
-        return time.monotonic() - started
-
-    def cpu_seconds(self, work: Callable[[], object]) -> float:
-        """Seconds of processor time that QEMU needs for *work* in the running guest.
-
-        Where nothing leaves the guest that is the time it takes, without what else the host is busy with.
-        """
-        started = time.clock_gettime(self.clock)
-        work()
-        return time.clock_gettime(self.clock) - started

@@ -35,11 +35,11 @@ class Call:
 
     @property
     def on_request(self) -> str:
-        """The command that makes it as often as each line of its input says."""
-        return self._command("-")
+        """The command that makes it as often as each line of its input says, and answers with the time it took."""
+        return self._command("-", "timed")
 
-    def _command(self, calls: str) -> str:
-        return " ".join(("workload syscall", str(self.number), calls, *self.arguments))
+    def _command(self, calls: str, mode: str = "syscall") -> str:
+        return " ".join(("workload", mode, str(self.number), calls, *self.arguments))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The ways to observe a place of the guest that are compared, and how the cost of a hit is measured with each.
 
 A way where nothing leaves the guest is cheap, and measured as a slope: the time of the same call with no, a few and
-many places observed, all of which each call passes once. A dear way, which stops the machine, is measured at one place:
-the time of many calls less the time of few.
+many places observed, all of which each call passes once. The guest looks at its clock every hundred calls, and the
+lower quartile of those times is taken: what else the machine does only adds, and to few of them. A dear way, which
+stops the machine, is measured at one place: the time of many calls less the time of few.
 
 Telling a process to make so many calls may pass the places too. So it is told to make none as often before, and what
 that hit is taken off: what is left must be the calls made, exactly.
@@ -11,6 +12,7 @@ that hit is taken off: what is left must be the calls made, exactly.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,8 +25,12 @@ from gdb_kprobe.launcher.bench.places import Call
 from gdb_kprobe.model import Dispatch, Rung, VirtAddr
 
 NEVER = "if di == 0x123456789 && (si & 0x40)"
-_TIMED = 3
-"""Runs of which the fastest counts; one before is not timed: QEMU translates the guest's code anew after a stop."""
+_RUNS = 2
+"""The first is not timed: QEMU translates the guest's code anew after a stop."""
+_CHUNK = 100
+"""Calls between two looks of the workload at the clock."""
+_CALIBRATION = 50_000
+"""Calls of which the ticks are compared with the host's clock."""
 _FEW, _MANY = 10, 110
 """Calls of a dear way."""
 
@@ -79,29 +85,42 @@ def merge(found: Iterable[Measured]) -> Measured:
     return Measured(points, sum(part.hits for part in parts), sum(part.expected for part in parts))
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What some calls took: by the host's clock, and in ticks of the guest's for every hundred calls."""
+
+    seconds: float
+    ticks: tuple[int, ...]
+
+    @property
+    def ticks_of_a_call(self) -> float:
+        """As most calls take that nothing came between: the lower quartile."""
+        return sorted(self.ticks)[len(self.ticks) // 4] / _CHUNK
+
+
+def us_of_a_tick(machine: Machine, call: Call) -> float:
+    """How many microseconds a tick of the running guest's clock is."""
+    with _dialogue(machine, call) as run:
+        took = run((_CALIBRATION, _CALIBRATION))[-1]
+    return took.seconds * 1e6 / sum(took.ticks)
+
+
 def measure(
-    machine: Machine,
-    way: Way,
-    call: Call,
-    places: Sequence[VirtAddr],
-    numbers: Sequence[int],
-    clock: Clock | None = None,
+    machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr], numbers: Sequence[int], us_per_tick: float
 ) -> Measured:
-    """Measure a cheap way with each of *numbers* of *places*, by QEMU's processor time or another *clock*."""
-    clock = clock or machine.cpu_seconds
+    """Measure a cheap way with each of *numbers* of *places*."""
     points: list[tuple[int, float]] = []
     hits = 0
-    runs = 1 + _TIMED
     for number in numbers:
         with way.observe(machine, places[:number]) as count, _caller(machine, way, call) as run:
-            run((0,) * runs, clock)  # the first after arming may take other ways
+            run((0,) * _RUNS)  # the first after arming may take other ways
             before = count()
-            run((0,) * runs, clock)
+            run((0,) * _RUNS)
             idle = count() - before
-            seconds = run((way.calls,) * runs, clock)
+            took = run((way.calls,) * _RUNS)
             hits += count() - before - 2 * idle
-        points.append((number, min(seconds[1:]) / way.calls * 1e6))
-    expected = 0 if way.rejects else runs * way.calls * sum(numbers)
+        points.append((number, took[-1].ticks_of_a_call * us_per_tick))
+    expected = 0 if way.rejects else _RUNS * way.calls * sum(numbers)
     if way.rejects:
         _prove_passed(machine, call, places[: max(numbers)], way.calls)
     return Measured(tuple(points), hits, expected)
@@ -111,36 +130,51 @@ def measure_dear(machine: Machine, way: Way, call: Call, place: VirtAddr) -> Mea
     """Measure a dear way; the time of a call that nobody observes is still to be taken off."""
     runs = (_FEW, _FEW, _MANY)
     with way.observe(machine, [place]) as count, _caller(machine, way, call) as run:
-        run((0,), machine.wall_seconds)
+        run((0,))
         before = count()
-        run((0,) * len(runs), machine.wall_seconds)
+        run((0,) * len(runs))
         idle = count() - before
-        _, few, many = run(runs, machine.wall_seconds)
+        _, few, many = (took.seconds for took in run(runs))
         hits = count() - before - 2 * idle
     return Measured(((1, (many - few) / (_MANY - _FEW) * 1e6),), hits, sum(runs))
 
 
-Clock = Callable[[Callable[[], object]], float]
-Run = Callable[[Sequence[int], Clock], list[float]]
-"""Makes so many calls, and so many, ...; gives the seconds of each."""
+Run = Callable[[Sequence[int]], list[Took]]
+"""Makes so many calls, and so many, ..."""
 
 
 @contextmanager
 def _caller(machine: Machine, way: Way, call: Call) -> Iterator[Run]:
     """A process that makes calls when it is told to; it is there throughout where hits can be counted meanwhile."""
 
-    def with_one(ask: Callable[[str], str], numbers: Sequence[int], clock: Clock) -> list[float]:
-        return [clock(partial(ask, str(calls))) for calls in numbers]
-
-    def with_one_each(numbers: Sequence[int], clock: Clock) -> list[float]:
-        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
-            return with_one(ask, numbers, clock)
+    def with_one_each(numbers: Sequence[int]) -> list[Took]:
+        with _dialogue(machine, call) as run:
+            return run(numbers)
 
     if way.counted_by_guest:
         yield with_one_each
     else:
-        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
-            yield partial(with_one, ask)
+        with _dialogue(machine, call) as run:
+            yield run
+
+
+@contextmanager
+def _dialogue(machine: Machine, call: Call) -> Iterator[Run]:
+    with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
+
+        def took(calls: int) -> Took:
+            started = time.monotonic()
+            answer = ask(str(calls))
+            seconds = time.monotonic() - started
+            return Took(seconds, ticks_of(answer))
+
+        yield lambda numbers: [took(calls) for calls in numbers]
+
+
+def ticks_of(answer: str) -> tuple[int, ...]:
+    """The ticks in the workload's *answer*: ``workload: N calls done, last result R TICKS TICKS ...``."""
+    _, _, result_and_ticks = answer.partition("last result ")
+    return tuple(map(int, result_and_ticks.split()[1:]))
 
 
 def _prove_passed(machine: Machine, call: Call, places: Sequence[VirtAddr], calls: int) -> None:
@@ -150,9 +184,9 @@ def _prove_passed(machine: Machine, call: Call, places: Sequence[VirtAddr], call
         machine.arm(places, Rung.OPTIMIZED, prefix="passed")
         machine.gdb.cont()
         counts = []
-        with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
+        with _dialogue(machine, call) as run:
             for number in (0, 0, calls):
-                ask(str(number))
+                run((number,))
                 machine.gdb.interrupt()
                 counts.append(sum(machine.hits("passed").values()))
                 machine.gdb.cont()
@@ -211,12 +245,12 @@ DEAR: dict[str, Way] = {
     "stub_boosted": Way(partial(_probes, rung=Rung.BOOSTED), dispatch=Dispatch.STUB),
 }
 CHEAP: dict[str, Way] = {
-    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 30_000, Dispatch.GUEST, times=2),
-    "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 50_000, Dispatch.GUEST, times=4),
+    "guest_boosted": Way(partial(_probes, rung=Rung.BOOSTED), 10_000, Dispatch.GUEST, times=8),
+    "optimized_count": Way(partial(_probes, rung=Rung.OPTIMIZED), 10_000, Dispatch.GUEST, times=16),
     "optimized_filter_reject": Way(
-        partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 50_000, Dispatch.GUEST, times=4, rejects=True
+        partial(_probes, rung=Rung.OPTIMIZED, condition=NEVER), 10_000, Dispatch.GUEST, times=16, rejects=True
     ),
-    "kernel_event_int3": Way(partial(_kernel_events, way=kernel_events.Way.INT3), 10_000),
-    "kernel_event_optimized": Way(partial(_kernel_events, way=kernel_events.Way.OPTIMIZED), 20_000),
-    "kernel_event_ftrace": Way(partial(_kernel_events, way=kernel_events.Way.FTRACE), 20_000, at_entry=True),
+    "kernel_event_int3": Way(partial(_kernel_events, way=kernel_events.Way.INT3), 10_000, times=2),
+    "kernel_event_optimized": Way(partial(_kernel_events, way=kernel_events.Way.OPTIMIZED), 10_000, times=4),
+    "kernel_event_ftrace": Way(partial(_kernel_events, way=kernel_events.Way.FTRACE), 10_000, times=4, at_entry=True),
 }

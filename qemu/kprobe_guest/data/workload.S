@@ -3,6 +3,7 @@
 #   workload syscall NR N [ARG...]   N times the system call NR (-1: for ever). ARG is a number, s:STRING (passed by
 #                                    address), or b: (the address of a buffer of 64 KiB)
 #   workload syscall NR - [ARG...]   the same for each line "N" of the input
+#   workload timed NR - [ARG...]     that, with the ticks (rdtsc) of every 100 calls at the end of the answer
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #   workload part NAME N             N times system calls of one kind (workload_parts.S)
@@ -16,6 +17,8 @@
         .set    SYS_rt_sigaction, 13
         .set    SYS_exit, 60
         .set    SYS_clock_gettime, 228
+        .set    CHUNK, 100                      # calls that are timed together
+        .set    MOST_CHUNKS, 1000
 
         .globl  _start, usage, exit, number, same, print, print_number, flush, handler, restorer, read_line, leave
         .text
@@ -27,6 +30,10 @@ _start:
         mov     rdi, [r14 + 8]
         lea     rsi, [rip + word_syscall]
         call    same
+        je      do_syscall
+        lea     rsi, [rip + word_timed]
+        call    same
+        sete    [rip + timed]
         je      do_syscall
         lea     rsi, [rip + word_spin]
         call    same
@@ -81,6 +88,9 @@ do_syscall:
         call    number
         mov     r13, rax
 6:      mov     rbp, r13
+        mov     dword ptr [rip + chunks], 0
+        mov     ebx, CHUNK
+        call    stamp
         test    rbp, rbp
         jz      4f
 3:      mov     rdi, [rip + arguments]
@@ -92,7 +102,9 @@ do_syscall:
         mov     rax, r12
         syscall
         mov     [rip + last_result], rax
-        dec     rbp
+        dec     ebx
+        jz      8f
+9:      dec     rbp
         jnz     3b
 4:      lea     rsi, [rip + text_workload]
         call    print
@@ -102,6 +114,7 @@ do_syscall:
         call    print
         mov     rax, [rip + last_result]
         call    print_number
+        call    print_chunks
         lea     rsi, [rip + text_newline]
         call    print
         cmp     byte ptr [rip + asked], 0
@@ -110,6 +123,39 @@ do_syscall:
         jmp     exit
 7:      call    flush
         jmp     2b
+8:      mov     ebx, CHUNK
+        cmp     byte ptr [rip + timed], 0
+        je      9b
+        call    stamp
+        mov     ecx, [rip + chunks]
+        cmp     ecx, MOST_CHUNKS
+        jae     9b
+        lea     rdx, [rip + ticks]
+        mov     [rdx + rcx * 8], rax
+        inc     dword ptr [rip + chunks]
+        jmp     9b
+
+# rax = the ticks since the last stamp
+stamp:  rdtsc
+        shl     rdx, 32
+        or      rdx, rax
+        mov     rax, rdx
+        sub     rax, [rip + last_stamp]
+        mov     [rip + last_stamp], rdx
+        ret
+
+print_chunks:
+        xor     ebx, ebx
+1:      cmp     ebx, [rip + chunks]
+        je      2f
+        lea     rsi, [rip + text_space]
+        call    print
+        lea     rax, [rip + ticks]
+        mov     rax, [rax + rbx * 8]
+        call    print_number
+        inc     ebx
+        jmp     1b
+2:      ret
 
 # workload spin SECONDS: a million turns, then a look at the clock.
 do_spin:
@@ -309,7 +355,11 @@ timespec:
         .quad   0, 0
 trapped:
         .long   0
+chunks: .long   0
+last_stamp:
+        .quad   0
 asked:  .byte   0
+timed:  .byte   0
 line_end:
         .quad   line
         .fill   24, 1, 0
@@ -319,11 +369,13 @@ digits_end:
         .bss
         .balign 4096
 buffer: .fill   65536, 1, 0
-line:   .fill   256, 1, 0
+ticks:  .fill   MOST_CHUNKS, 8, 0
+line:   .fill   256 + MOST_CHUNKS * 24, 1, 0
 input:  .fill   256, 1, 0
 
         .section .rodata
 word_syscall:   .asciz "syscall"
+word_timed:     .asciz "timed"
 word_spin:      .asciz "spin"
 word_int3:      .asciz "int3"
 word_part:      .asciz "part"
@@ -331,8 +383,9 @@ word_serve:     .asciz "serve"
 word_none:      .asciz "none"
 text_workload:  .asciz "workload: "
 text_done:      .asciz " calls done, last result "
+text_space:     .asciz " "
 text_newline:   .asciz "\n"
 text_spun:      .asciz "workload: spin done\n"
 text_trapped:   .asciz "workload: SIGTRAP arrived\n"
 text_not_trapped: .asciz "workload: SIGTRAP did not arrive\n"
-text_usage:     .asciz "usage: workload syscall NR N|- [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"
+text_usage:     .asciz "usage: workload syscall|timed NR N|- [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"

@@ -10,6 +10,7 @@ import pytest
 from gdb_kprobe.launcher.bench.machine import FunctionCode
 from gdb_kprobe.launcher.bench.places import Call, far_enough
 from gdb_kprobe.launcher.bench.rows import Row, cost_of_a_place, make_row, show, slope
+from gdb_kprobe.launcher.bench.ways import Took, ticks_of
 from gdb_kprobe.model import VirtAddr
 
 
@@ -87,6 +88,15 @@ def test_places_far_enough_for_jumps() -> None:
 
 def test_command_of_a_call() -> None:
     assert Call(293, ("0", "b:")).times(20) == "workload syscall 293 20 0 b:"
+
+
+def test_ticks_in_an_answer() -> None:
+    assert ticks_of("workload: 250 calls done, last result -2 3100 3000") == (3100, 3000)
+    assert ticks_of("workload: 0 calls done, last result 0") == ()
+
+
+def test_a_call_takes_what_it_takes_when_nothing_comes_between() -> None:
+    assert Took(1.0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 31
 
 
 def _code(flow: dict[int, tuple[int, ...]], nop: int | None = None) -> FunctionCode:
