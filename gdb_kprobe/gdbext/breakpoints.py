@@ -54,6 +54,11 @@ class GdbBreakpoints:
                 self._breakpoint.delete()
             self._breakpoint = None
 
+    @property
+    def any_inserted(self) -> bool:
+        """Whether QEMU has breakpoints while the guest runs: ours, or the user's."""
+        return self._kept or any(mine.enabled for mine in gdb.breakpoints())
+
     def is_taken(self, addr: VirtAddr) -> bool:
         return addr in user_breakpoints()
 

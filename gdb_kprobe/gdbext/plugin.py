@@ -31,6 +31,8 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import is_served
 from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.watchdog.handle import Watchdog
+from gdb_kprobe.watchdog.states import State
 
 _MOVING_REGISTERS = (7, 16)
 """gdb's numbers of rsp and rip (amd64-tdep.h)."""
@@ -52,6 +54,7 @@ class Link:
         self.descriptor = find_socket(self.channel.address)
         self.breakpoints = GdbBreakpoints(on_entry_stop)
         self.interrupts = InterruptWatch(self.descriptor)
+        self.watchdog = Watchdog(self.address)
         self.attached: Attached | None = None
 
     @property
@@ -97,6 +100,13 @@ class Link:
         region = self.session.region.header
         live = self.memory.live(region.phys, region.size)
         return f"only at stops ({self.memory.not_live})" if live is None else live.name
+
+    def close(self) -> None:
+        """Nothing of ours is in the guest any more, or nothing more can be done about it."""
+        self.interrupts.close()
+        if self.attached is not None:
+            self.memory.close()
+        self.watchdog.end()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
@@ -194,7 +204,7 @@ class Plugin:
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
         except BaseException:
-            link.interrupts.close()
+            link.close()
             raise
         self.link = link
         if self._guard is not None:
@@ -244,8 +254,7 @@ class Plugin:
                 "the guest stays stopped and attached: it would die at the next hit. Try 'kprobe detach' again",
             )
         self.link = None
-        link.interrupts.close()
-        link.memory.close()
+        link.close()
         return done
 
     def drop(self, link: Link, *, runs: bool = False) -> None:
@@ -257,9 +266,10 @@ class Plugin:
         link.breakpoints.remove(link.session.gate)
         if runs:
             self._running = link
+            link.memory.close()
+            link.watchdog.end()
         else:
-            link.interrupts.close()
-        link.memory.close()
+            link.close()
         for probe in link.session.probes:
             probe.place, probe.gone, probe.counter = None, False, None
             self.pending.append(probe)
@@ -311,6 +321,7 @@ class Plugin:
                     self.drop(link, runs=True)
                     self._restore_others(link)
             _tell_failures(link.session)
+            link.watchdog.tell(State.WATCHED if link.breakpoints.any_inserted else State.RUNNING)
 
     def _restore_others(self, link: Link) -> None:
         """The guest is resumed with the armed sites of a session that is over, which a snapshot has brought."""
@@ -367,6 +378,7 @@ class Plugin:
             return
         self._settling = True
         try:
+            link.watchdog.tell(State.STOPPED)
             link.interrupts.stopped()
             link.settle()
         except ConnectionLostError:
@@ -469,11 +481,10 @@ class Plugin:
         """Restore the guest over a connection of our own."""
         link, self.link = self.link, None
         assert link is not None
-        link.interrupts.close()
-        link.memory.close()
         if link.descriptor is not None:
             cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)
+        link.close()
         print(message, file=sys.stderr, flush=True)
 
 

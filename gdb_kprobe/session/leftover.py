@@ -56,6 +56,15 @@ class Leftover:
         """Send vCPUs that took one of the int3s back to it, and bring them out of the slots."""
         bring_out(machine, self, self.records, self.header)
 
+    def lift(self, machine: Machine) -> None:
+        """Give the guest its own text, as a session does at a stop; the records stay for who takes the probes over.
+
+        :raises TargetError: the machine did not do as asked.
+        """
+        self.bring_out(machine)
+        for record in self.records:
+            restore_site(self.memory, record)
+
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
 

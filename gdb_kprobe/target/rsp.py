@@ -75,10 +75,14 @@ class RspSocket:
         self._timeout = timeout
         self._sock = open_socket(address, timeout)
         self._buffer = bytearray()
+        self.was_running = False
+        """The machine ran until we connected: QEMU stopped it, and said so."""
         try:
             # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
             # initial, unasked stop reply is behind us).
-            self.send(b"qSupported:multiprocess+")
+            self._put(b"qSupported:multiprocess+")
+            while self._reply()[:1] in (b"T", b"S"):
+                self.was_running = True
             self.send(b"qXfer:features:read:target.xml:0,ffb")
         except BaseException:
             self.close()

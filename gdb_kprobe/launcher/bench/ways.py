@@ -1,8 +1,8 @@
 """The ways to observe a place of the guest that are compared, and how the cost of a hit is measured with each.
 
 A way where nothing leaves the guest is cheap, and measured as a slope: the time of the same call with no, a few and
-many places observed, all of which each call passes once. The guest looks at its clock every hundred calls, and the
-shortest of those times is taken: what else the machine does only adds, and some hundred calls it leaves alone. A
+many places observed, all of which each call passes once. The guest looks at its clock every 20 calls, and the
+shortest of those times is taken: what else the machine does only adds, and some of so few calls it leaves alone. A
 dear way, which stops the machine, is measured at one place: the time of many calls less the time of few.
 
 Telling a process to make so many calls may pass the places too. So it is told to make none as often before, and what
@@ -27,9 +27,9 @@ from gdb_kprobe.model import Dispatch, Rung, VirtAddr
 NEVER = "if di == 0x123456789 && (si & 0x40)"
 _RUNS = 2
 """The first is not timed: QEMU translates the guest's code anew after a stop."""
-_CHUNK = 100
+_CHUNK = 20
 """Calls between two looks of the workload at the clock."""
-_CALIBRATION = 50_000
+_CALIBRATION = 20_000
 """Calls of which the ticks are compared with the host's clock."""
 _FEW, _MANY = 10, 110
 """Calls of a dear way."""
@@ -87,14 +87,14 @@ def merge(found: Iterable[Measured]) -> Measured:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What some calls took: by the host's clock, and in ticks of the guest's for every hundred calls."""
+    """What some calls took: by the host's clock, and in ticks of the guest's for every 20 calls."""
 
     seconds: float
     ticks: tuple[int, ...]
 
     @property
     def ticks_of_a_call(self) -> float:
-        """By the fastest hundred calls: nothing came between."""
+        """By the fastest 20: nothing came between."""
         return min(self.ticks) / _CHUNK
 
 

@@ -3,7 +3,7 @@
 #   workload syscall NR N [ARG...]   N times the system call NR (-1: for ever). ARG is a number, s:STRING (passed by
 #                                    address), or b: (the address of a buffer of 64 KiB)
 #   workload syscall NR - [ARG...]   the same for each line "N" of the input
-#   workload timed NR - [ARG...]     that, with the ticks (rdtsc) of every 100 calls at the end of the answer
+#   workload timed NR - [ARG...]     that, with the ticks (rdtsc) of every 20 calls at the end of the answer
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #   workload part NAME N             N times system calls of one kind (workload_parts.S)
@@ -17,7 +17,7 @@
         .set    SYS_rt_sigaction, 13
         .set    SYS_exit, 60
         .set    SYS_clock_gettime, 228
-        .set    CHUNK, 100                      # calls that are timed together
+        .set    CHUNK, 20                       # calls that are timed together
         .set    MOST_CHUNKS, 1000
 
         .globl  _start, usage, exit, number, same, print, print_number, flush, handler, restorer, read_line, leave

@@ -96,7 +96,7 @@ def test_ticks_in_an_answer() -> None:
 
 
 def test_a_call_takes_what_it_takes_when_nothing_comes_between() -> None:
-    assert Took(1.0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 30
+    assert Took(1.0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 150
 
 
 def _code(flow: dict[int, tuple[int, ...]], nop: int | None = None) -> FunctionCode:

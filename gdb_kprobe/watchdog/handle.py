@@ -1,0 +1,69 @@
+"""gdb's end of the pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gdb_kprobe.watchdog.states import State
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class Watchdog:
+    """The watchdog of one attachment to the stub at *address*.
+
+    None of the methods raises when it cannot be had or is gone: gdb works without it, as long as nobody kills gdb.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told: State | None = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                [_interpreter(), "-m", "gdb_kprobe.watchdog.process", address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                # A pipe would look open to whoever reads it until the watchdog ends.
+                stderr=None if sys.__stderr__ is not None and os.isatty(2) else subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # Neither a Ctrl-C nor the end of the terminal is for it.
+                start_new_session=True,
+            )
+        self.tell(State.STOPPED)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process; ``None`` when there is none."""
+        return None if self._process is None else self._process.pid
+
+    def tell(self, state: State) -> None:
+        """Say what gdb is about from now on."""
+        if self._process is None or state is self._told:
+            return
+        assert self._process.stdin is not None
+        self._told = state
+        with contextlib.suppress(OSError):
+            os.write(self._process.stdin.fileno(), state.value)
+
+    def end(self) -> None:
+        """Send it home."""
+        self.tell(State.DONE)
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            process.wait()
+
+
+def _interpreter() -> str:
+    """gdb has Python built in; an interpreter of the same version is to be found beside the packages that it uses."""
+    for prefix in (_CHECKOUT / ".venv", Path(sys.prefix)):
+        found = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+        if found.exists():
+            return str(found)
+    return sys.executable

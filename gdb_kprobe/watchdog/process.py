@@ -1,0 +1,79 @@
+"""The watchdog itself: ``python -m gdb_kprobe.watchdog.process ADDRESS``, with the pipe as its input."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.session.leftover import find_leftover
+from gdb_kprobe.target.rsp import RspSocket, is_served
+from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.watchdog.states import State
+
+_PATIENCE = 0.5
+"""Seconds in which QEMU has seen that gdb is gone."""
+
+
+def main() -> int:
+    """Wait for the end of gdb, and see to the guest; returns the exit status."""
+    state = last_state(sys.stdin.fileno())
+    if state in (State.DONE, State.RUNNING):
+        return 0
+    try:
+        told = see_to(sys.argv[1], runs_on=state is State.WATCHED)
+    except (KprobeError, TimeoutError) as error:
+        told = f"gdb is gone, and the guest could not be seen to: {error}"
+    if told:
+        print(f"kprobe: {told}.", file=sys.stderr, flush=True)
+    return 0
+
+
+def last_state(pipe: int) -> State:
+    """What gdb said last before it ended, or before all was done."""
+    state = State.DONE
+    while heard := os.read(pipe, 4096):
+        state = State(heard[-1:])
+        if state is State.DONE:
+            break
+    return state
+
+
+def see_to(address: str, *, runs_on: bool) -> str:
+    """Have the guest at *address* right without gdb; returns what to tell the user.
+
+    What gdb was doing with a vCPU is undone or finished, and QEMU's breakpoints go: then probes that need gdb count as
+    missed, and all others go on. A guest that runs, or would if gdb had not been busy with a hit (*runs_on*), runs on;
+    one that was stopped for the user stays so.
+
+    :raises KprobeError: the stub does not do as asked.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while is_served(address):
+        if time.monotonic() > deadline:
+            return ""  # another gdb was quicker: it is told what there is, and may be at it already
+        time.sleep(0.01)
+    with RspSocket(address) as channel:
+        machine = QemuStub(channel)
+        machine.drop_breakpoints()
+        leftover = find_leftover(machine)
+        sites = 0
+        if leftover is not None:
+            sites = leftover.sites
+            if leftover.dispatches_itself:
+                leftover.bring_out(machine)
+            else:
+                leftover.lift(machine)
+        if not (runs_on or channel.was_running):
+            return ""
+        channel.detach()
+    if leftover is None:
+        return "gdb is gone; the guest runs on"
+    if leftover.dispatches_itself:
+        return f"gdb is gone; the guest runs on with {sites} probed site(s), hits that need gdb count as missed"
+    return f"gdb is gone; the guest runs on, the text of {sites} site(s) restored ('kprobe adopt' arms them again)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""What the pipe between gdb and its watchdog says: one byte at each change. The end of the pipe is the end of gdb."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+
+class State(Enum):
+    """What gdb is about; of all that were told, the last one counts."""
+
+    STOPPED = b"s"
+    """The user has the prompt, or will have it: the machine is stopped."""
+    RUNNING = b"r"
+    """The machine runs, or is about to, and nothing will stop it: QEMU has no breakpoint."""
+    WATCHED = b"w"
+    """The same, with breakpoints in QEMU: gdb handles hits in between."""
+    DONE = b"d"
+    """Nothing of ours is in the guest: the watchdog ends."""
+
+
+READY: Final = b"."
+"""What the watchdog answers once it listens."""
