@@ -54,7 +54,7 @@ class Link:
         self.descriptor = find_socket(self.channel.address)
         self.breakpoints = GdbBreakpoints(on_entry_stop)
         self.interrupts = InterruptWatch(self.descriptor)
-        self.watchdog = Watchdog(self.address)
+        self.watchdog = Watchdog(self.address if settings.settings().watchdog else None)
         self.attached: Attached | None = None
 
     @property

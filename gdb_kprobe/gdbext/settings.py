@@ -60,6 +60,7 @@ class Settings:
     verbose_errors: bool
     strategy: Rung | None
     profile: str
+    watchdog: bool
 
 
 class _Registered:
@@ -76,6 +77,11 @@ class _Registered:
         )
         self.profile = _Text(
             "profile", "The profile that 'kprobe attach' uses when it is given none: a name or a path."
+        )
+        self.watchdog = _Switch(
+            "watchdog",
+            "Have a process beside gdb from the next attach on, which sees to the guest should gdb be killed.",
+            True,
         )
 
 
@@ -96,4 +102,5 @@ def settings() -> Settings:
         verbose_errors=bool(_registered.verbose_errors.value),
         strategy=None if strategy == AUTO else Rung(strategy),
         profile=str(_registered.profile.value or ""),
+        watchdog=bool(_registered.watchdog.value),
     )

@@ -76,13 +76,11 @@ class RspSocket:
         self._sock = open_socket(address, timeout)
         self._buffer = bytearray()
         self.was_running = False
-        """The machine ran until we connected: QEMU stopped it, and said so."""
+        """The machine ran until we connected, or somebody let it run since: QEMU stopped it for us, and said so."""
         try:
             # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
             # initial, unasked stop reply is behind us).
-            self._put(b"qSupported:multiprocess+")
-            while self._reply()[:1] in (b"T", b"S"):
-                self.was_running = True
+            self.send(b"qSupported:multiprocess+")
             self.send(b"qXfer:features:read:target.xml:0,ffb")
         except BaseException:
             self.close()
@@ -112,6 +110,7 @@ class RspSocket:
         self._put(packet)
         reply = self._reply()
         while reply[:1] in (b"T", b"S") and not packet.startswith(_RESUMES):
+            self.was_running = True
             reply = self._reply()
         return reply
 

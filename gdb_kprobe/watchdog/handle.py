@@ -14,25 +14,17 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class Watchdog:
-    """The watchdog of one attachment to the stub at *address*.
+    """The watchdog of one attachment to the stub at *address*; ``None``: there is to be none.
 
     None of the methods raises when it cannot be had or is gone: gdb works without it, as long as nobody kills gdb.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str | None) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._told: State | None = None
-        with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(
-                [_interpreter(), "-m", "gdb_kprobe.watchdog.process", address],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                # A pipe would look open to whoever reads it until the watchdog ends.
-                stderr=None if sys.__stderr__ is not None and os.isatty(2) else subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                # Neither a Ctrl-C nor the end of the terminal is for it.
-                start_new_session=True,
-            )
+        if address is not None:
+            with contextlib.suppress(OSError):
+                self._process = _start(address)
         self.tell(State.STOPPED)
 
     @property
@@ -58,6 +50,19 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 process.stdin.close()
             process.wait()
+
+
+def _start(address: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [_interpreter(), "-m", "gdb_kprobe.watchdog.process", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        # A pipe would look open to whoever reads it until the watchdog ends.
+        stderr=None if os.isatty(2) else subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        # Neither a Ctrl-C nor the end of the terminal is for it.
+        start_new_session=True,
+    )
 
 
 def _interpreter() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
 
 
 class State(Enum):
@@ -17,7 +16,3 @@ class State(Enum):
     """The same, with breakpoints in QEMU: gdb handles hits in between."""
     DONE = b"d"
     """Nothing of ours is in the guest: the watchdog ends."""
-
-
-READY: Final = b"."
-"""What the watchdog answers once it listens."""

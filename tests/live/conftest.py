@@ -32,9 +32,13 @@ class Probed:
         return profile(self.guest)
 
     @contextlib.contextmanager
-    def gdb(self, *, attach: bool = True, dispatch: str = "auto") -> Iterator[GdbMi]:
-        """A gdb with the plugin, attached; it is closed at the end whatever happened."""
+    def gdb(self, *, attach: bool = True, dispatch: str = "auto", watchdog: bool = True) -> Iterator[GdbMi]:
+        """A gdb with the plugin, attached; it is closed at the end whatever happened.
+
+        *watchdog*: it has one, so that killing it leaves nothing to find.
+        """
         with GdbMi(self.environment) as gdb:
+            gdb.console(f"set kprobe watchdog {'on' if watchdog else 'off'}")
             if attach:
                 gdb.console(f"kprobe attach --dispatch {dispatch} {self.profile}")
             try:

@@ -89,10 +89,10 @@ def text_of(gdb: GdbMi) -> str:
 
 @contextlib.contextmanager
 def under_load(
-    guest: Any, *, stop: bool, dispatch: str = "auto", probes: Probes = PROBES
+    guest: Any, *, stop: bool, dispatch: str = "auto", probes: Probes = PROBES, watchdog: bool = True
 ) -> Iterator[tuple[GdbMi, Load]]:
     """A gdb with armed probes that are being hit; stopped by Ctrl-C, or running in the background."""
-    with guest.gdb(dispatch=dispatch) as gdb:
+    with guest.gdb(dispatch=dispatch, watchdog=watchdog) as gdb:
         arm(guest, gdb, probes)
         gdb.cont()
         load = Load(guest)
@@ -367,12 +367,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 
 
 def kill_gdb(guest: Any, *, stop: bool) -> Load:
-    """End gdb, whose stub dispatches, in a way that it cannot notice.
+    """End gdb, whose stub dispatches, and that has no watchdog, in a way that it cannot notice.
 
     When it was stopped, the guest has its own text. Else the probes are armed with nobody to dispatch them, and the
     guest stops at the next hit.
     """
-    with under_load(guest, stop=stop, dispatch="stub") as (gdb, load):
+    with under_load(guest, stop=stop, dispatch="stub", watchdog=False) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     wait_for(lambda: not guest.guest.qmp("query-status")["running"])
@@ -401,8 +401,9 @@ def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
 
 
 @on_both
-def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any) -> None:
-    with under_load(guest, stop=False, probes=COUNTING) as (gdb, load):
+@pytest.mark.parametrize("watchdog", [True, False], ids=["watchdog", "alone"])
+def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watchdog: bool) -> None:
+    with under_load(guest, stop=False, probes=COUNTING, watchdog=watchdog) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     load.finish()
@@ -422,7 +423,7 @@ def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any) -> No
 
 @on_both
 def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
-    with under_load(guest, stop=False) as (gdb, load):
+    with under_load(guest, stop=False, watchdog=False) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     # The breakpoint of the killed gdb is still in QEMU, and stops the machine at the next hit for the host.

@@ -39,6 +39,9 @@ PATTERN = "sched_*"
 """Many probes, to be killed among them."""
 _ENDBR_SIZE = 4
 _ADD_MANY = f"kprobe add '{PATTERN}'"
+HANDLED = "__do_sys_getpriority"
+"""Where a probe is that needs gdb."""
+_HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {HANDLED}', pre=lambda hit: None)"
 _MOMENT = 0.05
 """Seconds in which the text of so many probes is written."""
 
@@ -53,6 +56,8 @@ class Phase(StrEnum):
     STOPPED = "at its prompt"
     RESUMING = "while it resumes the guest"
     DISARMING = "while it disarms"
+    HANDLING = "while it handles hits"
+    """Of a probe that needs it: the guest would stop at each, with nobody there."""
 
 
 class After(StrEnum):
@@ -121,7 +126,12 @@ class Kill9:
         function = kernel.resolve(Location(FUNCTION))
         (nop,) = kernel.ftrace_sites(AddressRange(function.start, function.end))
         self._behind = kernel.place_of(nop.window.end)
-        addrs = [nop.ip, self._behind.addr, *(place.addr for place in kernel.functions(PATTERN))]
+        addrs = [
+            nop.ip,
+            self._behind.addr,
+            kernel.resolve(Location(HANDLED)).start,
+            *(place.addr for place in kernel.functions(PATTERN)),
+        ]
         self._touched = {addr + byte for addr in addrs for byte in range(JUMP_SIZE + _ENDBR_SIZE)}
         self._adding, self._detaching = self._measure()
 
@@ -138,9 +148,9 @@ class Kill9:
         started = time.monotonic()
         wrong: list[str] = []
         self._kill(phase)
-        status = self._guest.qmp("query-status")
-        assert isinstance(status, dict)
-        ran_on = bool(status["running"])
+        if phase is Phase.HANDLING:
+            self._finish()  # with nobody there to handle a hit
+        ran_on = self._runs()
         if after is After.ADOPT:
             wrong += self._adopt(phase)
         else:
@@ -156,10 +166,18 @@ class Kill9:
         wrong += self._text.leftovers(self._touched)
         return Round(phase, ran_on, after, time.monotonic() - started, tuple(wrong))
 
+    def _runs(self) -> bool:
+        status = self._guest.qmp("query-status")
+        assert isinstance(status, dict)
+        return bool(status["running"])
+
     def _kill(self, phase: Phase) -> None:
         """Have a gdb in *phase*, and kill it."""
         self._calls = 0
         with self._gdb() as gdb:
+            # Without a watchdog the guest must live through it too, but where it waits for somebody to handle its hits.
+            watchdog = phase is Phase.HANDLING or self._random.random() < 1 / 2
+            gdb.console(f"set kprobe watchdog {'on' if watchdog else 'off'}")
             gdb.console(f"kprobe attach {self._profile}")
             self._arm(gdb)
             match phase:
@@ -179,6 +197,12 @@ class Kill9:
                     gdb.cont()
                     self._wait(0.2)
                 case Phase.LOAD:
+                    gdb.cont()
+                    self._job = self._guest.spawn(_workload(LOAD), timeout=60)
+                    self._wait(0.5)
+                case Phase.HANDLING:
+                    gdb.console(f"set kprobe strategy {self._random.choice(('auto', 'boosted', 'single-step'))}")
+                    gdb.console(_HANDLER)
                     gdb.cont()
                     self._job = self._guest.spawn(_workload(LOAD), timeout=60)
                     self._wait(0.5)
@@ -232,8 +256,16 @@ class Kill9:
                 if found != expected:
                     wrong.append(f"counted {found}, not {expected}")
                 wrong += [
-                    f"{name} missed {probe['missed']}" for name, probe in probes.items() if probe["missed"] != "0"
+                    f"{name} missed {probe['missed']}"
+                    for name, probe in probes.items()
+                    if name != "handled" and probe["missed"] != "0"
                 ]
+                if phase is Phase.HANDLING:
+                    handled = probes["handled"]
+                    passed = int(handled["hits"]) + int(handled["missed"])
+                    # One that gdb had counted, and was not through with, is taken again.
+                    if not self._calls <= passed <= self._calls + 1:
+                        wrong.append(f"{handled['hits']} handled, {handled['missed']} missed of {self._calls}")
                 if probes.get("off", {}).get("state") != "disabled":
                     wrong.append(f"off is {probes.get('off')}")
             gdb.interrupt()
