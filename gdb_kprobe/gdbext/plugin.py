@@ -378,9 +378,9 @@ class Plugin:
             return
         self._settling = True
         try:
-            link.watchdog.tell(State.STOPPED)
             link.interrupts.stopped()
             link.settle()
+            link.watchdog.tell(State.STOPPED)
         except ConnectionLostError:
             pass  # the event of the lost connection follows
         except KprobeError as error:

@@ -17,6 +17,11 @@ from gdb_kprobe.errors import ConnectionLostError, TargetError
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for one reply."""
 
+_LOST = 0.5
+"""Seconds for the answer that comes behind a stop reply. If somebody else has let the machine run (QMP), QEMU stops it
+for the first byte of a packet, and drops that: the packet is to be sent again.
+"""
+
 _RESUMES = (b"c", b"s", b"vCont;", b"?")
 """Requests whose reply is a stop reply. For all others a stop reply in between is news, not the answer."""
 
@@ -75,8 +80,6 @@ class RspSocket:
         self._timeout = timeout
         self._sock = open_socket(address, timeout)
         self._buffer = bytearray()
-        self.was_running = False
-        """The machine ran until we connected, or somebody let it run since: QEMU stopped it for us, and said so."""
         try:
             # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
             # initial, unasked stop reply is behind us).
@@ -110,8 +113,11 @@ class RspSocket:
         self._put(packet)
         reply = self._reply()
         while reply[:1] in (b"T", b"S") and not packet.startswith(_RESUMES):
-            self.was_running = True
-            reply = self._reply()
+            try:
+                reply = self._get(_LOST)
+            except TimeoutError:
+                self._put(packet)
+                reply = self._reply()
         return reply
 
     def monitor(self, command: str) -> str:

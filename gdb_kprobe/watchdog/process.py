@@ -19,10 +19,10 @@ _PATIENCE = 0.5
 def main() -> int:
     """Wait for the end of gdb, and see to the guest; returns the exit status."""
     state = last_state(sys.stdin.fileno())
-    if state in (State.DONE, State.RUNNING):
+    if state is not State.WATCHED:
         return 0
     try:
-        told = see_to(sys.argv[1], runs_on=state is State.WATCHED)
+        told = see_to(sys.argv[1])
     except (KprobeError, TimeoutError) as error:
         told = f"gdb is gone, and the guest could not be seen to: {error}"
     if told:
@@ -40,12 +40,11 @@ def last_state(pipe: int) -> State:
     return state
 
 
-def see_to(address: str, *, runs_on: bool) -> str:
-    """Have the guest at *address* right without gdb; returns what to tell the user.
+def see_to(address: str) -> str:
+    """Have the guest at *address* run on without gdb; returns what to tell the user.
 
-    What gdb was doing with a vCPU is undone or finished, and QEMU's breakpoints go: then probes that need gdb count as
-    missed, and all others go on. A guest that runs, or would if gdb had not been busy with a hit (*runs_on*), runs on;
-    one that was stopped for the user stays so.
+    What gdb was doing with a vCPU is undone or finished, and QEMU's breakpoints go: then hits of probes that need gdb
+    are missed, and all others go on. A guest with no dispatcher of its own gets its text back.
 
     :raises KprobeError: the stub does not do as asked.
     """
@@ -65,8 +64,6 @@ def see_to(address: str, *, runs_on: bool) -> str:
                 leftover.bring_out(machine)
             else:
                 leftover.lift(machine)
-        if not (runs_on or channel.was_running):
-            return ""
         channel.detach()
     if leftover is None:
         return "gdb is gone; the guest runs on"

@@ -9,7 +9,7 @@ class State(Enum):
     """What gdb is about; of all that were told, the last one counts."""
 
     STOPPED = b"s"
-    """The user has the prompt, or will have it: the machine is stopped."""
+    """The machine is stopped for the user, with its own text and no breakpoint: it stays so, and may be let run."""
     RUNNING = b"r"
     """The machine runs, or is about to, and nothing will stop it: QEMU has no breakpoint."""
     WATCHED = b"w"
