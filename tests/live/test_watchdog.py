@@ -1,0 +1,195 @@
+"""gdb is killed with probes that need it; its watchdog has the guest run on.
+
+The oracles are the guest's own count of its calls, QEMU's word for whether it runs, and the processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbMi, GdbTerminal
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+FUNCTION = "__x64_sys_getpriority"
+CALLS = 20_000
+HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {FUNCTION}', pre=lambda hit: None)"
+LOAD = f"workload syscall 140 {CALLS}"
+
+Boot = Callable[[GuestSpec], Any]
+
+
+def runs(guest: Any) -> bool:
+    return bool(guest.guest.qmp("query-status")["running"])
+
+
+def kill(gdb: GdbMi) -> None:
+    gdb.signal(signal.SIGKILL)
+    gdb.wait_exit()
+
+
+def watchdog_of(gdb: GdbMi) -> int:
+    return int(
+        gdb.console(
+            "python print(__import__('gdb_kprobe.gdbext.plugin').gdbext.plugin.the_plugin().need_link().watchdog.pid)"
+        )
+    )
+
+
+def wait_for_end(pid: int, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, f"the watchdog {pid} is still there"
+        time.sleep(0.02)
+
+
+def patch(guest: Any) -> None:
+    addr = int(
+        next(line for line in guest.guest.kallsyms().splitlines() if line.endswith(f" {FUNCTION}")).split()[0], 16
+    )
+    guest.touched |= set(range(addr, addr + 16))
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("strategy", ["auto", "boosted", "single-step"])
+def test_hits_for_a_handler_are_missed_and_the_guest_runs_on(probed: Boot, vcpus: int, strategy: str) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    patch(guest)
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {strategy}")
+        gdb.console(HANDLER)
+        pid = watchdog_of(gdb)
+        gdb.cont()
+        job = guest.guest.spawn(LOAD)
+        time.sleep(random.uniform(0.2, 0.5))
+        kill(gdb)
+    wait_for_end(pid)
+    assert guest.guest.finish(job) == (0, f"workload: {CALLS} calls done, last result 20\n")
+    assert runs(guest)
+    with guest.gdb(attach=False) as gdb:
+        gdb.console(f"kprobe adopt {guest.profile}")
+        (probe,) = gdb.command("-kprobe-list")["probes"]
+        hits, missed = int(probe["hits"]), int(probe["missed"])
+        assert hits > 1
+        assert missed > CALLS / 2
+        # The one that gdb was about when it was killed may be counted by it, and then as missed.
+        assert CALLS <= hits + missed <= CALLS + 1
+        gdb.console("kprobe detach")
+
+
+def test_a_guest_without_a_dispatcher_gets_its_text_back(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    patch(guest)
+    with guest.gdb(dispatch="stub") as gdb:
+        guest.add(gdb, f"p:getp {FUNCTION}", "boosted")
+        pid = watchdog_of(gdb)
+        gdb.cont()
+        job = guest.guest.spawn(LOAD)
+        time.sleep(0.3)
+        kill(gdb)
+    wait_for_end(pid)
+    assert guest.guest.finish(job)[0] == 0
+    assert guest.probed_bytes() == set()
+    with guest.gdb(attach=False) as gdb:
+        told = gdb.console(f"kprobe adopt {guest.profile}")
+        assert "1 probe(s) taken over" in told
+        gdb.cont()
+        guest.guest.check_output(LOAD.replace(str(CALLS), "10"))
+        gdb.interrupt()
+        gdb.console("kprobe detach")
+
+
+def test_breakpoints_of_the_user_stop_nobody_either(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    patch(guest)
+    with guest.gdb() as gdb:
+        probe = guest.add(gdb, f"p:getp {FUNCTION}")
+        gdb.console(f"hbreak *{int(probe['addr'], 16) + 5:#x}")
+        pid = watchdog_of(gdb)
+        gdb.cont()
+        guest.guest.check_output("true")
+        kill(gdb)
+    wait_for_end(pid)
+    guest.guest.check_output(LOAD)
+    with guest.gdb(attach=False) as gdb:
+        assert f"{CALLS} hit(s), 0 missed" in gdb.console(f"kprobe adopt {guest.profile}")
+        gdb.console("kprobe detach")
+
+
+def test_a_guest_at_the_prompt_stays_there(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    patch(guest)
+    with guest.gdb() as gdb:
+        gdb.console(HANDLER)
+        gdb.cont()
+        guest.guest.check_output(LOAD.replace(str(CALLS), "10"))
+        gdb.interrupt()
+        pid = watchdog_of(gdb)
+        kill(gdb)
+    wait_for_end(pid)
+    assert not runs(guest)
+    guest.guest.cont()
+    guest.guest.check_output(LOAD)
+    with guest.gdb() as gdb:
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("way", ["kprobe detach", "quit"])
+def test_it_goes_with_the_probes(probed: Boot, way: str) -> None:
+    guest = probed(GuestSpec())
+    patch(guest)
+    with GdbTerminal(guest.environment) as gdb:
+        gdb.command(f"kprobe attach {guest.profile}")
+        gdb.command(f"kprobe add {FUNCTION}")
+        pid = int(
+            gdb.command("python print(gdb_kprobe.gdbext.plugin.the_plugin().need_link().watchdog.pid)").split()[-1]
+        )
+        assert Path(f"/proc/{pid}").exists()
+        gdb.type(way)
+        wait_for_end(pid)
+    assert runs(guest)
+
+
+def test_gdb_works_on_without_it(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    patch(guest)
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:getp {FUNCTION}")
+        os.kill(watchdog_of(gdb), signal.SIGKILL)
+        gdb.cont()
+        guest.guest.check_output(LOAD)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"getp": CALLS}
+        gdb.console("kprobe detach")
+
+
+def test_another_gdb_may_be_quicker(probed: Boot) -> None:
+    """It connects in the very moment that the first one is killed, and both would see to the guest."""
+    guest = probed(GuestSpec(vcpus=2))
+    patch(guest)
+    for wait in (0, 0.01, 0.05, 0.1, 0.2):
+        with guest.gdb() as gdb, GdbMi(guest.environment) as second:
+            gdb.console(HANDLER)
+            pid = watchdog_of(gdb)
+            gdb.cont()
+            job = guest.guest.spawn(LOAD)
+            time.sleep(0.2)
+            gdb.signal(signal.SIGKILL)
+            time.sleep(wait)
+            second.console(f"kprobe adopt {guest.profile}", timeout=60)
+            wait_for_end(pid)
+            second.console("kprobe delete all")
+            second.cont()
+            assert guest.guest.finish(job)[0] == 0
+            second.interrupt()
+            second.console("kprobe detach")
+            gdb.wait_exit()
