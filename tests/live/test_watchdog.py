@@ -21,7 +21,7 @@ from kprobe_guest import GuestSpec
 pytestmark = pytest.mark.live
 
 FUNCTION = "__x64_sys_getpriority"
-CALLS = 20_000
+CALLS = 5_000
 HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {FUNCTION}', pre=lambda hit: None)"
 LOAD = f"workload syscall 140 {CALLS}"
 
@@ -59,8 +59,17 @@ def patch(guest: Any) -> None:
     guest.touched |= set(range(addr, addr + 16))
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
-@pytest.mark.parametrize("strategy", ["auto", "boosted", "single-step"])
+@pytest.mark.parametrize(
+    ("vcpus", "strategy"),
+    [
+        (2, "auto"),
+        (1, "single-step"),
+        (2, "single-step"),
+        pytest.param(1, "auto", marks=pytest.mark.full),
+        pytest.param(1, "boosted", marks=pytest.mark.full),
+        pytest.param(2, "boosted", marks=pytest.mark.full),
+    ],
+)
 def test_hits_for_a_handler_are_missed_and_the_guest_runs_on(probed: Boot, vcpus: int, strategy: str) -> None:
     guest = probed(GuestSpec(vcpus=vcpus))
     patch(guest)
@@ -176,7 +185,7 @@ def test_another_gdb_may_be_quicker(probed: Boot) -> None:
     """It connects in the very moment that the first one is killed, and both would see to the guest."""
     guest = probed(GuestSpec(vcpus=2))
     patch(guest)
-    for wait in (0, 0.01, 0.05, 0.1, 0.2):
+    for wait in (0, 0.03, 0.1):
         with guest.gdb() as gdb, GdbMi(guest.environment) as second:
             gdb.console(HANDLER)
             pid = watchdog_of(gdb)
