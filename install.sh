@@ -151,7 +151,7 @@ case "${1:-}" in
         ;;
     demo)
         set_up
-        exec "$venv/bin/gdb-kprobe" demo
+        exec "$venv/bin/gdb-kprobe" demo "${@:2}"
         ;;
     test)
         set_up
@@ -160,7 +160,7 @@ case "${1:-}" in
     bench)
         set_up
         cd "$here"
-        exec "$venv/bin/gdb-kprobe" bench
+        exec "$venv/bin/gdb-kprobe" bench "${@:2}"
         ;;
     --uninstall)
         uninstall
