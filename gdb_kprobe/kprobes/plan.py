@@ -184,13 +184,13 @@ def _prepare(rung: Rung, insn: Insn, facts: Facts, slots: SlotAllocator) -> _Pre
 
 
 def _prepare_slot(rung: Rung, insn: Insn, slots: SlotAllocator) -> _Prepared | Refusal:
-    size = relocate.relocated_size(insn) if rung is Rung.BOOSTED else insn.length
+    boosted = rung is Rung.BOOSTED
+    size = relocate.relocated_size(insn) if boosted else relocate.step_copy_size(insn)
     slot = _allocate(size, AddressRange(insn.addr, insn.end), slots)
     if isinstance(slot, Refusal):
         return slot
-    make = relocate.relocate if rung is Rung.BOOSTED else relocate.copy_for_step
     try:
-        code = make(insn, slot.code)
+        code = relocate.relocate(insn, slot.code) if boosted else relocate.copy_for_step(insn, slot.code).code
     except relocate.RelocateError:
         slots.discard(slot)
         raise

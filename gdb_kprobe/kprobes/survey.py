@@ -176,7 +176,7 @@ class Surveyor:
             return Rung.BOOSTED
         if form.insn.is_halt:
             return Reason.HALTS
-        if form.insn.is_rip_relative and not self._reaches(form, addr):
+        if not self._reaches(form, addr):
             return Reason.OUT_OF_REACH
         return Rung.SINGLE_STEP
 

@@ -3,6 +3,10 @@
 A hit is: read the interrupted context, run the handlers, and send the vCPU to the probe's slot with all registers as
 they were. The exception is undone; the guest never sees it. Where the vCPU stops, and where its context is then, is
 the business of a :class:`~gdb_kprobe.session.traps.Gate`.
+
+We may be killed between any two requests, and somebody may let the guest run then who knows nothing of us. So registers
+are written at once, after what they need on the stack, and a slot leads back by itself: a vCPU goes on right from
+whatever has been done to it.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from gdb_kprobe.session.probes import Hit, Probe, Site
 from gdb_kprobe.session.traps import Gate, Trap
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
+from gdb_kprobe.x86.relocate import StepCopy, copy_for_step
 
-_LAST = ("eflags", "rip", "rsp")
 MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
 
@@ -125,8 +129,7 @@ class StubDispatcher:
         if self._stepping is not None:
             cpu, site, before, called = self._stepping
             after = self._machine.read_registers(cpu)
-            stepped = step.stepped(site.plan.insn, site.plan.slot.code, before, after)
-            self._fix_up(cpu, site, before, after if stepped else None, called)
+            self._fix_up(cpu, site, before, after if step.stepped(_copy_at(site), after) else None, called)
 
     def forget_stopped(self) -> None:
         """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
@@ -160,9 +163,7 @@ class StubDispatcher:
         stop = False
         if called is None:
             stop, called = self._run_handlers(cpu, site, regs)
-        # In this order: should gdb be killed between two writes, what it was about can still be told (session.leave).
-        first = sorted({*trap.saved, *regs.changed} - {*_LAST})
-        frame = {name: values[name] for name in (*first, *_LAST)}
+        frame = {name: values[name] for name in (*trap.context, *regs.changed)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
             if not stop:
@@ -177,7 +178,7 @@ class StubDispatcher:
         frame["rip"] = site.plan.slot.code
         if site.plan.rung is Rung.SINGLE_STEP:
             values.update(frame)
-            # Known before the vCPU is in the slot: a copy that is not stepped does not lead back by itself.
+            # Known before the vCPU is in the slot: who finishes this must not take the hit for another one.
             self._stepping = cpu, site, values, called
             self._write(cpu, frame)
             return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
@@ -193,7 +194,7 @@ class StubDispatcher:
                     f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step",
                     "'kprobe detach', and look at the guest's stack pointer",
                 )
-        self._machine.write_registers(cpu, registers)
+        self._machine.write_registers_at_once(cpu, registers)
         self._writing = None
 
     def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> tuple[bool, _Called]:
@@ -249,7 +250,7 @@ class StubDispatcher:
 
         Returns the registers after the instruction; ``None`` when it is not through: not executed, or it has faulted.
         """
-        insn, slot = site.plan.insn, site.plan.slot.code
+        copy = _copy_at(site)
 
         def read_stack(addr: int, size: int) -> bytes:
             data = self._machine.read_current(cpu, VirtAddr(addr), size)
@@ -261,15 +262,13 @@ class StubDispatcher:
         if after is None:
             # The guest takes the int3 again, which is the same hit and not another one.
             fix, faulted = step.StepFixup({"rip": site.addr}), True
-        elif after["rip"] == self._guest.bp_entry and (done := step.overrun(insn, slot, after, read_stack)) is not None:
-            fix, faulted = done, False
-        elif step.outcome(insn, slot, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
+        elif step.outcome(copy, before, after, self._is_exception_entry) is step.StepOutcome.FAULTED:
             # The guest's handler sees the fault where the instruction really is, so that its exception table works.
             # When it returns, the instruction runs into the int3 again, which is the same hit and not another one,
             # or goes on at the fixup, where a site of its own tells us.
-            fix, faulted = step.fix_up_fault(insn, slot, after, read_stack), True
+            fix, faulted = step.fix_up_fault(copy, after, read_stack), True
         else:
-            fix, faulted = step.fix_up(insn, slot, before, after, read_stack), False
+            fix, faulted = step.fix_up(copy, after, read_stack), False
         # From here on it is not the step that is to be finished, but these writes.
         self._writing, self._stepping = (cpu, fix.memory, fix.registers), None
         if faulted:
@@ -294,15 +293,15 @@ class StubDispatcher:
 
         ``None`` instead of the latter: nothing was executed, or a repeated instruction has very many iterations left.
         """
-        insn, slot = site.plan.insn, site.plan.slot.code
-        iterations = min(step.most_steps(insn, before), MAX_ITERATIONS)
+        copy = _copy_at(site)
+        iterations = min(step.most_steps(copy.insn, before), MAX_ITERATIONS)
         unmoved = 0
         while iterations and unmoved < MAX_STEPS:
             self._machine.step(cpu)
             after = self._machine.read_registers(cpu)
-            if step.stepped(insn, slot, before, after):
+            if step.stepped(copy, after):
                 return before, after
-            if step.is_repeating(insn, slot, before, after):
+            if step.is_repeating(copy, before, after):
                 iterations -= 1
             else:
                 unmoved += 1
@@ -311,3 +310,8 @@ class StubDispatcher:
 
     def _is_exception_entry(self, addr: int) -> bool:
         return addr in self._guest.gates
+
+
+def _copy_at(site: Site) -> StepCopy:
+    """What the slot of *site*, of the single-step rung, holds."""
+    return copy_for_step(site.plan.insn, site.plan.slot.code)

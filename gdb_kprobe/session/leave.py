@@ -4,31 +4,32 @@ All there is to go by is the records in the region and the vCPUs themselves. A v
 
 * at the #BP entry, or at the gate in the region, with a trap that nobody has handled: the trap is undone;
 * between the #BP entry and the slot, in the guest's entry code or in our dispatcher: it is stepped on to the slot;
-* at the start of a slot, its dispatch interrupted between the writes of two registers (RFLAGS, RIP, RSP is their order)
-  or before the single step: it goes back to the instruction;
+* at the start of a slot, to run there or to be stepped: it goes back to the instruction;
 * behind the single step of a slot's copy, or at the exception that it raised, not yet fixed up: that is done now;
-* anywhere in a boosted slot: it is stepped out.
+* anywhere else in a slot: it is stepped out.
+
+None of these needs it to go on right (but for an exception that has a fixup in the guest, which the guest does not find
+by an address in the slot); what does is that the slots are about to go.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from gdb_kprobe.errors import TargetError
 from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER
-from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.header import Header, Record, RecordKind
-from gdb_kprobe.session.traps import FRAME, REGS_BELOW_RETURN, EntryGate, RegionGate
+from gdb_kprobe.session.traps import FRAME, EntryGate, RegionGate
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
-from gdb_kprobe.x86.decode import DecodeError, Insn, decode
+from gdb_kprobe.x86.decode import DecodeError, decode
 from gdb_kprobe.x86.encoding import MAX_LENGTH
+from gdb_kprobe.x86.relocate import RelocateError, StepCopy, copy_for_step
 
 _ALIGNMENT = 15
 """Bytes that an exception leaves free at the most above its frame: the CPU aligns the stack to 16."""
@@ -150,27 +151,16 @@ def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, 
     trap = EntryGate(guest.bp_entry).trap_of(machine, cpu) or RegionGate(gate).trap_of(machine, cpu)
     if trap is None or trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
         return False
-    machine.write_registers(cpu, trap.context)
+    machine.write_registers_at_once(cpu, trap.context)
     return True
 
 
 def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
     rip = machine.read_register(cpu, "rip")
-    site = next((site for site in sites if rip in (site.slot.code, site.patch.addr)), None)
+    site = next((site for site in sites if rip == site.slot.code), None)
     if site is None:
         return False
-    # RSP is written last: it may still point to the trap, of either gate.
-    for gate in (EntryGate(VirtAddr(rip)), RegionGate(VirtAddr(rip))):
-        with contextlib.suppress(TargetError):
-            trap = gate.trap_of(machine, cpu)
-            rsp = machine.read_register(cpu, "rsp")
-            most = FRAME.size + (0 if isinstance(gate, EntryGate) else REGS_BELOW_RETURN + pt_regs.SIZE + _GAP)
-            if trap is None or trap.rip != site.patch.addr or trap.from_user:
-                continue
-            if 0 <= trap.rsp - rsp <= most + _ALIGNMENT:
-                machine.write_registers(cpu, trap.context)
-                return True
-    machine.write_registers(cpu, {"rip": site.patch.addr})
+    machine.write_registers_at_once(cpu, {"rip": site.patch.addr})
     return True
 
 
@@ -180,23 +170,18 @@ def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Reco
     def read_stack(addr: int, size: int) -> bytes:
         return machine.read_current(cpu, VirtAddr(addr), size) or b""
 
+    rip = registers["rip"]
+    first, second = (int.from_bytes(read_stack(registers["rsp"] + at, 8), "little") for at in (0, 8))
     for record in sites:
-        slot = record.slot.code
-        insn = _original(guest, record)
-        if record.rung is not Rung.SINGLE_STEP or insn is None:
+        copy = _step_copy(guest, record) if record.rung is Rung.SINGLE_STEP else None
+        if copy is None:
             continue
-        if registers["rip"] in guest.gates:
-            saved = (int.from_bytes(read_stack(registers["rsp"] + at, 8), "little") for at in (0, 8))
-            if any(slot <= word < slot + insn.length for word in saved):
-                _write(machine, cpu, step.fix_up_fault(insn, slot, registers, read_stack))
-                return
-        behind = offset(slot, insn.length)
-        astray = None if insn.branch_target is None else offset(insn.branch_target, slot - insn.addr)
-        top = int.from_bytes(read_stack(registers["rsp"], 8), "little") if insn.is_call else None
-        # The return address is put right before RIP is.
-        called = top == behind or (top == insn.end and registers["rip"] == astray)
-        if called or (registers["rip"] in (behind, astray) and not insn.is_call):
-            _write(machine, cpu, step.fix_up(insn, slot, registers, registers, read_stack))
+        if rip in guest.gates and copy.slot in (first, second):
+            _write(machine, cpu, step.fix_up_fault(copy, registers, read_stack))
+            return
+        in_slot = rip in record.slot.range and copy.original_end(rip) is not None
+        if in_slot or (copy.insn.is_call and first == copy.behind):
+            _write(machine, cpu, step.fix_up(copy, registers, read_stack))
             return
 
 
@@ -204,11 +189,11 @@ def _write(machine: Cpus, cpu: CpuId, fix: step.StepFixup) -> None:
     for addr, data in fix.memory:
         if not machine.write_current(cpu, VirtAddr(addr), data):
             raise TargetError(f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step")
-    machine.write_registers(cpu, fix.registers)
+    machine.write_registers_at_once(cpu, fix.registers)
 
 
-def _original(guest: Trapping, record: Record) -> Insn | None:
-    """The instruction that the record's slot is for."""
+def _step_copy(guest: Trapping, record: Record) -> StepCopy | None:
+    """What the record's slot, of the single-step rung, holds."""
     old, addr = record.patch.old, record.patch.addr
     # Near the end of a mapping fewer bytes than the longest instruction has may be there.
     rest = next(
@@ -220,6 +205,6 @@ def _original(guest: Trapping, record: Record) -> Insn | None:
         b"",
     )
     try:
-        return decode(old + rest, addr)
-    except DecodeError:
+        return copy_for_step(decode(old + rest, addr), record.slot.code)
+    except (DecodeError, RelocateError):
         return None

@@ -40,7 +40,7 @@ class Trap:
 
     @property
     def context(self) -> dict[str, int]:
-        """What undoes the exception, in the order to write it: RSP, by which the trap can still be found, is last."""
+        """The registers that undo the exception."""
         return {**self.saved, "eflags": self.eflags, "rip": self.rip, "rsp": self.rsp}
 
 

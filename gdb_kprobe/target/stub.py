@@ -98,6 +98,9 @@ class QemuStub:
             self._expect_ok(b"P%x=%b" % (number, data), f"write {name} of vCPU {cpu}")
 
     def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
+        if len(values) <= 1:
+            self.write_registers(cpu, values)
+            return
         layout = self._register_layout()
         self.select(cpu)
         data = bytearray(_unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}"))

@@ -11,6 +11,8 @@ did, on processors that still had MPX).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.model import Reason, VirtAddr, offset
 from gdb_kprobe.x86.assemble import (
@@ -73,25 +75,103 @@ def relocate(insn: Insn, slot: VirtAddr) -> bytes:
     return asm.finish()
 
 
-def copy_for_step(insn: Insn, slot: VirtAddr) -> bytes:
-    """The instruction itself, to be single-stepped at *slot* and corrected by :func:`gdb_kprobe.x86.step.fix_up`.
+@dataclass(frozen=True, slots=True)
+class StepCopy:
+    """An instruction at *slot*, to be single-stepped there and put right by :mod:`gdb_kprobe.x86.step`.
 
-    Only a RIP-relative operand is changed; a relative branch goes astray by as much as it was moved. ``pause`` becomes
-    a nop: QEMU (target/i386, ``helper_pause``) leaves its loop there without the debug exception that ends a step, and
-    goes on with the next instruction.
+    *code* begins with the copy, *length* bytes, and goes on with the way back: a vCPU that nobody steps, or that is
+    left alone behind the step, does what the original does and leaves the slot by itself. (What a call pushes is the
+    address of the way back.)
 
-    :raises RelocateError: the family is not handled, the operand is out of reach of *slot*, or the instruction halts.
+    *ends* are pairs: where a step can end, and where the original ends then. There are none for what loads RIP from a
+    register or from memory: it ends where the original does.
     """
-    _family(insn)
+
+    insn: Insn
+    slot: VirtAddr
+    code: bytes
+    length: int
+    ends: tuple[tuple[VirtAddr, VirtAddr], ...]
+
+    @property
+    def behind(self) -> VirtAddr:
+        """Where the copy ends and the way back begins."""
+        return offset(self.slot, self.length)
+
+    def original_end(self, rip: int) -> VirtAddr | None:
+        """Where the original ends when a step of the copy ends at *rip*; ``None``: it does not end there."""
+        return next((original for end, original in self.ends if end == rip), None)
+
+
+def step_copy_size(insn: Insn) -> int:
+    """How many bytes of code :func:`copy_for_step` gives, wherever the slot is.
+
+    :raises RelocateError: the instruction's family is not handled.
+    """
+    match _family(insn):
+        case Family.CALL_REL:
+            return 2 * JMP_REL32_SIZE
+        case Family.CALL_INDIRECT:
+            return insn.length + JMP_REL32_SIZE
+        case _:
+            return relocated_size(insn)
+
+
+def copy_for_step(insn: Insn, slot: VirtAddr) -> StepCopy:
+    """The copy of *insn* that is single-stepped at *slot*: one instruction that does the same, then the way back.
+
+    A relative branch goes to its own target; a call pushes the address behind the copy. ``pause`` becomes a nop: QEMU
+    (target/i386, ``helper_pause``) leaves its loop there without the debug exception that ends a step, and goes on with
+    the next instruction.
+
+    :raises RelocateError: the family is not handled, something that *insn* refers to is out of reach of *slot*, or the
+        instruction halts.
+    """
+    family = _family(insn)
     if insn.is_halt:
         # A step is made with interrupts held off: the processor would wait for ever, and the stub with it.
         raise RelocateError(Reason.HALTS, f"{insn} at {insn.addr:#x}")
-    if insn.is_pause:
-        return insn.raw.replace(_REP, _OPERAND_SIZE)
+    asm = Assembler(slot)
     try:
-        return _moved(insn, slot)
+        match family:
+            case Family.CALL_REL:
+                assert insn.branch_target is not None
+                asm.call_rel32(insn.branch_target)
+                asm.jmp_rel32(insn.end)
+            case Family.CALL_INDIRECT:
+                asm.raw(_moved(insn, slot))
+                asm.jmp_rel32(insn.end)
+            case Family.NOP if insn.is_pause:
+                asm.raw(insn.raw.replace(_REP, _OPERAND_SIZE))
+                asm.jmp_rel32(insn.end)
+            case _:
+                _emit(asm, insn, return_to=insn.end, falls_to=insn.end)
     except DisplacementError as error:
         raise _out_of_reach(insn, error) from None
+    length = {Family.JCC: _JCC_REL32_SIZE, Family.JMP: JMP_REL32_SIZE, Family.CALL_REL: JMP_REL32_SIZE}.get(
+        family, insn.length
+    )
+    return StepCopy(insn, slot, asm.finish(), length, _step_ends(insn, family, offset(slot, length)))
+
+
+def _step_ends(insn: Insn, family: Family, behind: VirtAddr) -> tuple[tuple[VirtAddr, VirtAddr], ...]:
+    falls, target = (behind, insn.end), insn.branch_target
+    match family:
+        case Family.CALL_INDIRECT | Family.JMP_INDIRECT | Family.RET:
+            return ()
+        case Family.JMP | Family.CALL_REL:
+            assert target is not None
+            return ((target, target),)
+        case Family.JCC:
+            assert target is not None
+            return (falls, (target, target))
+        case Family.LOOP:
+            assert target is not None
+            return (falls, (offset(behind, JMP_REL32_SIZE), target))  # at the second jump of the way back
+        case _:
+            # Where QEMU must leave its loop to execute an instruction (with several vCPUs a locked one whose operand is
+            # not aligned), it forgets that one step was asked for, and executes the jump back as well.
+            return (falls, (insn.end, insn.end))
 
 
 def _out_of_reach(insn: Insn, error: DisplacementError) -> RelocateError:

@@ -96,13 +96,13 @@ def assert_same_exception(bare: BareMachine, before: State, insn: Insn, slot: Vi
     state, copy = before.copy(), relocate.copy_for_step(insn, slot)
     state.registers["rip"] = slot
     while True:
-        after = bare.run_into(state, {slot: copy}, slot)
-        outcome = step.outcome(insn, slot, state.registers, after.registers, bare.is_exception_entry)
+        after = bare.run_into(state, {slot: copy.code}, slot)
+        outcome = step.outcome(copy, state.registers, after.registers, bare.is_exception_entry)
         if outcome is not step.StepOutcome.PARTIAL:
             break
         state = after
     assert outcome is step.StepOutcome.FAULTED, insn
-    fix = step.fix_up_fault(insn, slot, after.registers, after.read)
+    fix = step.fix_up_fault(copy, after.registers, after.read)
     assert fix.registers == {}
     for addr, data in fix.memory:
         after.write(addr, data)

@@ -39,7 +39,9 @@ def check_decoding(insn: Insn, slot: VirtAddr) -> None:
     assert moved.len + back.len == len(code), insn
     if insn.is_halt:
         return
-    copy = _decode(relocate.copy_for_step(insn, slot), slot)
+    stepped = relocate.copy_for_step(insn, slot)
+    assert stepped.code[stepped.length :] == code[moved.len :], insn
+    copy = _decode(stepped.code, slot)
     if insn.is_pause:
         assert (copy.mnemonic, copy.len) == (iced_x86.Mnemonic.NOP, original.len), insn
     else:

@@ -1,4 +1,6 @@
-"""One instruction three times on one machine: at its address, relocated, and stepped in a slot and fixed up."""
+"""One instruction four times on one machine: at its address; relocated; stepped in a slot and fixed up; and, in that
+slot, run by somebody who knows nothing of it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from gdb_kprobe.testing.proof.state import Machine, State, differences
 from gdb_kprobe.x86 import families, relocate, step
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Family
+from gdb_kprobe.x86.relocate import StepCopy
 
 MOST_IN_SLOT = 8
 """Instructions of a slot: the longest relocated form has 5."""
 
 
 def check(machine: Machine, before: State, insn: Insn, slot: VirtAddr, ignored: Iterable[str] = ()) -> bool:
-    """Compare all three; true when the instruction was executed and did not raise an exception.
+    """Compare all four; true when the instruction was executed and did not raise an exception.
 
     *ignored* are registers that are different each time (``rdtsc``).
 
@@ -24,7 +27,10 @@ def check(machine: Machine, before: State, insn: Insn, slot: VirtAddr, ignored: 
     original = machine.run(before, {insn.addr: insn.raw}, insn.addr, most=_repetitions(insn, before))
     _assert_same(insn, "relocated", original, *_relocated(machine, before, insn, slot, original), ignored)
     if not insn.is_halt:
-        _assert_same(insn, "stepped", original, _stepped(machine, before, insn, slot, original), range(0), ignored)
+        copy = relocate.copy_for_step(insn, slot)
+        assert len(copy.code) == relocate.step_copy_size(insn), insn
+        _assert_same(insn, "stepped", original, _stepped(machine, before, copy, original), range(0), ignored)
+        _assert_same(insn, "left to run", original, _left_to_run(machine, before, copy, original), range(0), ignored)
     return not faulted(insn, original)
 
 
@@ -49,27 +55,42 @@ def _relocated(machine: Machine, before: State, insn: Insn, slot: VirtAddr, orig
     return after, range(0)
 
 
-def _stepped(machine: Machine, before: State, insn: Insn, slot: VirtAddr, original: State) -> State:
-    copy = relocate.copy_for_step(insn, slot)
-    assert len(copy) == insn.length, insn
+def _stepped(machine: Machine, before: State, copy: StepCopy, original: State) -> State:
+    insn = copy.insn
     state = before.copy()
-    state.registers["rip"] = slot
+    state.registers["rip"] = copy.slot
     while True:
-        after = machine.run(state, {slot: copy}, slot)
-        if not after.fault and step.is_repeating(insn, slot, state.registers, after.registers):
-            assert step.outcome(insn, slot, state.registers, after.registers, _no_entry) is step.StepOutcome.PARTIAL
+        after = machine.run(state, {copy.slot: copy.code}, copy.slot)
+        if not after.fault and step.is_repeating(copy, state.registers, after.registers):
+            assert step.outcome(copy, state.registers, after.registers, _no_entry) is step.StepOutcome.PARTIAL
             state = after
             continue
         break
     if faulted(insn, original):
-        _give_original_ip(insn, slot, original, after)
+        _give_original_ip(insn, copy.slot, original, after)
         return after
-    assert step.outcome(insn, slot, state.registers, after.registers, _no_entry) is step.StepOutcome.DONE, insn
-    assert step.stepped(insn, slot, state.registers, after.registers), insn
-    fix = step.fix_up(insn, slot, state.registers, after.registers, after.read)
+    assert step.outcome(copy, state.registers, after.registers, _no_entry) is step.StepOutcome.DONE, insn
+    assert step.stepped(copy, after.registers), insn
+    fix = step.fix_up(copy, after.registers, after.read)
     after.registers.update(fix.registers)
     for addr, data in fix.memory:
         after.write(addr, data)
+    return after
+
+
+def _left_to_run(machine: Machine, before: State, copy: StepCopy, original: State) -> State:
+    """The state that the slot leaves when nobody steps it; a call's return address is followed to where it leads."""
+    insn = copy.insn
+    after = machine.run(before, {copy.slot: copy.code}, copy.slot, most=MOST_IN_SLOT + _repetitions(insn, before))
+    if faulted(insn, original):
+        _give_original_ip(insn, copy.slot, original, after)
+    elif insn.is_call:
+        rsp = after.registers["rsp"]
+        pushed = int.from_bytes(after.read(rsp, 8), "little")
+        assert pushed == copy.behind, f"{insn} pushes {pushed:#x}"
+        back = copy.code[copy.length :]
+        led = machine.run(after, {pushed: back}, pushed).registers["rip"]
+        after.write(rsp, led.to_bytes(8, "little"))
     return after
 
 

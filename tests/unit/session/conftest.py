@@ -121,8 +121,9 @@ class ToyMachine:
         self.cr0 = 0x8001_0011
         self.idt_limit = 16 * 32 - 1
         self.unmoved_steps = 0
-        self.overrunning_steps = 0
         """How many of the next steps come back with nothing executed, as one in 500 of QEMU's does."""
+        self.overrunning_steps = 0
+        """How many of the next steps execute two instructions, as those of some instructions do."""
         self.changes_left: int | None = None
         """After so many changes of anything the connection is lost, as when gdb is killed."""
         self.fixups: dict[int, int] = {}
@@ -317,6 +318,13 @@ class ToyMachine:
             self.registers[cpu][name] = value
         if "cr3" in values:
             self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+
+    def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
+        assert values.keys() <= self.registers[cpu].keys()
+        assert all(0 <= value <= _MASK for value in values.values())
+        if values:
+            self._change()
+            self.registers[cpu] |= values
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         pages = range(addr & -0x1000, addr + size, 0x1000)

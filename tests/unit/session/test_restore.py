@@ -183,6 +183,36 @@ def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place
     raise AssertionError("a dispatch has no end")
 
 
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("place", [*FUNCTIONS, "f_loop+6"])
+def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Any, place: str, rung: Rung) -> None:
+    """The guest runs on from there, as if the hit had been handled; the probe's next hit is another matter."""
+    function = place.partition("+")[0]
+    expected = toy.call(function, rdi=1)
+    for count in range(MOST_CHANGES):
+        toy.add(f"p:killed{count} {place}", rung=rung)
+        toy.reset_count(function)
+        toy.put(function, rdi=1)
+        toy.run_until(toy.addr("bp_entry"))
+        toy.machine.changes_left = count
+        try:
+            toy.session.on_breakpoint(1)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = False
+        if toy.machine.registers[1]["rip"] != toy.addr("bp_entry"):
+            toy.machine.breakpoints.clear()
+            assert toy.resume() == expected, f"killed after {count} changes"
+            assert toy.count(function) == (0 if function in ("f_ret", "leaf") else 1)
+        if not killed:
+            assert count >= 2
+            return
+        restore_after_kill(toy)
+        toy = toy.again()
+    raise AssertionError("a dispatch has no end")
+
+
 def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
     for count in range(MOST_CHANGES):
         toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")

@@ -205,7 +205,7 @@ def test_a_fixup_that_is_watched_takes_a_probe_of_any_rung(faulting: Any) -> Non
     assert at_fixup.hits == 1
 
 
-def test_a_step_that_runs_on_into_the_int3_behind_the_copy_is_through(toy: Any) -> None:
+def test_a_step_that_executes_the_jump_back_as_well_is_through(toy: Any) -> None:
     post: list[int] = []
     probe = toy.add("f_push", rung=Rung.SINGLE_STEP, post=lambda hit: post.append(hit.regs.ip - toy.addr("f_push")))
     toy.machine.overrunning_steps = 1

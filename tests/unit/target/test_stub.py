@@ -219,10 +219,20 @@ def test_another_connection_starts_from_nothing(stub: QemuStub, described: Any) 
 
 
 def test_registers_written_at_once_are_one_packet_that_ends_with_the_last_of_them(described: Any) -> None:
-    packet = b"G" + (G_PACKET[:8] + (0x1234).to_bytes(8, "little")).hex().encode()
+    packet = b"G" + (b"\x77".ljust(8, b"\0") + (0x1234).to_bytes(8, "little")).hex().encode()
     described.answers[packet] = b"OK"
-    QemuStub(described).write_registers_at_once(CPU, {"rip": 0x1234})
+    QemuStub(described).write_registers_at_once(CPU, {"rip": 0x1234, "rax": 0x77})
+    assert described.packets[-2:] == [b"g", packet]
+
+
+def test_one_register_written_at_once_is_not_read_before(described: Any) -> None:
+    packet = b"P1=" + (0x1234).to_bytes(8, "little").hex().encode()
+    described.answers[packet] = b"OK"
+    stub = QemuStub(described)
+    stub.write_registers_at_once(CPU, {"rip": 0x1234})
+    stub.write_registers_at_once(CPU, {})
     assert described.packets[-1] == packet
+    assert b"g" not in described.packets
 
 
 def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> CpuId | None:

@@ -6,7 +6,7 @@ import pytest
 
 from gdb_kprobe.model import Reason, VirtAddr, offset
 from gdb_kprobe.x86.decode import Insn, decode, iter_insns
-from gdb_kprobe.x86.relocate import RelocateError, copy_for_step, relocate, relocated_size
+from gdb_kprobe.x86.relocate import RelocateError, copy_for_step, relocate, relocated_size, step_copy_size
 
 ADDR = VirtAddr(0xFFFF_FFFF_8123_4567)
 SLOT = VirtAddr(0xFFFF_FFFF_C0FF_E000)
@@ -219,10 +219,55 @@ def test_boosted_slot_reads(name: str, text: str, addr: VirtAddr, slot: VirtAddr
     assert len(code) == relocated_size(original)
 
 
-def test_stepped_copy_is_the_instruction_itself() -> None:
-    assert copy_for_step(insn("75 f0"), SLOT).hex(" ") == "75 f0"
-    assert copy_for_step(insn("e8 f0 ff ff ff"), SLOT).hex(" ") == "e8 f0 ff ff ff"
-    assert copy_for_step(insn("ff 54 24 08"), SLOT).hex(" ") == "ff 54 24 08"
+# fmt: off
+STEPPED = {
+    "plain": ("41 57", 2, {SLOT + 2: ADDR + 2, ADDR + 2: ADDR + 2},
+        "0000  41 57                       push r15\n"
+        "0002  e9 62 65 23 c0              jmp 0xffffffff81234569"),
+    "jcc_rel8_backward": ("75 f0", 6, {SLOT + 6: ADDR + 2, ADDR - 14: ADDR - 14},
+        "0000  0f 85 53 65 23 c0           jne 0xffffffff81234559\n"
+        "0006  e9 5e 65 23 c0              jmp 0xffffffff81234569"),
+    "jmp_rel8": ("eb 10", 5, {ADDR + 0x12: ADDR + 0x12},
+        "0000  e9 74 65 23 c0              jmp 0xffffffff81234579"),
+    "jmp_to_itself": ("eb fe", 5, {ADDR: ADDR},
+        "0000  e9 62 65 23 c0              jmp 0xffffffff81234567"),
+    "call": ("e8 10 00 00 00", 5, {ADDR + 0x15: ADDR + 0x15},
+        "0000  e8 77 65 23 c0              call 0xffffffff8123457c\n"
+        "0005  e9 62 65 23 c0              jmp 0xffffffff8123456c"),
+    "call_with_a_prefix": ("2e e8 10 00 00 00", 5, {ADDR + 0x16: ADDR + 0x16},
+        "0000  e8 78 65 23 c0              call 0xffffffff8123457d\n"
+        "0005  e9 63 65 23 c0              jmp 0xffffffff8123456d"),
+    "call_memory_on_the_stack": ("ff 54 24 08", 4, {},
+        "0000  ff 54 24 08                 call qword ptr [rsp + 8]\n"
+        "0004  e9 62 65 23 c0              jmp 0xffffffff8123456b"),
+    "call_register": ("ff d0", 2, {},
+        "0000  ff d0                       call rax\n"
+        "0002  e9 62 65 23 c0              jmp 0xffffffff81234569"),
+    "jmp_register": ("ff e0", 2, {},
+        "0000  ff e0                       jmp rax"),
+    "ret": ("c3", 1, {},
+        "0000  c3                          ret"),
+    "loop_backward": ("e2 f0", 2, {SLOT + 2: ADDR + 2, SLOT + 7: ADDR - 14},
+        "0000  e2 05                       loop 0xffffffffc0ffe007\n"
+        "0002  e9 62 65 23 c0              jmp 0xffffffff81234569\n"
+        "0007  e9 4d 65 23 c0              jmp 0xffffffff81234559"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("text", "length", "ends", "expected"), STEPPED.values(), ids=STEPPED)
+def test_slot_of_a_stepped_copy_reads(text: str, length: int, ends: dict[int, int], expected: str) -> None:
+    original = insn(text)
+    copy = copy_for_step(original, SLOT)
+    assert listing(copy.code, SLOT) == expected
+    assert (copy.insn, copy.slot, copy.length, dict(copy.ends)) == (original, SLOT, length, ends)
+    assert copy.behind == SLOT + length
+    assert len(copy.code) == step_copy_size(original)
+
+
+def test_where_a_step_ends_says_where_the_original_ends() -> None:
+    copy = copy_for_step(insn("e2 f0"), SLOT)
+    assert [copy.original_end(rip) for rip in (SLOT, SLOT + 2, SLOT + 7, ADDR)] == [None, ADDR + 2, ADDR - 14, None]
 
 
 @pytest.mark.parametrize(
@@ -230,27 +275,28 @@ def test_stepped_copy_is_the_instruction_itself() -> None:
 )
 def test_stepped_copy_keeps_its_rip_relative_operand(text: str) -> None:
     original = insn(text)
-    copy = decode(copy_for_step(original, SLOT), SLOT)
+    copy = decode(copy_for_step(original, SLOT).code, SLOT)
     assert copy.rip_target == original.rip_target
     assert (copy.mnemonic, copy.length, copy.immediate) == (original.mnemonic, original.length, original.immediate)
 
 
 def test_displacement_reaches_exactly_2_gib() -> None:
-    load = insn("48 8b 05 00 00 00 00", LOW)
-    operand = LOW + 7
-    assert decode(copy_for_step(load, VirtAddr(operand - 7 + 0x8000_0000)), LOW).displacement == -0x8000_0000
+    jump = insn("ff 25 00 00 00 00", LOW)
+    operand = jump.end
+    assert decode(copy_for_step(jump, VirtAddr(operand - 6 + 0x8000_0000)).code, LOW).displacement == -0x8000_0000
     with pytest.raises(RelocateError) as caught:
-        copy_for_step(load, VirtAddr(operand - 7 + 0x8000_0001))
+        copy_for_step(jump, VirtAddr(operand - 6 + 0x8000_0001))
     assert caught.value.reason is Reason.OUT_OF_REACH
 
 
 @pytest.mark.parametrize("text", ["90", "48 8b 05 00 00 00 00", "75 f0", "eb f0", "e8 f0 ff ff ff", "e2 f0", "55"])
 def test_slot_out_of_reach_is_refused_with_both_addresses(text: str) -> None:
     far = offset(ADDR, -0x9000_0000)
-    with pytest.raises(RelocateError, match="cannot reach") as caught:
-        relocate(insn(text), far)
-    assert caught.value.reason is Reason.OUT_OF_REACH
-    assert f"{ADDR:#x}" in str(caught.value)
+    for act in (relocate, copy_for_step):
+        with pytest.raises(RelocateError, match="cannot reach") as caught:
+            act(insn(text), far)
+        assert caught.value.reason is Reason.OUT_OF_REACH
+        assert f"{ADDR:#x}" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["ff d0", "ff 10", "ff e0", "c3"])
@@ -269,7 +315,7 @@ def test_indirect_transfers_reach_from_anywhere(text: str) -> None:
     ],
 )
 def test_what_no_family_takes_is_never_copied(text: str, reason: Reason) -> None:
-    for act in (relocated_size, lambda i: relocate(i, SLOT), lambda i: copy_for_step(i, SLOT)):
+    for act in (relocated_size, step_copy_size, lambda i: relocate(i, SLOT), lambda i: copy_for_step(i, SLOT)):
         with pytest.raises(RelocateError) as caught:
             act(insn(text))
         assert caught.value.reason is reason
@@ -278,7 +324,7 @@ def test_what_no_family_takes_is_never_copied(text: str, reason: Reason) -> None
 
 @pytest.mark.parametrize(("text", "nop"), [("f3 90", "66 90"), ("2e f3 90", "2e 66 90"), ("f3 48 90", "66 48 90")])
 def test_pause_is_stepped_as_a_nop(text: str, nop: str) -> None:
-    assert copy_for_step(insn(text), SLOT).hex(" ") == nop
+    assert copy_for_step(insn(text), SLOT).code.hex(" ").startswith(f"{nop} e9")
     assert relocate(insn(text), SLOT).startswith(bytes.fromhex(text))
 
 
@@ -292,7 +338,7 @@ def test_what_halts_is_moved_but_not_stepped(text: str) -> None:
 
 def test_eip_relative_operand_reaches_from_anywhere() -> None:
     load = insn("67 8b 05 10 00 00 00")
-    for slot in (SLOT, USER_HALF, offset(ADDR, -0x9000_0000)):
+    for slot in (SLOT, offset(ADDR, -0x4000_0000), offset(ADDR, 0x7000_0000)):
         copy = copy_for_step(load, slot)
-        assert len(copy) == 7
-        assert decode(copy, slot).rip_target == load.rip_target == 0x8123_457E
+        assert copy.length == 7
+        assert decode(copy.code, slot).rip_target == load.rip_target == 0x8123_457E

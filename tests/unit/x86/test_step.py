@@ -6,6 +6,7 @@ import pytest
 
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
+from gdb_kprobe.x86.relocate import StepCopy, copy_for_step
 from gdb_kprobe.x86.step import (
     StepError,
     StepFixup,
@@ -15,7 +16,6 @@ from gdb_kprobe.x86.step import (
     is_repeating,
     most_steps,
     outcome,
-    overrun,
     stepped,
 )
 
@@ -28,6 +28,10 @@ BEFORE = {"rip": SLOT, "rsp": STACK, "rcx": 7, "eflags": 2}
 
 def insn(text: str) -> Insn:
     return decode(bytes.fromhex(text), ADDR)
+
+
+def copy(text: str) -> StepCopy:
+    return copy_for_step(insn(text), SLOT)
 
 
 def after(**changed: int) -> dict[str, int]:
@@ -55,39 +59,51 @@ class Stack:
         ("0f 1f 44 00 00", SLOT + 5, ADDR + 5),
         ("41 57", SLOT + 2, ADDR + 2),
         ("48 8b 05 00 00 00 00", SLOT + 7, ADDR + 7),
-        ("75 f0", SLOT + 2, ADDR + 2),
-        ("75 f0", SLOT + 2 - 0x10, ADDR + 2 - 0x10),
-        ("e9 00 00 00 80", SLOT + 5 - 0x8000_0000, ADDR + 5 - 0x8000_0000),
-        ("e9 00 00 00 50", 0x10FF_E005, ADDR + 5 + 0x5000_0000),  # only the copy goes past the top
-        ("e2 f0", SLOT + 2 - 0x10, ADDR + 2 - 0x10),
+        ("75 f0", SLOT + 6, ADDR + 2),  # not taken
+        ("2e 75 f0", SLOT + 6, ADDR + 3),
+        ("e2 f0", SLOT + 2, ADDR + 2),
+        ("e2 f0", SLOT + 7, ADDR + 2 - 0x10),  # taken
     ],
 )
-def test_ip_is_moved_back_by_the_distance_of_the_slot(text: str, rip: int, corrected: int) -> None:
-    assert fix_up(insn(text), SLOT, BEFORE, after(rip=rip), no_stack) == StepFixup({"rip": corrected})
+def test_ip_is_moved_from_the_slot_to_where_the_original_ends(text: str, rip: int, corrected: int) -> None:
+    assert fix_up(copy(text), after(rip=rip), no_stack) == StepFixup({"rip": corrected})
+
+
+@pytest.mark.parametrize(
+    ("text", "rip"),
+    [
+        ("75 f0", ADDR + 2 - 0x10),
+        ("75 fe", ADDR),
+        ("e9 00 00 00 50", ADDR + 5 + 0x5000_0000),
+        ("41 57", ADDR + 2),  # QEMU has executed the jump back as well
+    ],
+)
+def test_ip_that_is_right_already_is_left_alone(text: str, rip: int) -> None:
+    assert fix_up(copy(text), after(rip=rip), no_stack) == StepFixup({})
 
 
 @pytest.mark.parametrize("text", ["c3", "c2 08 00", "f3 c3", "ff e0", "ff 25 00 00 00 00"])
 def test_absolute_ip_is_left_alone(text: str) -> None:
-    assert fix_up(insn(text), SLOT, BEFORE, after(rip=0xFFFF_FFFF_8155_5555), no_stack) == StepFixup({})
+    assert fix_up(copy(text), after(rip=0xFFFF_FFFF_8155_5555), no_stack) == StepFixup({})
 
 
-@pytest.mark.parametrize(("text", "length"), [("e8 10 00 00 00", 5), ("2e e8 10 00 00 00", 6)])
-def test_call_gets_its_return_address_and_ip_corrected(text: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "length", "original"),
+    [("e8 10 00 00 00", 5, 5), ("2e e8 10 00 00 00", 5, 6), ("ff d0", 2, 2), ("ff 54 24 08", 4, 4)],
+)
+def test_call_gets_its_return_address_corrected(text: str, length: int, original: int) -> None:
     stack = Stack(STACK - 8, SLOT + length)
-    found = fix_up(insn(text), SLOT, BEFORE, after(rip=SLOT + length + 0x10, rsp=STACK - 8), stack)
-    assert found == StepFixup({"rip": ADDR + length + 0x10}, ((STACK - 8, (ADDR + length).to_bytes(8, "little")),))
+    found = fix_up(copy(text), after(rip=ENTRY, rsp=STACK - 8), stack)
+    assert found == StepFixup({}, ((STACK - 8, (ADDR + original).to_bytes(8, "little")),))
 
 
-@pytest.mark.parametrize(("text", "length"), [("ff d0", 2), ("ff 54 24 08", 4)])
-def test_indirect_call_gets_its_return_address_corrected(text: str, length: int) -> None:
-    stack = Stack(STACK - 8, SLOT + length)
-    found = fix_up(insn(text), SLOT, BEFORE, after(rip=ENTRY, rsp=STACK - 8), stack)
-    assert found == StepFixup({}, ((STACK - 8, (ADDR + length).to_bytes(8, "little")),))
+def test_return_address_that_is_right_already_is_left_alone() -> None:
+    assert fix_up(copy("ff d0"), after(rip=ENTRY, rsp=STACK - 8), Stack(STACK - 8, ADDR + 2)) == StepFixup({})
 
 
 def test_call_without_its_return_address_on_the_stack_is_an_error() -> None:
     with pytest.raises(StepError, match="the stack holds 0x1234"):
-        fix_up(insn("ff d0"), SLOT, BEFORE, after(rip=ENTRY, rsp=STACK - 8), Stack(STACK - 8, 0x1234))
+        fix_up(copy("ff d0"), after(rip=ENTRY, rsp=STACK - 8), Stack(STACK - 8, 0x1234))
 
 
 @pytest.mark.parametrize(
@@ -96,15 +112,17 @@ def test_call_without_its_return_address_on_the_stack_is_an_error() -> None:
         ("41 57", {"rip": SLOT + 2, "rsp": STACK - 8}, StepOutcome.DONE),
         ("41 57", {}, StepOutcome.UNMOVED),
         ("48 8b 00", {"rip": ENTRY, "rsp": STACK - 48}, StepOutcome.FAULTED),
-        ("75 f0", {"rip": SLOT + 2 - 0x10}, StepOutcome.DONE),
-        ("75 f0", {"rip": SLOT + 2}, StepOutcome.DONE),
+        ("41 57", {"rip": ADDR + 2, "rsp": STACK - 8}, StepOutcome.DONE),  # and the jump back
+        ("75 f0", {"rip": ADDR + 2 - 0x10}, StepOutcome.DONE),
+        ("75 f0", {"rip": SLOT + 6}, StepOutcome.DONE),
         ("75 f0", {}, StepOutcome.UNMOVED),
-        ("eb fe", {}, StepOutcome.DONE),  # jmp onto itself
-        ("75 fe", {}, StepOutcome.DONE),
-        ("e2 fe", {"rcx": 6}, StepOutcome.DONE),  # loop onto itself has counted ...
-        ("e2 fe", {}, StepOutcome.UNMOVED),  # ... or has not been executed
-        ("e3 fe", {}, StepOutcome.DONE),
-        ("e8 fb ff ff ff", {"rsp": STACK - 8}, StepOutcome.DONE),
+        ("eb fe", {"rip": ADDR}, StepOutcome.DONE),  # jmp onto itself
+        ("75 fe", {"rip": ADDR}, StepOutcome.DONE),
+        ("e2 fe", {"rip": SLOT + 7, "rcx": 6}, StepOutcome.DONE),
+        ("e2 fe", {"rip": SLOT + 2, "rcx": 0}, StepOutcome.DONE),
+        ("e2 fe", {}, StepOutcome.UNMOVED),
+        ("e3 fe", {"rip": SLOT + 7}, StepOutcome.DONE),
+        ("e8 fb ff ff ff", {"rip": ADDR, "rsp": STACK - 8}, StepOutcome.DONE),
         ("e8 fb ff ff ff", {}, StepOutcome.UNMOVED),
         ("c3", {"rip": 0xFFFF_FFFF_8155_5555, "rsp": STACK + 8}, StepOutcome.DONE),
         ("c3", {"rip": ENTRY, "rsp": STACK + 8}, StepOutcome.DONE),  # returned there
@@ -124,9 +142,9 @@ def test_call_without_its_return_address_on_the_stack_is_an_error() -> None:
 )
 def test_outcome_of_a_step(text: str, changed: dict[str, int], expected: StepOutcome) -> None:
     through = expected in (StepOutcome.DONE, StepOutcome.FAULTED)
-    assert outcome(insn(text), SLOT, BEFORE, after(**changed), lambda rip: rip == ENTRY) is expected
-    assert stepped(insn(text), SLOT, BEFORE, after(**changed)) is through
-    assert is_repeating(insn(text), SLOT, BEFORE, after(**changed)) is (expected is StepOutcome.PARTIAL)
+    assert outcome(copy(text), BEFORE, after(**changed), lambda rip: rip == ENTRY) is expected
+    assert stepped(copy(text), after(**changed)) is through
+    assert is_repeating(copy(text), BEFORE, after(**changed)) is (expected is StepOutcome.PARTIAL)
 
 
 @pytest.mark.parametrize(
@@ -147,73 +165,63 @@ def test_steps_of_a_repeated_instruction_are_bounded_by_the_count(text: str, rcx
     ],
 )
 def test_pushed_flags_are_those_of_the_processor(text: str, pushed: int, flags: int, corrected: int | None) -> None:
-    found = fix_up(insn(text), SLOT, BEFORE, after(rip=SLOT + 1, rsp=STACK - 8, eflags=flags), Stack(STACK - 8, pushed))
+    found = fix_up(copy(text), after(rip=SLOT + 1, rsp=STACK - 8, eflags=flags), Stack(STACK - 8, pushed))
     memory = () if corrected is None else ((STACK - 8, corrected.to_bytes(8, "little")),)
     assert found == StepFixup({"rip": ADDR + 1}, memory)
 
 
 def test_pushed_flags_of_16_bits_leave_the_rest_of_the_stack_alone() -> None:
-    found = fix_up(
-        insn("66 9c"), SLOT, BEFORE, after(rip=SLOT + 2, rsp=STACK - 2, eflags=0x246), Stack(STACK - 2, 0x1111_0346)
-    )
+    found = fix_up(copy("66 9c"), after(rip=SLOT + 2, rsp=STACK - 2, eflags=0x246), Stack(STACK - 2, 0x1111_0346))
     assert found == StepFixup({"rip": ADDR + 2}, ((STACK - 2, b"\x46\x02"),))
 
 
 @pytest.mark.parametrize("text", ["90", "75 f0", "c3"])
 def test_step_to_nowhere_is_an_error(text: str) -> None:
     with pytest.raises(StepError, match="led to 0x1234"):
-        outcome(insn(text), SLOT, BEFORE, after(rip=0x1234), lambda rip: rip == ENTRY)
+        outcome(copy(text), BEFORE, after(rip=0x1234), lambda rip: rip == ENTRY)
 
 
 def test_exception_frame_is_given_the_original_ip() -> None:
     frame = STACK - 40
     original = ADDR.to_bytes(8, "little")
     without_error_code = Stack(frame, SLOT, 0x10)
-    assert fix_up_fault(insn("f7 f1"), SLOT, after(rip=ENTRY, rsp=frame), without_error_code) == StepFixup(
+    assert fix_up_fault(copy("f7 f1"), after(rip=ENTRY, rsp=frame), without_error_code) == StepFixup(
         {}, ((frame, original),)
     )
     with_error_code = Stack(frame - 8, 0, SLOT)
-    assert fix_up_fault(insn("48 8b 00"), SLOT, after(rip=ENTRY, rsp=frame - 8), with_error_code) == StepFixup(
+    assert fix_up_fault(copy("48 8b 00"), after(rip=ENTRY, rsp=frame - 8), with_error_code) == StepFixup(
         {}, ((frame, original),)
     )
 
 
 def test_half_done_repetition_faults_at_the_original() -> None:
     frame = STACK - 48
-    found = fix_up_fault(insn("f3 a4"), SLOT, after(rip=ENTRY, rsp=frame, rcx=3), Stack(frame, 2, SLOT))
+    found = fix_up_fault(copy("f3 a4"), after(rip=ENTRY, rsp=frame, rcx=3), Stack(frame, 2, SLOT))
     assert found == StepFixup({}, ((frame + 8, ADDR.to_bytes(8, "little")),))
 
 
 @pytest.mark.parametrize(
     ("text", "saved", "memory"),
     [
-        ("75 f0", SLOT + 2 - 0x10, {-40: ADDR + 2 - 0x10}),
+        ("75 f0", ADDR + 2 - 0x10, {}),
+        ("75 f0", SLOT + 6, {-40: ADDR + 2}),
+        ("e2 f0", SLOT + 7, {-40: ADDR + 2 - 0x10}),
+        ("eb 10", ADDR + 0x12, {}),
         ("c3", 0xFFFF_FFFF_8155_5555, {}),
         ("ff d0", 0xFFFF_FFFF_8155_5555, {0: ADDR + 2}),
-        ("e8 10 00 00 00", SLOT + 0x15, {-40: ADDR + 0x15, 0: ADDR + 5}),
+        ("e8 10 00 00 00", ADDR + 0x15, {0: ADDR + 5}),
+        ("41 57", SLOT + 2, {-40: ADDR + 2}),
     ],
 )
-def test_single_step_trap_of_the_guest_names_where_a_branch_led(text: str, saved: int, memory: dict[int, int]) -> None:
-    moved = insn(text)
-    frame = Stack(STACK - 40, saved, 0x10, 0x102, STACK, 0x18, SLOT + moved.length)
+def test_single_step_trap_of_the_guest_names_where_the_original_led(
+    text: str, saved: int, memory: dict[int, int]
+) -> None:
+    moved = copy(text)
+    frame = Stack(STACK - 40, saved, 0x10, 0x102, STACK, 0x18, moved.behind)
     expected = tuple((STACK + at, word.to_bytes(8, "little")) for at, word in memory.items())
-    assert fix_up_fault(moved, SLOT, after(rip=ENTRY, rsp=STACK - 40), frame) == StepFixup({}, expected)
-
-
-def test_step_that_went_on_to_the_int3_behind_the_copy_is_undone_to_there() -> None:
-    frame = Stack(STACK - 40, SLOT + 3, 0x10, 0x246, STACK, 0x18)
-    found = overrun(insn("f3 90"), SLOT, after(rip=ENTRY, rsp=STACK - 40, eflags=0x46), frame)
-    assert found == StepFixup({"rip": ADDR + 2, "rsp": STACK, "eflags": 0x246})
-
-
-@pytest.mark.parametrize(("text", "saved"), [("f3 90", SLOT + 2), ("f3 90", ADDR + 1), ("75 f0", SLOT + 3)])
-def test_another_breakpoint_is_no_overrun(text: str, saved: int) -> None:
-    frame = Stack(STACK - 40, saved, 0x10, 0x246, STACK, 0x18)
-    assert overrun(insn(text), SLOT, after(rip=ENTRY, rsp=STACK - 40), frame) is None
+    assert fix_up_fault(moved, after(rip=ENTRY, rsp=STACK - 40), frame) == StepFixup({}, expected)
 
 
 def test_exception_frame_of_something_else_is_an_error() -> None:
     with pytest.raises(StepError, match="left no frame that names the slot"):
-        fix_up_fault(
-            insn("f7 f1"), SLOT, after(rip=ENTRY, rsp=STACK - 40), Stack(STACK - 40, ADDR, 0x10, 0x102, STACK, 0x18)
-        )
+        fix_up_fault(copy("f7 f1"), after(rip=ENTRY, rsp=STACK - 40), Stack(STACK - 40, ADDR, 0x10, 0x102, STACK, 0x18))
