@@ -14,7 +14,7 @@ import pytest
 from gdb_kprobe.config.load import load_profile
 from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.attach import attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
@@ -243,3 +243,48 @@ def test_a_debugger_killed_between_any_two_packets_of_a_hit(guest: GuestVm, plac
             assert count > 5
             return
     raise AssertionError("a dispatch has no end")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["f_push", "f_call", "f_call_register", "f_jcc_backwards_jump", "f_jcc_near_jump", "f_loop_site", "f_flags_site"],
+)
+def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, place: str) -> None:
+    """Wherever the vCPU was left, the guest computes on from there by itself, once no other int3 is in its way."""
+    image = guest.bare_image()
+    before: dict[str, int] = {}
+    for count in range(200):
+        bare = BareSession(guest)
+        bare.run_to("main_loop")
+        counters = guest.bare_counters()
+        rounds = {counters[name] - past for name, past in before.items()}
+        assert len(rounds) <= 1, f"cut after {count - 1} packets"
+        before = counters
+        patch = bare.session.site_of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
+        cpu = bare.stop()
+        bare.channel.packets_left = count
+        try:
+            bare.session.on_breakpoint(cpu)
+        except ConnectionLostError:
+            killed = True
+        else:
+            killed = False
+        bare.channel.close()
+
+        with RspSocket(guest.gdb_address) as plain:
+            stub = QemuStub(plain)
+            stub.drop_breakpoints()
+            if stub.read_register(cpu, "rip") == bare.session.guest.bp_entry:
+                continue  # nothing was done to it: the next session undoes the trap
+            at = PhysAddr(patch.addr - bare.symbols["image"] + image.physical("image"))
+            stub.write_physical(at, patch.old)
+            plain.detach()
+        assert_goes_on(guest)
+        if not killed:
+            break
+    else:
+        raise AssertionError("a dispatch has no end")
+    bare = BareSession(guest)
+    bare.session.detach()
+    bare.channel.detach()
+    assert_goes_on(guest)

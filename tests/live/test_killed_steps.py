@@ -1,0 +1,129 @@
+"""A debugger is killed in the middle of a hit that is single-stepped, and nobody comes but a plain ``cont`` of QMP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gdb_kprobe.config.load import load_profile
+from gdb_kprobe.errors import ConnectionLostError
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.launcher.guests import environment
+from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.session.attach import Attached, attach
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.x86.decode import iter_insns
+from gdb_kprobe.x86.families import Family, classify
+from kprobe_guest import GuestSpec, GuestVm
+
+pytestmark = pytest.mark.live
+
+PROFILE = Path(__file__).resolve().parents[2] / "configs" / "debian.yaml"
+WORKLOAD = "workload syscall 140 20"
+"""Calls of getpriority, which nothing else makes."""
+FUNCTION = "__do_sys_getpriority"
+MOST_CHANGES = 30
+
+
+class CutChannel(RspSocket):
+    """A connection that is lost at one of the packets that change something; killed at others, nothing is different."""
+
+    changes_left: int | None = None
+
+    def send(self, packet: bytes) -> bytes:
+        if self.changes_left is not None and (packet[:1] in b"MGPX" or packet[:6] == b"vCont;"):
+            if not self.changes_left:
+                raise ConnectionLostError("cut")
+            self.changes_left -= 1
+        return super().send(packet)
+
+
+class Client:
+    """A debugger without gdb: attached to the stopped guest, with breakpoints of the stub."""
+
+    def __init__(self, guest: GuestVm) -> None:
+        self.channel = CutChannel(guest.gdb_address)
+        self.stub = QemuStub(self.channel)
+        self.attached: Attached = attach(self.stub, load_profile(PROFILE, environment(guest)), self)
+        self.session = self.attached.session
+
+    def insert(self, addr: VirtAddr) -> None:
+        assert self.channel.send(b"Z1,%x,1" % addr) == b"OK"
+
+    def remove(self, addr: VirtAddr) -> None:
+        assert self.channel.send(b"z1,%x,1" % addr) == b"OK"
+
+    def is_taken(self, addr: VirtAddr) -> bool:
+        return False
+
+    def taken(self) -> tuple[int, ...]:
+        return ()
+
+    def probe(self, family: Family) -> Plan:
+        """Add a probe, to be single-stepped, on the first instruction of *family*."""
+        kernel = self.attached.guest
+        function = kernel.resolve(Location(FUNCTION))
+        text = kernel.memory.read(function.start, function.end - function.start)
+        addr = next(insn.addr for insn in iter_insns(text, function.start) if classify(insn) is family)
+        definition = parse_definition(f"p:stepped {FUNCTION}+{addr - function.start}")
+        probe = self.session.add(Probe(definition, strategy=Rung.SINGLE_STEP))
+        return self.session.site_of(probe).plan
+
+    def run_to_hit(self, start: Callable[[], Future[tuple[int, str]]]) -> tuple[CpuId, Future[tuple[int, str]]]:
+        """Let the guest run, with the workload that *start* starts, to the first hit; which vCPU has it."""
+        self.channel.resume()
+        job = start()
+        reply = self.channel.wait_stop(10)
+        assert reply is not None, "no hit"
+        self.stub.forget_selection()
+        thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
+        assert thread is not None
+        return CpuId(int(thread[1], 16)), job
+
+
+@pytest.mark.parametrize("family", [Family.PLAIN, Family.JCC, Family.CALL_REL, Family.RET])
+def test_killed_at_any_packet_of_a_step_the_guest_goes_on(
+    booted_guest: Callable[[GuestSpec], GuestVm], family: Family
+) -> None:
+    """Its calls return, its log is clean; and whoever attaches then puts the text back."""
+    vm = booted_guest(GuestSpec(vcpus=2))
+    left: set[str] = set()
+    with ThreadPoolExecutor(1) as background:
+        for count in range(MOST_CHANGES):
+            client = Client(vm)
+            slot = client.probe(family).slot
+            cpu, job = client.run_to_hit(lambda: background.submit(vm.run, WORKLOAD, 20))
+            client.channel.changes_left = count
+            try:
+                client.session.on_breakpoint(cpu)
+            except ConnectionLostError:
+                killed = True
+            else:
+                killed = False
+            client.channel.close()
+            with RspSocket(vm.gdb_address) as plain:
+                stub = QemuStub(plain)
+                stub.drop_breakpoints()
+                rip = stub.read_register(cpu, "rip")
+                left.add("at the copy" if rip == slot.code else "behind it" if rip in slot.range else "elsewhere")
+            vm.cont()
+            assert job.result()[0] == 0, f"killed after {count} changes"
+            vm.check()
+            if not killed:
+                break
+        else:
+            raise AssertionError("a hit has no end")
+    assert left == {"elsewhere", "at the copy"} | ({"behind it"} if family in (Family.PLAIN, Family.JCC) else set())
+    assert vm.dmesg_problems() == []
+    client = Client(vm)
+    assert client.attached.messages[0] == "an earlier session left 1 site(s) armed; their text is restored"
+    assert client.session.detach().problems == ()
+    client.channel.detach()
