@@ -75,8 +75,8 @@ class GuestDispatch:
     def make_stopping(self, insn: Insn, missed: Counter | None, slot: VirtAddr | None) -> Slot:
         """Write a handler that stops at the gate for the host.
 
-        Should nobody be there, it counts as *missed*, and the guest goes on in *slot*, or, when what is there must be
-        stepped by the host (``None``), in a copy behind the handler that needs no stepping.
+        Should nobody be there, it counts as *missed*, and the guest goes on in *slot*, or, when what is there is to be
+        stepped by the host (``None``), in relocated code behind the handler: no call of it leaves an address of ours.
 
         :raises RegionError: there is no room for it.
         """

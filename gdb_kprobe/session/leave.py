@@ -8,8 +8,8 @@ All there is to go by is the records in the region and the vCPUs themselves. A v
 * behind the single step of a slot's copy, or at the exception that it raised, not yet fixed up: that is done now;
 * anywhere else in a slot: it is stepped out.
 
-None of these needs it to go on right (but for an exception that has a fixup in the guest, which the guest does not find
-by an address in the slot); what does is that the slots are about to go.
+It would go on right from each of them by itself, but for a trap with the guest's own #BP handler, and for an exception
+whose fixup the guest does not find by an address in a slot. But the slots are about to go.
 """
 
 from __future__ import annotations
