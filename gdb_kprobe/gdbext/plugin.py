@@ -312,6 +312,9 @@ class Plugin:
         if interrupted:
             link.interrupts.request()
         with uninterrupted():
+            # Before there is a site that needs it, and when gdb knows what it has in QEMU.
+            if link.breakpoints.any_inserted:
+                link.watchdog.tell(State.WATCHED)
             try:
                 for problem in link.lower():
                     gdb.write(f"kprobe: {problem}\n", gdb.STDERR)

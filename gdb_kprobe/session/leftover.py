@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_root, loaded_table, shift
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import forget_definitions
 from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out, trapped_at
@@ -56,14 +56,26 @@ class Leftover:
         """Send vCPUs that took one of the int3s back to it, and bring them out of the slots."""
         bring_out(machine, self, self.records, self.header)
 
-    def lift(self, machine: Machine) -> None:
-        """Give the guest its own text, as a session does at a stop; the records stay for who takes the probes over.
+    def let_go(self, machine: Machine) -> int:
+        """Have the guest ready to run with nobody watching; returns how many sites have their own text again for that.
+
+        The records stay for who takes the probes over. A guest that dispatches by itself counts a miss where it would
+        need us. But what is to be single-stepped may be an instruction of the exception table, which must not fault
+        in our code: the guest would not find its fixup.
 
         :raises TargetError: the machine did not do as asked.
         """
         self.bring_out(machine)
-        for record in self.records:
+        needing = [
+            record
+            for record in self.records
+            if record.kind is RecordKind.SITE
+            and len(record.patch.new) == 1
+            and (record.rung is Rung.SINGLE_STEP or not self.dispatches_itself)
+        ]
+        for record in needing:
             restore_site(self.memory, record)
+        return len(needing)
 
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.

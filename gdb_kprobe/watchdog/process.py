@@ -43,8 +43,9 @@ def last_state(pipe: int) -> State:
 def see_to(address: str) -> str:
     """Have the guest at *address* run on without gdb; returns what to tell the user.
 
-    What gdb was doing with a vCPU is undone or finished, and QEMU's breakpoints go: then hits of probes that need gdb
-    are missed, and all others go on. A guest with no dispatcher of its own gets its text back.
+    What gdb was doing with a vCPU is undone or finished, and QEMU's breakpoints go. Probes that only gdb can step get
+    their text back, all that are an int3 where the guest has no dispatcher of its own; hits of others that need gdb are
+    missed, and the rest goes on.
 
     :raises KprobeError: the stub does not do as asked.
     """
@@ -57,19 +58,14 @@ def see_to(address: str) -> str:
         machine = QemuStub(channel)
         machine.drop_breakpoints()
         leftover = find_leftover(machine)
-        sites = 0
-        if leftover is not None:
-            sites = leftover.sites
-            if leftover.dispatches_itself:
-                leftover.bring_out(machine)
-            else:
-                leftover.lift(machine)
+        restored = 0 if leftover is None else leftover.let_go(machine)
         channel.detach()
     if leftover is None:
         return "gdb is gone; the guest runs on"
-    if leftover.dispatches_itself:
-        return f"gdb is gone; the guest runs on with {sites} probed site(s), hits that need gdb count as missed"
-    return f"gdb is gone; the guest runs on, the text of {sites} site(s) restored ('kprobe adopt' arms them again)"
+    return (
+        f"gdb is gone; the guest runs on with {leftover.sites - restored} probed site(s), where hits that need gdb are "
+        f"missed, and {restored} restored; 'kprobe adopt' goes on with all"
+    )
 
 
 if __name__ == "__main__":
