@@ -54,7 +54,7 @@ class Link:
         self.descriptor = find_socket(self.channel.address)
         self.breakpoints = GdbBreakpoints(on_entry_stop)
         self.interrupts = InterruptWatch(self.descriptor)
-        self.watchdog = Watchdog(self.address if settings.settings().watchdog else None)
+        self.watchdog = Watchdog(None)
         self.attached: Attached | None = None
 
     @property
@@ -197,6 +197,8 @@ class Plugin:
         connect(profile)
         link = Link(profile)
         try:
+            if settings.settings().watchdog:
+                link.watchdog = Watchdog(link.address)
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch, link.peers())
                 link.open_data_plane()
@@ -325,6 +327,9 @@ class Plugin:
                     self._restore_others(link)
             _tell_failures(link.session)
             link.watchdog.tell(State.WATCHED if link.breakpoints.any_inserted else State.RUNNING)
+            if link.watchdog.problem:
+                gdb.write(f"kprobe: {link.watchdog.problem}.\n", gdb.STDERR)
+                link.watchdog.problem = ""
 
     def _restore_others(self, link: Link) -> None:
         """The guest is resumed with the armed sites of a session that is over, which a snapshot has brought."""
@@ -389,6 +394,7 @@ class Plugin:
         except KprobeError as error:
             if isinstance(error, GuestResetError) or not isinstance(error, GuestStateError):
                 gdb.write(f"kprobe: {error}\n", gdb.STDERR)
+                link.watchdog.tell(State.STOPPED)  # the text is lifted all the same
         finally:
             _tell_failures(link.session)
             self._settling = False
@@ -487,8 +493,8 @@ class Plugin:
         if link.descriptor is not None:
             cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)
-        link.close()
         print(message, file=sys.stderr, flush=True)
+        link.close()
 
 
 def _tell_failures(session: Session) -> None:

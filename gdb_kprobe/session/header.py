@@ -27,7 +27,7 @@ from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, 
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 4
+VERSION = 5
 
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")

@@ -56,8 +56,8 @@ class Leftover:
         """Send vCPUs that took one of the int3s back to it, and bring them out of the slots."""
         bring_out(machine, self, self.records, self.header)
 
-    def let_go(self, machine: Machine) -> int:
-        """Have the guest ready to run with nobody watching; returns how many sites have their own text again for that.
+    def let_go(self, machine: Machine) -> tuple[str, ...]:
+        """Have the guest ready to run with nobody watching; returns what was left alone, and why.
 
         The records stay for who takes the probes over. A guest that dispatches by itself counts a miss where it would
         need us. But what is to be single-stepped may be an instruction of the exception table, which must not fault
@@ -66,16 +66,15 @@ class Leftover:
         :raises TargetError: the machine did not do as asked.
         """
         self.bring_out(machine)
-        needing = [
+        by_itself = self.dispatches_itself
+        needing = (
             record
             for record in self.records
             if record.kind is RecordKind.SITE
             and len(record.patch.new) == 1
-            and (record.rung is Rung.SINGLE_STEP or not self.dispatches_itself)
-        ]
-        for record in needing:
-            restore_site(self.memory, record)
-        return len(needing)
+            and (record.rung is Rung.SINGLE_STEP or not by_itself)
+        )
+        return tuple(note for record in needing if (note := restore_site(self.memory, record)))
 
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.

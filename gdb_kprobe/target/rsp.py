@@ -17,11 +17,6 @@ from gdb_kprobe.errors import ConnectionLostError, TargetError
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for one reply."""
 
-_LOST = 0.5
-"""Seconds for the answer that comes behind a stop reply. If somebody else has let the machine run (QMP), QEMU stops it
-for the first byte of a packet, and drops that: the packet is to be sent again.
-"""
-
 _RESUMES = (b"c", b"s", b"vCont;", b"?")
 """Requests whose reply is a stop reply. For all others a stop reply in between is news, not the answer."""
 
@@ -55,17 +50,32 @@ def is_served(address: str) -> bool:
     machine for a client that has long gone.
     """
     path = address.removeprefix("unix:")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         if "/" in path:
             # Num RefCount Protocol Flags Type State Inode Path; 03 is connected
             rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
             return any(row[5] == "03" and row[7:] == [path] for row in rows)
-        port = f":{int(address.rpartition(':')[2]):04X}"
+        host, _, number = path.removeprefix("tcp:").rpartition(":")
+        port = f":{int(number):04X}"
+        if not _is_of_this_host(host):
+            return False
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             # sl local_address remote_address state ...; 01 is established
             rows = (line.split() for line in Path(table).read_text().splitlines()[1:])
             if any(row[1].endswith(port) and row[3] == "01" for row in rows):
                 return True
+    return False
+
+
+def _is_of_this_host(host: str) -> bool:
+    """Whether a socket can have this address here.
+
+    :raises OSError: nobody knows the name.
+    """
+    family, kind, proto, _, found = socket.getaddrinfo(host or "localhost", 0, type=socket.SOCK_STREAM)[0]
+    with contextlib.suppress(OSError), socket.socket(family, kind, proto) as sock:
+        sock.bind(found)
+        return True
     return False
 
 
@@ -113,11 +123,7 @@ class RspSocket:
         self._put(packet)
         reply = self._reply()
         while reply[:1] in (b"T", b"S") and not packet.startswith(_RESUMES):
-            try:
-                reply = self._get(_LOST)
-            except TimeoutError:
-                self._put(packet)
-                reply = self._reply()
+            reply = self._reply()
         return reply
 
     def monitor(self, command: str) -> str:

@@ -10,21 +10,28 @@ from pathlib import Path
 
 from gdb_kprobe.watchdog.states import State
 
+_PATIENCE = 2.0
+"""Seconds that it has to end in: it may just have been started."""
+
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class Watchdog:
     """The watchdog of one attachment to the stub at *address*; ``None``: there is to be none.
 
-    None of the methods raises when it cannot be had or is gone: gdb works without it, as long as nobody kills gdb.
+    None of the methods raises when it cannot be had or is gone: gdb works without it, as long as nobody kills gdb. Then
+    :attr:`problem` says so.
     """
 
     def __init__(self, address: str | None) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._told: State | None = None
+        self.problem = ""
         if address is not None:
-            with contextlib.suppress(OSError):
+            try:
                 self._process = _start(address)
+            except OSError as error:
+                self._lose(f"cannot be started: {error}")
         self.tell(State.STOPPED)
 
     @property
@@ -38,8 +45,10 @@ class Watchdog:
             return
         assert self._process.stdin is not None
         self._told = state
-        with contextlib.suppress(OSError):
+        try:
             os.write(self._process.stdin.fileno(), state.value)
+        except OSError:
+            self._lose("has ended")
 
     def end(self) -> None:
         """Send it home."""
@@ -49,12 +58,20 @@ class Watchdog:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()
-            process.wait()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _lose(self, how: str) -> None:
+        self.problem = f"the watchdog {how}; should gdb be killed, the guest stops at the next hit that needs gdb"
 
 
 def _start(address: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [_interpreter(), "-m", "gdb_kprobe.watchdog.process", address],
+        # -P: what happens to lie in the current directory is not for it.
+        [_interpreter(), "-P", "-m", "gdb_kprobe.watchdog.process", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         # A pipe would look open to whoever reads it until the watchdog ends.
@@ -68,7 +85,7 @@ def _start(address: str) -> subprocess.Popen[bytes]:
 def _interpreter() -> str:
     """gdb has Python built in; an interpreter of the same version is to be found beside the packages that it uses."""
     for prefix in (_CHECKOUT / ".venv", Path(sys.prefix)):
-        found = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-        if found.exists():
-            return str(found)
+        for name in (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3"):
+            if (prefix / "bin" / name).exists():
+                return str(prefix / "bin" / name)
     return sys.executable

@@ -12,8 +12,13 @@ from gdb_kprobe.target.rsp import RspSocket, is_served
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.watchdog.states import State
 
-_PATIENCE = 0.5
-"""Seconds in which QEMU has seen that gdb is gone."""
+_PATIENCE = 10.0
+"""Seconds in which QEMU has seen that gdb is gone; a client that it serves then is another gdb."""
+_QUEUED = 1e6
+"""Seconds to wait for an answer: a connection that was given up while another is served would stop the machine, for
+nobody, as soon as that one ends.
+"""
+_TRIES = 3
 
 
 def main() -> int:
@@ -21,10 +26,13 @@ def main() -> int:
     state = last_state(sys.stdin.fileno())
     if state is not State.WATCHED:
         return 0
-    try:
-        told = see_to(sys.argv[1])
-    except (KprobeError, TimeoutError) as error:
-        told = f"gdb is gone, and the guest could not be seen to: {error}"
+    told = ""
+    for _ in range(_TRIES):
+        try:
+            told = see_to(sys.argv[1])
+            break
+        except Exception as error:  # whatever it is, a second try may do, and nobody else will
+            told = f"gdb is gone, and the guest could not be seen to: {error}"
     if told:
         print(f"kprobe: {told}.", file=sys.stderr, flush=True)
     return 0
@@ -54,17 +62,27 @@ def see_to(address: str) -> str:
         if time.monotonic() > deadline:
             return ""  # another gdb was quicker: it is told what there is, and may be at it already
         time.sleep(0.01)
-    with RspSocket(address) as channel:
+    problems: tuple[str, ...] = ()
+    with RspSocket(address, _QUEUED) as channel:
         machine = QemuStub(channel)
         machine.drop_breakpoints()
         leftover = find_leftover(machine)
-        restored = 0 if leftover is None else leftover.let_go(machine)
+        if leftover is not None:
+            try:
+                problems = leftover.let_go(machine)
+            except KprobeError as error:
+                if not leftover.dispatches_itself:
+                    raise
+                problems = (str(error),)  # a vCPU goes on from anywhere by itself
         channel.detach()
     if leftover is None:
         return "gdb is gone; the guest runs on"
-    return (
-        f"gdb is gone; the guest runs on with {leftover.sites - restored} probed site(s), where hits that need gdb are "
-        f"missed, and {restored} restored; 'kprobe adopt' goes on with all"
+    return "; ".join(
+        (
+            f"gdb is gone; the guest runs on with {leftover.sites} site(s) that were probed: what needs gdb is missed, "
+            "or restored; 'kprobe adopt' goes on with all",
+            *problems,
+        )
     )
 
 

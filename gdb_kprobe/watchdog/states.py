@@ -9,7 +9,10 @@ class State(Enum):
     """What gdb is about; of all that were told, the last one counts."""
 
     STOPPED = b"s"
-    """The machine is stopped for the user, with its own text and no breakpoint: it stays so, and may be let run."""
+    """The machine is stopped for the user, with its own text and no breakpoint: it stays so, and may be let run.
+
+    (But while a call of the guest is made for a command: then there are breakpoints where that stops.)
+    """
     RUNNING = b"r"
     """The machine runs, or is about to, and nothing will stop it: QEMU has no breakpoint."""
     WATCHED = b"w"

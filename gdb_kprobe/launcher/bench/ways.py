@@ -29,8 +29,8 @@ _RUNS = 2
 """The first is not timed: QEMU translates the guest's code anew after a stop."""
 _CHUNK = 20
 """Calls between two looks of the workload at the clock."""
-_CALIBRATION = 20_000
-"""Calls of which the ticks are compared with the host's clock."""
+_CALIBRATION = 2.0
+"""Seconds of the host's clock that are compared with the guest's."""
 _FEW, _MANY = 10, 110
 """Calls of a dear way."""
 
@@ -87,9 +87,10 @@ def merge(found: Iterable[Measured]) -> Measured:
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """What some calls took: by the host's clock, and in ticks of the guest's for every 20 calls."""
+    """What some calls took: by the host's clock, and in ticks of the guest's for every 20; *begin* in those too."""
 
     seconds: float
+    begin: int
     ticks: tuple[int, ...]
 
     @property
@@ -101,8 +102,13 @@ class Took:
 def us_of_a_tick(machine: Machine, call: Call) -> float:
     """How many microseconds a tick of the running guest's clock is."""
     with _dialogue(machine, call) as run:
-        took = run((_CALIBRATION, _CALIBRATION))[-1]
-    return took.seconds * 1e6 / sum(took.ticks)
+        run((0,))
+        started = time.monotonic()
+        (first,) = run((0,))
+        time.sleep(_CALIBRATION)
+        passed = time.monotonic() - started
+        (second,) = run((0,))
+    return passed * 1e6 / (second.begin - first.begin)
 
 
 def measure(
@@ -166,13 +172,14 @@ def _dialogue(machine: Machine, call: Call) -> Iterator[Run]:
             started = time.monotonic()
             answer = ask(str(calls))
             seconds = time.monotonic() - started
-            return Took(seconds, ticks_of(answer))
+            begin, *ticks = ticks_of(answer)
+            return Took(seconds, begin, tuple(ticks))
 
         yield lambda numbers: [took(calls) for calls in numbers]
 
 
 def ticks_of(answer: str) -> tuple[int, ...]:
-    """The ticks in the workload's *answer*: ``workload: N calls done, last result R TICKS TICKS ...``."""
+    """The ticks in the workload's *answer*: ``workload: N calls done, last result R BEGIN TICKS TICKS ...``."""
     _, _, result_and_ticks = answer.partition("last result ")
     return tuple(map(int, result_and_ticks.split()[1:]))
 

@@ -3,7 +3,7 @@
 #   workload syscall NR N [ARG...]   N times the system call NR (-1: for ever). ARG is a number, s:STRING (passed by
 #                                    address), or b: (the address of a buffer of 64 KiB)
 #   workload syscall NR - [ARG...]   the same for each line "N" of the input
-#   workload timed NR - [ARG...]     that, with the ticks (rdtsc) of every 20 calls at the end of the answer
+#   workload timed NR - [ARG...]     that, with the ticks (rdtsc) at the beginning and of every 20 calls
 #   workload spin SECONDS            a loop in user mode; 0 is for ever
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #   workload part NAME N             N times system calls of one kind (workload_parts.S)
@@ -91,6 +91,7 @@ do_syscall:
         mov     dword ptr [rip + chunks], 0
         mov     ebx, CHUNK
         call    stamp
+        mov     [rip + begin], rdx
         test    rbp, rbp
         jz      4f
 3:      mov     rdi, [rip + arguments]
@@ -114,8 +115,10 @@ do_syscall:
         call    print
         mov     rax, [rip + last_result]
         call    print_number
+        cmp     byte ptr [rip + timed], 0
+        je      0f
         call    print_chunks
-        lea     rsi, [rip + text_newline]
+0:        lea     rsi, [rip + text_newline]
         call    print
         cmp     byte ptr [rip + asked], 0
         jne     7f
@@ -145,6 +148,10 @@ stamp:  rdtsc
         ret
 
 print_chunks:
+        lea     rsi, [rip + text_space]
+        call    print
+        mov     rax, [rip + begin]
+        call    print_number
         xor     ebx, ebx
 1:      cmp     ebx, [rip + chunks]
         je      2f
@@ -358,6 +365,7 @@ trapped:
 chunks: .long   0
 last_stamp:
         .quad   0
+begin:  .quad   0
 asked:  .byte   0
 timed:  .byte   0
 line_end:

@@ -91,12 +91,12 @@ def test_command_of_a_call() -> None:
 
 
 def test_ticks_in_an_answer() -> None:
-    assert ticks_of("workload: 250 calls done, last result -2 3100 3000") == (3100, 3000)
-    assert ticks_of("workload: 0 calls done, last result 0") == ()
+    assert ticks_of("workload: 50 calls done, last result -2 12345 3100 3000") == (12345, 3100, 3000)
+    assert ticks_of("workload: 0 calls done, last result 0 12345") == (12345,)
 
 
 def test_a_call_takes_what_it_takes_when_nothing_comes_between() -> None:
-    assert Took(1.0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 150
+    assert Took(1.0, 0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 150
 
 
 def _code(flow: dict[int, tuple[int, ...]], nop: int | None = None) -> FunctionCode:

@@ -61,8 +61,41 @@ def test_gdb_goes_on_when_the_watchdog_is_killed(tmp_path: Path) -> None:
     deadline = time.monotonic() + 10
     while Path(f"/proc/{watchdog.pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
+    assert watchdog.problem == ""
     watchdog.tell(State.WATCHED)
     watchdog.tell(State.STOPPED)
+    assert watchdog.problem.startswith("the watchdog has ended; ")
+    watchdog.end()
+
+
+def test_one_that_hangs_does_not_hold_gdb(tmp_path: Path) -> None:
+    watchdog = Watchdog(str(tmp_path / "nobody"))
+    pid = watchdog.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    watchdog.end()
+    assert time.monotonic() - started < 10
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_files_of_the_current_directory_are_not_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "marker"
+    for name in ("struct", "capstone", "socket", "gdb_kprobe"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    watchdog = Watchdog(str(tmp_path / "nobody"))
+    watchdog.tell(State.RUNNING)
+    watchdog.end()
+    assert watchdog.problem == ""
+    assert not marker.exists()
+
+
+def test_one_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdb_kprobe.watchdog.handle._interpreter", lambda: str(tmp_path / "python"))
+    watchdog = Watchdog("nobody")
+    assert watchdog.problem.startswith("the watchdog cannot be started: ")
+    watchdog.tell(State.WATCHED)
     watchdog.end()
 
 
@@ -73,5 +106,6 @@ def test_there_may_be_none() -> None:
     watchdog.end()
 
 
-def test_a_stub_that_serves_another_is_left_alone(served: str) -> None:
+def test_a_stub_that_serves_another_is_left_alone(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdb_kprobe.watchdog.process._PATIENCE", 0.1)
     assert see_to(served) == ""
