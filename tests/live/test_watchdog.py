@@ -209,9 +209,9 @@ def test_gdb_works_on_without_it(probed: Boot) -> None:
         guest.add(gdb, f"p:getp {FUNCTION}")
         os.kill(watchdog_of(gdb), signal.SIGKILL)
         gdb.cont()
-        assert "the watchdog has ended" in "".join(gdb.transcript)
         guest.guest.check_output(LOAD)
         gdb.interrupt()
+        assert "the watchdog has ended" in "".join(gdb.transcript)
         assert guest.hits(gdb) == {"getp": CALLS}
         gdb.console("kprobe detach")
 
