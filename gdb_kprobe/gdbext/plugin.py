@@ -11,7 +11,7 @@ from pathlib import Path
 import gdb
 
 from gdb_kprobe.config.load import find_profile, load_profile
-from gdb_kprobe.config.profile import Profile, SharedMemory
+from gdb_kprobe.config.profile import KernelKind, Profile, SharedMemory
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
@@ -197,7 +197,8 @@ class Plugin:
         connect(profile)
         link = Link(profile)
         try:
-            if settings.settings().watchdog:
+            # What is armed in a bare-metal guest is found by its profile only: the watchdog could not see to it.
+            if settings.settings().watchdog and profile.kernel.kind is KernelKind.LINUX:
                 link.watchdog = Watchdog(link.address)
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch, link.peers())

@@ -18,7 +18,7 @@ import pytest
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, GdbTerminal
 from gdb_kprobe.x86.decode import iter_insns
-from kprobe_guest import GuestSpec
+from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
@@ -27,6 +27,7 @@ CALLS = 5_000
 HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {FUNCTION}', pre=lambda hit: None)"
 SCHED_SETATTR, UNMAPPED = 314, 0x10_0000
 """A system call that reads by ``__get_user_4``, and where it finds nothing."""
+WATCHDOG = "__import__('gdb_kprobe.gdbext.plugin').gdbext.plugin.the_plugin().need_link().watchdog"
 LOAD = f"workload syscall 140 {CALLS}"
 
 Boot = Callable[[GuestSpec], Any]
@@ -42,11 +43,7 @@ def kill(gdb: GdbMi) -> None:
 
 
 def watchdog_of(gdb: GdbMi) -> int:
-    return int(
-        gdb.console(
-            "python print(__import__('gdb_kprobe.gdbext.plugin').gdbext.plugin.the_plugin().need_link().watchdog.pid)"
-        )
-    )
+    return int(gdb.console(f"python print({WATCHDOG}.pid)"))
 
 
 def wait_for_end(pid: int, seconds: float = 10) -> None:
@@ -237,3 +234,26 @@ def test_another_gdb_may_be_quicker(probed: Boot) -> None:
             second.interrupt()
             second.console("kprobe detach")
             gdb.wait_exit()
+
+
+def test_a_bare_metal_guest_waits_at_its_next_hit(booted_guest: Callable[[GuestSpec], GuestVm]) -> None:
+    """Nobody finds what is armed in it but by its profile, so that it has no watchdog."""
+    guest = booted_guest(GuestSpec(kernel="bare"))
+    image = guest.bare_image()
+    environment = {"KPROBE_GUEST": str(guest.directory), "KPROBE_SYMBOLS": str(image.symbols_path)}
+    with GdbMi(environment) as gdb:
+        gdb.console("kprobe attach bare")
+        assert "None" in gdb.console(f"python print({WATCHDOG}.pid)")
+        gdb.console(f"kprobe add p:jcc {image.symbols['f_jcc']:#x}")
+        gdb.cont()
+        kill(gdb)
+    deadline = time.monotonic() + 10
+    while guest.qmp("query-status")["running"]:  # type: ignore[index]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with GdbMi(environment) as gdb:
+        gdb.console("kprobe attach bare")
+        gdb.console("kprobe detach")
+    rounds = guest.read_u64(image.physical("rounds"))
+    time.sleep(0.2)
+    assert guest.read_u64(image.physical("rounds")) > rounds
