@@ -4,7 +4,7 @@ The counter's region, one for each probe, shared with the host::
 
     +0   u64  hits     counted here
     +8   u64  missed   counted by who could not run the handler
-    +16  u32  enable   0: nothing is counted
+    +16  u32  enable   1: hits are counted, 0: they are not
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def lower(condition: Condition | None) -> Program:
     out, end = Builder(), Label()
     out.load_region(R2, COUNTER)
     out.load(R0, R2, ENABLE, Size.W)
+    if condition is None:
+        # Adds the enable word. A branch would be dearer: QEMU's translations end at one, and another is to be entered.
+        out.atomic(AluOp.ADD, R2, HITS, R0, Size.DW)
+        out.exit()
+        return out.finish()
     out.jump_if(JmpOp.JEQ, R0, 0, end)
-    if condition is not None:
-        jump_unless(out, condition.expr, end)
+    jump_unless(out, condition.expr, end)
     out.load_region(R1, COUNTER)
     out.mov(R2, 1)
     out.atomic(AluOp.ADD, R1, HITS, R2, Size.DW)
