@@ -191,7 +191,7 @@ def test_what_a_killed_gdb_has_armed_elsewhere_is_restored_before_the_guest_runs
     guest = probed(GuestSpec(vcpus=2))
     vm = guest.guest
     job = vm.spawn("workload syscall 0 -1 0 0 0")
-    with guest.gdb(dispatch=dispatch) as gdb:
+    with guest.gdb(dispatch=dispatch, watchdog=False) as gdb:
         guest.add(gdb, "p:often ksys_read", "boosted")
         gdb.cont()
         deadline = time.monotonic() + 30
