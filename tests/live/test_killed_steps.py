@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +14,12 @@ from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment
-from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.testing.client import StubClient, is_cut
 from gdb_kprobe.x86.decode import iter_insns
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
@@ -46,26 +46,14 @@ class CutChannel(RspSocket):
         return super().send(packet)
 
 
-class Client:
-    """A debugger without gdb: attached to the stopped guest, with breakpoints of the stub."""
+class Client(StubClient):
+    """A debugger without gdb, attached to the stopped guest."""
 
     def __init__(self, guest: GuestVm) -> None:
         self.channel = CutChannel(guest.gdb_address)
-        self.stub = QemuStub(self.channel)
+        super().__init__(self.channel)
         self.attached: Attached = attach(self.stub, load_profile(PROFILE, environment(guest)), self)
         self.session = self.attached.session
-
-    def insert(self, addr: VirtAddr) -> None:
-        assert self.channel.send(b"Z1,%x,1" % addr) == b"OK"
-
-    def remove(self, addr: VirtAddr) -> None:
-        assert self.channel.send(b"z1,%x,1" % addr) == b"OK"
-
-    def is_taken(self, addr: VirtAddr) -> bool:
-        return False
-
-    def taken(self) -> tuple[int, ...]:
-        return ()
 
     def probe(self, family: Family) -> Plan:
         """Add a probe, to be single-stepped, on the first instruction of *family*."""
@@ -81,12 +69,7 @@ class Client:
         """Let the guest run, with the workload that *start* starts, to the first hit; which vCPU has it."""
         self.channel.resume()
         job = start()
-        reply = self.channel.wait_stop(10)
-        assert reply is not None, "no hit"
-        self.stub.forget_selection()
-        thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
-        assert thread is not None
-        return CpuId(int(thread[1], 16)), job
+        return self.wait_stop(), job
 
 
 @pytest.mark.parametrize("family", [Family.PLAIN, Family.JCC, Family.CALL_REL, Family.RET])
@@ -102,12 +85,7 @@ def test_killed_at_any_packet_of_a_step_the_guest_goes_on(
             slot = client.probe(family).slot
             cpu, job = client.run_to_hit(lambda: background.submit(vm.run, WORKLOAD, 20))
             client.channel.changes_left = count
-            try:
-                client.session.on_breakpoint(cpu)
-            except ConnectionLostError:
-                killed = True
-            else:
-                killed = False
+            killed = is_cut(client.session.on_breakpoint, cpu)
             client.channel.close()
             with RspSocket(vm.gdb_address) as plain:
                 stub = QemuStub(plain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from gdb_kprobe.session.attach import attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.testing.client import StubClient, is_cut
 from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
@@ -57,7 +57,7 @@ class CuttableChannel(RspSocket):
         return super().send(packet)
 
 
-class BareSession:
+class BareSession(StubClient):
     """An attachment to the guest, and the loop that gdb would be: resume, stop, dispatch."""
 
     def __init__(self, guest: GuestVm) -> None:
@@ -65,18 +65,9 @@ class BareSession:
         environment = {"KPROBE_GUEST": str(guest.directory), "KPROBE_SYMBOLS": str(image.symbols_path)}
         self.symbols = image.symbols
         self.channel = CuttableChannel(guest.gdb_address)
-        self.stub = QemuStub(self.channel)
+        super().__init__(self.channel)
         self.attached = attach(self.stub, load_profile(PROFILE, environment), self)
         self.session = self.attached.session
-
-    def insert(self, addr: VirtAddr) -> None:
-        assert self.channel.send(b"Z1,%x,1" % addr) == b"OK"
-
-    def remove(self, addr: VirtAddr) -> None:
-        assert self.channel.send(b"z1,%x,1" % addr) == b"OK"
-
-    def is_taken(self, addr: VirtAddr) -> bool:
-        return False
 
     def add(self, place: str, rung: Rung, **handlers: Any) -> Probe:
         probe = Probe(parse_definition(f"p:{place.replace('+', '_')} {place}"), strategy=rung, **handlers)
@@ -85,11 +76,7 @@ class BareSession:
     def stop(self) -> CpuId:
         """Resume, and wait for a stop."""
         self.channel.resume()
-        reply = self.channel.wait_stop(10)
-        assert reply is not None, "no stop"
-        self.stub.forget_selection()
-        thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
-        return CpuId(int(thread[1], 16) if thread else 1)
+        return self.wait_stop()
 
     def run(self, until: Callable[[], bool]) -> None:
         """Run until a dispatch has made *until* true. A breakpoint of the guest's own is let through."""
@@ -225,12 +212,7 @@ def test_a_debugger_killed_between_any_two_packets_of_a_hit(guest: GuestVm, plac
         bare.add(place, rung)
         cpu = bare.stop()
         bare.channel.packets_left = count
-        try:
-            bare.session.on_breakpoint(cpu)
-        except ConnectionLostError:
-            killed = True
-        else:
-            killed = False
+        killed = is_cut(bare.session.on_breakpoint, cpu)
         bare.channel.close()
 
         after = BareSession(guest)
@@ -263,12 +245,7 @@ def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, plac
         patch = bare.session.site_of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
         cpu = bare.stop()
         bare.channel.packets_left = count
-        try:
-            bare.session.on_breakpoint(cpu)
-        except ConnectionLostError:
-            killed = True
-        else:
-            killed = False
+        killed = is_cut(bare.session.on_breakpoint, cpu)
         bare.channel.close()
 
         with RspSocket(guest.gdb_address) as plain:

@@ -12,6 +12,7 @@ from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import Restored, restore
+from gdb_kprobe.testing.client import is_cut
 
 REGION_PHYS = PhysAddr(0x40_0000)
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
@@ -140,12 +141,7 @@ def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None
         toy.put(function)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        try:
-            toy.session.on_breakpoint(1)
-        except ConnectionLostError:
-            killed = True
-        else:
-            killed = False
+        killed = is_cut(toy.session.on_breakpoint, 1)
         done = restore_after_kill(toy)
         assert_clean(toy)
         assert toy.resume() == expected, f"killed after {count} changes"
@@ -167,12 +163,7 @@ def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place
         toy.put(function)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        try:
-            toy.session.on_breakpoint(1)
-        except ConnectionLostError:
-            lost = True
-        else:
-            lost = False
+        lost = is_cut(toy.session.on_breakpoint, 1)
         toy.machine.changes_left = None
         assert toy.session.detach().problems == ()
         assert_clean(toy)
@@ -195,12 +186,7 @@ def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Any, place: 
         toy.put(function, rdi=1)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        try:
-            toy.session.on_breakpoint(1)
-        except ConnectionLostError:
-            killed = True
-        else:
-            killed = False
+        killed = is_cut(toy.session.on_breakpoint, 1)
         if toy.machine.registers[1]["rip"] != toy.addr("bp_entry"):
             toy.machine.breakpoints.clear()
             assert toy.resume() == expected, f"killed after {count} changes"
@@ -220,12 +206,7 @@ def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
         toy.put("f_load", rdi=0x10)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        try:
-            toy.session.on_breakpoint(1)
-        except ConnectionLostError:
-            killed = True
-        else:
-            killed = False
+        killed = is_cut(toy.session.on_breakpoint, 1)
         restore_after_kill(toy)
         assert_clean(toy)
         assert toy.resume() == (1 << 64) - 14, f"killed after {count} changes"
