@@ -53,8 +53,14 @@ class _Places:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N")
+    parser.add_argument("--repetitions", type=_at_least_one, default=3, metavar="N", help="of each row (3)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of repetitions: 1 or more are needed")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
