@@ -80,7 +80,7 @@ class _Registered:
         )
         self.watchdog = _Switch(
             "watchdog",
-            "Have a process beside gdb from the next attach on, which sees to the guest should gdb be killed.",
+            "Start a process at each attach that has the guest run on, without the probes' handlers, if gdb is killed.",
             True,
         )
 
