@@ -44,7 +44,7 @@ def open_socket(address: str, timeout: float) -> socket.socket:
 
 
 def is_served(address: str) -> bool:
-    """Whether the stub at *address*, on this host, has a client already; as far as ``/proc/net`` tells.
+    """Whether the stub at *address*, on this host, has a client already, or one waits; as far as ``/proc/net`` tells.
 
     Asked before connecting: QEMU would keep a second connection waiting, serve it when the first ends, and stop the
     machine for a client that has long gone.
@@ -52,9 +52,9 @@ def is_served(address: str) -> bool:
     path = address.removeprefix("unix:")
     with contextlib.suppress(OSError, ValueError):
         if "/" in path:
-            # Num RefCount Protocol Flags Type State Inode Path; 03 is connected
+            # Num RefCount Protocol Flags Type State Inode Path; 03 is connected, 02 waits to be accepted
             rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
-            return any(row[5] == "03" and row[7:] == [path] for row in rows)
+            return any(row[5] in ("02", "03") and row[7:] == [path] for row in rows)
         host, _, number = path.removeprefix("tcp:").rpartition(":")
         port = f":{int(number):04X}"
         if not _is_of_this_host(host):

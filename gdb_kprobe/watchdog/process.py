@@ -12,7 +12,7 @@ from gdb_kprobe.target.rsp import RspSocket, is_served
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.watchdog.states import State
 
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 """Seconds in which QEMU has seen that gdb is gone; a client that it serves then is another gdb."""
 _QUEUED = 1e6
 """Seconds to wait for an answer: a connection that was given up while another is served would stop the machine, for

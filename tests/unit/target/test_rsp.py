@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
-from gdb_kprobe.target.rsp import RspSocket, open_socket
+from gdb_kprobe.target.rsp import RspSocket, is_served, open_socket
 
 
 def test_connecting_swallows_the_unasked_stop_reply_and_reads_the_description(scripted: Any) -> None:
@@ -181,3 +182,24 @@ def test_tcp_addresses(form: str) -> None:
         open_socket(form.format(server.getsockname()[1]), 5) as sock,
     ):
         assert sock.getpeername() == server.getsockname()
+
+
+@pytest.mark.parametrize("unix", [True, False], ids=["unix", "tcp"])
+def test_a_stub_is_served_from_when_a_client_waits_until_it_is_let_go(tmp_path: Path, unix: bool) -> None:
+    path = str(tmp_path / "stub")
+    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as listening:
+        listening.bind(path if unix else ("127.0.0.1", 0))
+        listening.listen()
+        address = path if unix else f"localhost:{listening.getsockname()[1]}"
+        assert not is_served(address)
+        with open_socket(address, 5):
+            assert is_served(address), "QEMU has not looked yet"
+            accepted, _ = listening.accept()
+            assert is_served(address)
+        accepted.close()
+        assert not is_served(address)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:1234", "| exec qemu -gdb stdio", "localhost:"])
+def test_what_is_no_stub_of_this_host_is_not_known_to_be_served(address: str) -> None:
+    assert not is_served(address)
