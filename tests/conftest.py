@@ -1,8 +1,12 @@
-"""Guests for tests: one running guest per spec, shared by the tests that ask for it, replaced when it was hurt."""
+"""Guests for tests: one running guest per spec, shared by the tests that ask for it, replaced when it was hurt.
+
+Which tests come before another is chance: each has to leave its guest as it was after boot.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -27,6 +31,7 @@ class GuestPool:
 
     def __init__(self) -> None:
         self._guests: dict[GuestSpec, GuestVm] = {}
+        self._conditions: dict[GuestVm, tuple[str, ...]] = {}
 
     def get(self, spec: GuestSpec) -> GuestVm:
         """A healthy, running guest of this kind: the one there is, or a new one."""
@@ -38,8 +43,20 @@ class GuestPool:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
             guest = _boot(spec)
+            if spec.kernel != "bare":
+                self._conditions[guest] = guest.condition()
         self._guests[spec] = guest
         return guest
+
+    def check_unchanged(self, guest: GuestVm) -> None:
+        """Fail if a running *guest* is not as it was after boot; a program that was killed has a moment to end."""
+        condition = self._conditions.get(guest)
+        if condition is None or not _usable(guest):
+            return
+        deadline = time.monotonic() + 3
+        while (now := guest.condition()) != condition and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert now == condition, "the test has left its guest changed: others may get it"
 
     def discard(self, guest: GuestVm) -> None:
         """End a guest that a failed test has used, and keep its logs."""
@@ -86,8 +103,8 @@ _FAILED = pytest.StashKey[bool]()
 def booted_guest(guest_pool: GuestPool, request: pytest.FixtureRequest) -> Iterator[BootedGuest]:
     """A function from a :class:`GuestSpec` to a running guest.
 
-    The guest may have served other tests before. Afterwards its console must show no failure; a failed test's guest is
-    not used again.
+    The guest may have served other tests before. Afterwards its console must show no failure, and it must be as it was
+    after boot. A failed test's guest is not used again.
     """
     used: list[GuestVm] = []
     request.node.stash[_USED] = used
@@ -103,6 +120,11 @@ def booted_guest(guest_pool: GuestPool, request: pytest.FixtureRequest) -> Itera
             guest_pool.discard(guest)
         else:
             guest.check()
+            try:
+                guest_pool.check_unchanged(guest)
+            except AssertionError:
+                guest_pool.discard(guest)
+                raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

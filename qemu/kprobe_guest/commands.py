@@ -13,6 +13,15 @@ from kprobe_guest.channel import CommandChannel
 from kprobe_guest.console import find_problems
 from kprobe_guest.errors import GuestError, GuestTimeoutError
 
+_SETTINGS = (
+    "/sys/devices/system/cpu/online",
+    "/sys/kernel/debug/kprobes/enabled",
+    *(f"/proc/sys/kernel/{name}" for name in ("ftrace_enabled", "kptr_restrict", "nmi_watchdog")),
+    *(f"/sys/kernel/tracing/{name}" for name in ("current_tracer", "kprobe_events", "set_event", "set_ftrace_filter")),
+    "/sys/kernel/tracing/tracing_on",
+)
+"""What tests and torture runs switch."""
+
 
 class GuestCommands(ABC):
     """Commands over the channel of a guest; whoever inherits has the channel and looks after the guest."""
@@ -148,6 +157,20 @@ class GuestCommands(ABC):
     def kallsyms(self) -> str:
         """The guest's own /proc/kallsyms, as root sees it."""
         return self.read_file("/proc/kallsyms").decode()
+
+    def condition(self) -> tuple[str, ...]:
+        """What work in the guest may leave changed: settings, modules, programs that run; a line each, in order.
+
+        As it was after boot means that nobody needs to know what the guest was used for since.
+        """
+        # Almost all by the shell itself: starting a program is what takes time.
+        lines = self.check_output(
+            f"grep -H '' {' '.join(_SETTINGS)}; "
+            "while read -r name rest; do echo module $name; done < /proc/modules; "
+            "for process in /proc/[1-9]*; do program=; read -r program < $process/cmdline; "
+            '[ -z "$program" ] || [ $process = /proc/$$ ] || echo program $program; done 2> /dev/null; true'
+        )
+        return tuple(sorted(lines.splitlines()))
 
     def modules(self) -> dict[str, int]:
         """The guest's loaded modules: name and address of the core section."""

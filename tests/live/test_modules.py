@@ -71,12 +71,12 @@ def test_probes_follow_their_module(
         vm.check_output(UNLOAD)
         gdb.interrupt()
         gdb.console("kprobe detach")
+    vm.check_output(LOAD)
     guest.check_untouched()
 
 
 def test_what_cannot_come_is_refused(probed: Callable[[GuestSpec], Any]) -> None:
     guest = probed(GuestSpec())
-    guest.guest.check_output(f"lsmod | grep -q loop || {LOAD}")
     with guest.gdb() as gdb:
         with pytest.raises(GdbCommandError, match="loop_add_two is not in kallsyms"):
             gdb.console("kprobe p:wrong loop:loop_add_two")
@@ -144,7 +144,6 @@ def test_probes_that_wait_are_adopted_with_their_counts(
 ) -> None:
     vm = booted_guest(GuestSpec())
     guest = make_probed(vm)
-    vm.run(LOAD)
     with guest.gdb() as gdb:
         gdb.console("kprobe p:ctl loop:loop_control_ioctl")
         gdb.console("kprobe p:never nosuch:nosuch_function")
