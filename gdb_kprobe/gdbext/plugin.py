@@ -301,7 +301,7 @@ class Plugin:
     def original_of(self, addr: int) -> VirtAddr | None:
         """Where the guest really is when it is at *addr* in a slot; ``None`` for any other address."""
         link = self.link
-        return None if link is None or link.attached is None else link.session.original_of(addr)
+        return None if link is None or link.attached is None else link.session.sites.original_of(addr)
 
     def on_resumed(self, interrupted: bool) -> None:
         """gdb is about to resume the guest for the user (not after a stop that is only ours).

@@ -7,10 +7,12 @@ need, what else was put within the jump's 5 bytes, and who is executing there or
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
 from functools import partial
 
 from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.window import Window
+from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Probe, Site
@@ -65,6 +67,13 @@ class Jumps:
         if watched:
             return Refusal(Reason.NEEDS_HOST, addr, "a hit there ends a fault of another probe's instruction")
         return Wish(Action(self._programs.handlers(enabled)), partial(self.check, addr))
+
+    def preview(self, addr: VirtAddr, condition: Condition | None, counter: VirtAddr) -> Wish | Refusal:
+        """The jump for a probe that there is not yet; it would count in *counter*."""
+        wish = self.wish(addr, ())
+        if isinstance(wish, Refusal):
+            return wish
+        return replace(wish, action=Action((self._programs.handler(condition, counter),)))
 
     def check(self, addr: VirtAddr, window: Window) -> Refusal | None:
         """Why the jump at *addr* must not be written now."""

@@ -24,7 +24,7 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
 
     Never raises for a guest that cannot be reached: then the answer names every site that is left armed.
     """
-    sites = session.armed_sites()
+    sites = session.sites.armed()
     places = ", ".join(str(session.guest.place_of(site.addr)) for site in sites)
     try:
         # Left by an error, the socket is just closed: the machine stays stopped, at no hit that nobody handles.

@@ -13,7 +13,7 @@ from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
-from gdb_kprobe.session.probes import Probe, Service, Site
+from gdb_kprobe.session.probes import Service, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, holds, verify
@@ -108,21 +108,6 @@ class Routes:
         if site.service is not None:
             self._region.slots.free(site.service.handler)
             site.service = None
-
-    def allocate_counter(self, probe: Probe) -> None:
-        """Give *probe* a counter, if it does not bring its own.
-
-        :raises RegionError: all are in use.
-        """
-        if probe.counter is None:
-            probe.counter = self._region.counters.allocate()
-            probe.counter.enable(probe.enabled)
-
-    def free_counter(self, probe: Probe) -> None:
-        """Take the counter of *probe* back; what it said stays counted."""
-        counter = probe.take_counter()
-        if counter is not None:
-            self._region.counters.free(counter)
 
     # -- stops --------------------------------------------------------------------------------------------------
 

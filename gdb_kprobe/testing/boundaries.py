@@ -27,7 +27,7 @@ def kprobe_arm(addresses):
         except Exception as error:
             failed[addr] = f"{type(error).__name__}: {error}"
         else:
-            armed[addr] = str(session.site_of(probe).plan.rung)
+            armed[addr] = str(session.sites.of(probe).plan.rung)
     print(json.dumps([armed, refused, failed]))
 
 def kprobe_counts():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.live
 
 GETPRIORITY = 140
 CALLS = 5000
-ADDRESSES = "site.addr for site in plugin.the_plugin().link.session.armed_sites()"
+ADDRESSES = "site.addr for site in plugin.the_plugin().link.session.sites.armed()"
 
 
 Boot = Callable[[GuestSpec], Any]

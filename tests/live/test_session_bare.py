@@ -242,7 +242,7 @@ def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, plac
         rounds = {counters[name] - past for name, past in before.items()}
         assert len(rounds) <= 1, f"cut after {count - 1} packets"
         before = counters
-        patch = bare.session.site_of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
+        patch = bare.session.sites.of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
         cpu = bare.stop()
         bare.channel.packets_left = count
         killed = is_cut(bare.session.on_breakpoint, cpu)

@@ -69,7 +69,7 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
     if link is None:
         write(f"{probe.name}: noted; it is armed by 'kprobe attach'.")
         return
-    site = link.session.site_of(probe)
+    site = link.session.sites.of(probe)
     if site is None:
         write(f"{probe.name}: module {probe.spec.location.module} is not loaded; it is armed when it comes.")
         return

@@ -26,7 +26,7 @@ class Info(Command):
         link = plugin.the_plugin().link
         for probe in api.named(argument, "kprobe info"):
             write(probe_info(probe_view(probe)))
-            site = link.session.site_of(probe) if link is not None else None
+            site = link.session.sites.of(probe) if link is not None else None
             if site is not None and probe.place is not None:
                 write(render_plan(plan_view(probe, probe.place, site.plan)))
                 inside = handler_view(probe, site)
@@ -52,7 +52,7 @@ class Info(Command):
         write(f"region:     {header.size >> 20} MiB at {header.virt:#x} (physical {header.phys:#x})")
         write(f"counters:   {link.data_plane()}")
         write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
-        write(f"probes:     {len(session.probes)}, {len(session.armed_sites())} site(s) armed")
+        write(f"probes:     {len(session.probes)}, {len(session.sites.armed())} site(s) armed")
 
     def complete(self, text: str, word: str) -> list[str]:
         return complete.probes(word)

@@ -18,7 +18,7 @@ from gdb_kprobe.session.probes import Probe, State
 
 def _probe(probe: Probe) -> dict[str, str]:
     link = plugin.the_plugin().link
-    site = link.session.site_of(probe) if link is not None else None
+    site = link.session.sites.of(probe) if link is not None else None
     return {
         "name": probe.name,
         "definition": str(probe.spec),

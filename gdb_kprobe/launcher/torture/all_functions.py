@@ -28,7 +28,7 @@ _COUNTED = "p___x64_sys_sched_get_priority_max_0"
 _CALLS = 1000
 _TIMEOUT = 600
 
-_SITES = "f'{site.addr} {site.plan.rung}' for site in plugin.the_plugin().link.session.armed_sites()"
+_SITES = "f'{site.addr} {site.plan.rung}' for site in plugin.the_plugin().link.session.sites.armed()"
 _SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
 
 

@@ -514,7 +514,7 @@ class Toy:
         assert self.changed_text() == {}
         assert self.records() == []
         assert self.machine.breakpoints == set()
-        assert self.session._sites == {}
+        assert self.session.sites.all() == ()
         assert self.region.slots.used == sum(slot.size for slot in self.region.slots.quarantined)
 
 

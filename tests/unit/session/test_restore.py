@@ -108,7 +108,7 @@ def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Any) 
 
 def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Any, toy_with: Any) -> None:
     probe = toy.add("f_push")
-    slot = toy.session.site_of(probe).plan.slot
+    slot = toy.session.sites.of(probe).plan.slot
     toy.put("f_nop", cpu=2)
     values = toy.machine.registers[2]
     values["rsp"] -= 8

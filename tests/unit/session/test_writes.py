@@ -41,8 +41,8 @@ def snapshot(toy: Any) -> tuple[Any, ...]:
         toy.records(),
         set(toy.machine.breakpoints),
         {
-            addr: (site.armed, site.plan.rung, [probe.name for probe in site.probes])
-            for addr, site in session._sites.items()
+            site.addr: (site.armed, site.plan.rung, [probe.name for probe in site.probes])
+            for site in session.sites.all()
         },
         [(probe.name, probe.enabled) for probe in session.probes],
         toy.region.slots.used - sum(slot.size for slot in toy.region.slots.quarantined),
@@ -210,7 +210,7 @@ def test_when_all_records_are_in_use_nothing_is_written(toy: Any, place: str) ->
     make_region_full(toy)
     with pytest.raises(RegionError, match="records of the region are in use"):
         toy.add(place)
-    assert (toy.changed_text(), toy.machine.breakpoints, toy.session._sites) == ({}, set(), {})
+    assert (toy.changed_text(), toy.machine.breakpoints, toy.session.sites.all()) == ({}, set(), ())
 
 
 def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Any) -> None:

@@ -1,0 +1,40 @@
+"""Who is on the way through the region: what was freed there is used again, or unmapped, only when nobody is."""
+
+from __future__ import annotations
+
+from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.moment import Moment
+from gdb_kprobe.session.region import Region
+from gdb_kprobe.target.protocols import Cpus
+
+
+class Quarantine:
+    """The freed slots and counters of *region* that somebody may still come back to."""
+
+    def __init__(self, machine: Cpus, guest: Guest, region: Region, moment: Moment) -> None:
+        self._machine = machine
+        self._guest = guest
+        self._region = region
+        self._moment = moment
+
+    def is_quiet(self) -> bool:
+        """No word on any kernel stack points into the region, as far as is known. The vCPUs themselves may be in it."""
+        return self._stack_words() == []
+
+    def end(self) -> bool:
+        """Free for use what nobody can come back to; whether there was any."""
+        words = self._stack_words()
+        if words is None:
+            return False
+        inside = [self._machine.read_register(cpu, "rip") for cpu in self._machine.cpus()]
+        released = self._region.slots.release(words + inside) > 0
+        if not self._region.slots.quarantined:
+            # Whoever adds to one does it in a slot.
+            released |= self._region.counters.release() > 0
+        if released:
+            self._moment.change()
+        return released
+
+    def _stack_words(self) -> list[int] | None:
+        pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
+        return self._guest.stack_words_into(self._region.header.range, pointers)

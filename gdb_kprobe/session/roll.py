@@ -1,0 +1,45 @@
+"""What the region has of each probe, whether or not there is a site for it: its counter, and its definition."""
+
+from __future__ import annotations
+
+from gdb_kprobe.errors import RegionError
+from gdb_kprobe.session.definitions import Definitions
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.quarantine import Quarantine
+from gdb_kprobe.session.region import Region
+
+
+class Roll:
+    """The probes that *region* knows of."""
+
+    def __init__(self, region: Region, quarantine: Quarantine) -> None:
+        self._counters = region.counters
+        self._definitions = Definitions(region.memory, region.header)
+        self._quarantine = quarantine
+
+    def enter(self, probe: Probe) -> None:
+        """Give *probe* a counter, if it does not bring its own, and write down what it is.
+
+        :raises RegionError: there is no room.
+        """
+        if probe.counter is None:
+            try:
+                probe.counter = self._counters.allocate()
+            except RegionError:
+                if not self._quarantine.end():
+                    raise
+                probe.counter = self._counters.allocate()
+            probe.counter.enable(probe.enabled)
+        if not probe.hidden:
+            self._definitions.add(probe)
+
+    def strike(self, probe: Probe) -> None:
+        """Undo that; nothing happens when it was not done. What the counter said stays counted."""
+        self._definitions.remove(probe)
+        counter = probe.take_counter()
+        if counter is not None:
+            self._counters.free(counter)
+
+    def clear(self) -> None:
+        """Forget all definitions."""
+        self._definitions.clear()

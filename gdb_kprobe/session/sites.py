@@ -1,0 +1,469 @@
+"""The sites of a session: planned, armed, moved from rung to rung, restored; each as its probes and the moment want it.
+
+The text of an armed site is ours only while the machine runs for the user (:attr:`Routes.lifted`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
+from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.language.condition import Condition
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.linux.ftrace import SITE_SIZE
+from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.session.borrows import Borrows
+from gdb_kprobe.session.dispatch import StubDispatcher
+from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.header import Record
+from gdb_kprobe.session.jumps import Jumps
+from gdb_kprobe.session.planner import Planner
+from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.quarantine import Quarantine
+from gdb_kprobe.session.region import Region
+from gdb_kprobe.session.roll import Roll
+from gdb_kprobe.session.routes import Routes
+from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
+from gdb_kprobe.session.windows import Wish
+from gdb_kprobe.target.protocols import Machine
+
+
+class Sites:
+    """All sites, by address in *table*, which is shared with who finds them by that.
+
+    The machine must be stopped whenever a method is called.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        guest: Guest,
+        region: Region,
+        table: dict[VirtAddr, Site],
+        text: TextMap,
+        planner: Planner,
+        routes: Routes,
+        jumps: Jumps,
+        dispatcher: StubDispatcher,
+        roll: Roll,
+        quarantine: Quarantine,
+    ) -> None:
+        """*text* is kept in step with what is armed."""
+        self._machine = machine
+        self._guest = guest
+        self._region = region
+        self._table = table
+        self._text = text
+        self._planner = planner
+        self._routes = routes
+        self._jumps = jumps
+        self._dispatcher = dispatcher
+        self._roll = roll
+        self._quarantine = quarantine
+        self._borrows = Borrows(guest)
+
+    def all(self) -> tuple[Site, ...]:
+        """Those that are disabled, or only there to be told of something, included."""
+        return tuple(self._table.values())
+
+    def armed(self) -> tuple[Site, ...]:
+        return tuple(site for site in self._table.values() if site.armed)
+
+    def of(self, probe: Probe) -> Site | None:
+        """The site of *probe*; ``None`` when it has none (yet, any more, or for now)."""
+        return None if probe.place is None or probe.gone else self._table[probe.place.addr]
+
+    def need(self, probe: Probe) -> Site:
+        """The site of *probe*, which must have one.
+
+        :raises KprobeError: the module that it was in is gone.
+        """
+        site = self.of(probe)
+        if site is None:
+            raise KprobeError(
+                f"{probe.name} is gone: the module of {probe.place} was unloaded",
+                f"it is armed again when the module is back; 'kprobe delete {probe.name}' forgets it",
+            )
+        return site
+
+    def original_of(self, addr: int) -> VirtAddr | None:
+        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
+        if addr not in self._region.header.code:
+            return None
+        for site in self._table.values():
+            insn = site.plan.insn
+            if addr in site.plan.slot.range:
+                at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
+                return insn.addr if at_it else insn.end
+            if site.service is not None and addr in site.service.handler.range:
+                return insn.addr
+        return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the guest is not as it was, though its text is."""
+        return tuple(self._borrows.kept.values())
+
+    def forget_moment(self) -> None:
+        """The machine may have run: who is where, and who traces, must be found out anew."""
+        self._jumps.forget()
+        self._borrows.forget()
+
+    def look(self) -> None:
+        """The same; and what could not be given back to the guest's ftrace is tried again."""
+        self.forget_moment()
+        self._borrows.retry()
+
+    def is_gone(self, site: Site) -> bool:
+        """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
+        if not site.owner:
+            return False  # the core kernel's stays
+        if self._guest.owner_of(site.addr) != site.owner:
+            return True
+        patch = site.plan.patch
+        return site.armed and not holds(self._guest.memory, site.addr, patch.old if self._routes.lifted else patch.new)
+
+    def holds_ours(self, site: Site) -> bool:
+        return holds(self._guest.memory, site.addr, site.plan.patch.new)
+
+    def shape(self) -> list[object]:
+        """What is armed, and how: equal before and after what has changed nothing."""
+        return [(site.addr, site.armed, site.plan, site.service) for site in self._table.values()]
+
+    # -- plans ----------------------------------------------------------------------------------------------------
+
+    def place_of(self, location: Location) -> Place:
+        """Where the user wants a probe: of a function whose entry calls a tracer now, behind that call."""
+        place = self._guest.resolve(location)
+        if location.offset or place.symbol is None or place.addr in self._table:
+            return place
+        for site in self._guest.ftrace_sites(AddressRange(place.addr, offset(place.addr, 1))):
+            if site.is_enabled and site.ip == place.addr:
+                return self._guest.resolve(replace(location, offset=SITE_SIZE))
+        return place
+
+    def preview(self, place: Place, condition: Condition | None, strategy: Rung | None) -> Plan:
+        """What a probe at *place* would be; nothing is changed.
+
+        :raises RefusedError: a rule says no.
+        """
+        site = self._table.get(place.addr)
+        if site is not None:
+            return site.plan
+        wish = self._jumps.preview(place.addr, condition, self._region.header.counters.start)
+        plan = self._plan(place, False, strategy, wish)
+        self._region.slots.discard(plan.slot)
+        return plan
+
+    def _plan(self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal | None = None) -> Plan:
+        """Plan *place*. Where a jump is asked for and must wait, it is planned for an int3 until then."""
+        if wish is None:
+            wish = Refusal(Reason.NEEDS_HOST, place.addr)
+        try:
+            return self._plan_in_room(place, needs_post, strategy, wish)
+        except RefusedError as error:
+            if strategy is not Rung.OPTIMIZED or not error.refusal.reason.passes:
+                raise
+            return self._plan_in_room(place, needs_post, None, error.refusal)
+
+    def _plan_in_room(self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal) -> Plan:
+        """Plan *place*; where the region is full, once more without what waits in quarantine for nothing."""
+        try:
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+        except RefusedError as error:
+            if error.refusal.reason is not Reason.REGION_FULL or not self._quarantine.end():
+                raise
+            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+
+    # -- probes ---------------------------------------------------------------------------------------------------
+
+    def put(self, probe: Probe, place: Place) -> None:
+        """Have *probe* at *place*: with those that are there already, or at a new site.
+
+        :raises RefusedError: a rule says no.
+        :raises KprobeError: the site is of another rung than *probe* asks for, or the guest does not hold what it must.
+        """
+        site, strategy = self._table.get(place.addr), probe.strategy
+        if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
+            self._replan(site, self._plan(place, True, None))
+        elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
+            # It is only a fixup that is watched: any rung will do.
+            self._replan(site, self._plan(place, False, strategy))
+        self._show(place.addr)
+        probe.place = place
+        try:
+            self._roll.enter(probe)
+            if site is None:
+                wish = self._jumps.wish(place.addr, [probe])
+                plan = self._plan(place, probe.post is not None, strategy, wish)
+                site = self._table[place.addr] = self._new_site(plan)
+            elif strategy not in (None, site.strategy, site.plan.rung):
+                raise KprobeError(
+                    f"{place} is probed already, as {site.plan.rung}",
+                    f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
+                )
+            site.probes.append(probe)
+            self.match(site)
+        except BaseException:
+            probe.place = None
+            self._roll.strike(probe)
+            if site is not None:
+                if probe in site.probes:
+                    site.probes.remove(probe)
+                self._drop_unused(site)
+            raise
+
+    def take(self, probe: Probe) -> None:
+        """Take *probe* away; the site's text and slot go with its last probe.
+
+        :raises KprobeError: the module that it was in is gone.
+        """
+        site = self.need(probe)
+        at = site.probes.index(probe)
+        site.probes.remove(probe)
+        try:
+            self.match(site)
+        except BaseException:
+            site.probes.insert(at, probe)
+            raise
+        self._roll.strike(probe)
+        self._drop_unused(site)
+
+    def _new_site(self, plan: Plan) -> Site:
+        addr = plan.insn.addr
+        fixup = self._guest.fixup_of(addr)
+        # Some are fixed up by being executed again, with another operand: nothing to watch.
+        return Site(plan, fixup=None if fixup == addr else fixup, owner=self._guest.owner_of(addr))
+
+    def _drop_unused(self, site: Site) -> None:
+        if not site.in_use:
+            del self._table[site.addr]
+            self._free_slots(site)
+
+    def _free_slots(self, site: Site) -> None:
+        self._region.slots.free(site.plan.slot)
+        self._routes.free(site)
+
+    def forget(self, site: Site) -> None:
+        """Drop *site* and write nothing to its text: it belongs to somebody else now."""
+        del self._table[site.addr]
+        self._borrows.drop(site.plan.patch.range)
+        if site.armed:
+            self._mark_disarmed(site)
+        self._free_slots(site)
+        self._routes.tidy()
+
+    # -- rungs ----------------------------------------------------------------------------------------------------
+
+    def match(self, site: Site) -> None:
+        """Arm or disarm *site*, as its probes want."""
+        if site.wanted:
+            self._fit(site)
+        if site.wanted and not site.armed:
+            self._arm(site)
+        elif not site.wanted and site.armed:
+            self.disarm(site)
+        elif site.armed and not site.is_jump:
+            self._routes.serve(site)
+        self._routes.tidy()
+
+    def serve_all(self) -> None:
+        """Have the hits of all handled as their probes and listeners want now."""
+        for site in self.armed():
+            if site.is_jump:
+                self._fit(site)
+            if not site.is_jump:
+                self._routes.serve(site)
+
+    def match_jumps(self) -> list[str]:
+        """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
+
+        Returns what went wrong.
+        """
+        self._jumps.forget()
+        for site, why in tuple(self._jumps.disturbed()):
+            if site.is_jump:
+                self._lower_rung(site, why)
+        problems: list[str] = []
+        for site in self.armed():
+            declined = site.plan.not_optimized
+            if declined is not None and declined.reason.passes:
+                try:
+                    self._fit(site)
+                except ConnectionLostError:
+                    raise
+                except KprobeError as error:
+                    problems.append(f"{self._guest.place_of(site.addr)} stays {site.plan.rung}: {error.message}")
+        return problems
+
+    def _fit(self, site: Site) -> None:
+        """Have *site* on the rung that its probes want now, and that the moment allows."""
+        if site.needs_post or not site.probes:
+            return
+        wish = self._jumps.wish(site.addr, site.probes, bool(site.watchers))
+        detour, declined = site.plan.detour, site.plan.not_optimized
+        if detour is None:
+            if isinstance(wish, Refusal) or declined is None or not declined.reason.may_pass:
+                return
+        elif isinstance(wish, Wish) and wish.action == detour.action:
+            why = None if site.armed else wish.check(detour.window)
+            if why is None:
+                return
+            wish = why
+        self._replan(site, self._plan(self._guest.place_of(site.addr), False, site.strategy, wish))
+
+    def _show(self, addr: VirtAddr) -> None:
+        """Take away the jump that hides the instruction at *addr*; it comes back when nobody needs that any more."""
+        site = self._jumps.hiding(addr)
+        if site is not None:
+            self._lower_rung(site, Refusal(Reason.PROBED_INSIDE, site.addr, f"at {self._guest.place_of(addr)}"))
+
+    def _lower_rung(self, site: Site, why: Refusal) -> None:
+        """Have *site* use an int3 for now."""
+        self._replan(site, self._plan(self._guest.place_of(site.addr), False, site.strategy, why))
+
+    def _replan(self, site: Site, plan: Plan) -> None:
+        """Put *plan* in the place of the one that *site* has."""
+        old, armed = site.plan, site.armed
+        if not (plan.detour or old.detour) and plan.rung is old.rung:
+            self._region.slots.discard(plan.slot)  # only the reason is another one
+            site.plan = replace(old, declined=plan.declined)
+            return
+        try:
+            if armed:
+                self.disarm(site)
+            site.plan = plan
+            if armed:
+                self._arm(site)
+        except BaseException:
+            self._region.slots.discard(plan.slot)
+            site.plan = old
+            if armed and not site.armed:
+                self._arm(site)
+            raise
+        self._region.slots.free(old.slot)
+        if plan.detour:
+            self._routes.free(site)
+
+    # -- text -----------------------------------------------------------------------------------------------------
+
+    def write_patches(self, is_lost: Callable[[], bool]) -> list[str]:
+        """Patch the text of all armed sites; returns what could not be, and why.
+
+        :raises KprobeError: *is_lost* says that it is other memory: nothing more is written there.
+        """
+        problems = []
+        with self._region.memory.batch():
+            for site in self.armed():
+                try:
+                    apply(self._guest.memory, [site.plan.patch])
+                except ConnectionLostError:
+                    raise
+                except KprobeError as error:
+                    if is_lost():
+                        raise
+                    self._mark_disarmed(site)
+                    problems.append(f"{self._guest.place_of(site.addr)} is not probed any more: {error.message}")
+        return problems
+
+    def write_originals(self) -> None:
+        """Restore the text of all armed sites; they stay armed."""
+        with self._region.memory.batch():
+            for site in self.armed():
+                if self.holds_ours(site):
+                    apply(self._guest.memory, [site.plan.patch.inverse])
+
+    def _arm(self, site: Site) -> None:
+        """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
+        plan = site.plan
+        with contextlib.ExitStack() as undo:
+            self._watch_fixup(site)
+            undo.callback(self._unwatch_fixup, site)
+            borrowed = self._borrows.needed(plan.patch.range)
+            marked = next((site.record for site in borrowed), None)
+            record = Record(plan.patch, plan.slot, plan.rung, borrowed=marked)
+            self._region.store.add(record, self._region.slots.high_water)
+            undo.callback(self._region.store.remove, site.addr)
+            write_verified(self._guest.memory, plan.slot.start, plan.slot_image)
+            if not site.is_jump:
+                undo.callback(self._routes.tidy)
+                undo.callback(self._routes.close, site)
+                self._routes.open(site)
+            undo.callback(self._borrows.give_back, plan.patch.range)
+            self._borrows.borrow(plan.patch.range, borrowed)
+            # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
+            # the session must know of it.
+            self._text.add(plan.patch)
+            self._jumps.add(site)
+            site.armed = True
+            undo.callback(self._mark_disarmed, site, keep_record=True)
+            if self._routes.lifted:
+                verify(self._guest.memory, [plan.patch])
+            else:
+                apply(self._guest.memory, [plan.patch])
+            undo.pop_all()
+
+    def disarm(self, site: Site, *, trapped: bool = True) -> None:
+        """Text first; a vCPU that has taken the int3 already is sent back to the instruction.
+
+        *trapped*: there may be one. It is not, when all were brought out and the machine has not run since.
+        """
+        patch = site.plan.patch
+        for cpu in self._machine.cpus() if trapped else ():
+            trap = self._dispatcher.trap_of(cpu)
+            if trap is not None and self._dispatcher.site_of(trap) is site:
+                self._dispatcher.undo_trap(cpu)
+        # A write that was cut off may have happened all the same.
+        if self._guest.memory.read(patch.addr, len(patch.old)) != patch.old:
+            apply(self._guest.memory, [patch.inverse])
+        self._mark_disarmed(site)
+        self._unwatch_fixup(site)
+
+    def _mark_disarmed(self, site: Site, *, keep_record: bool = False) -> None:
+        if not site.armed:
+            return
+        self._text.remove(site.plan.patch)
+        self._jumps.remove(site)
+        site.armed = False
+        if not site.is_jump:
+            self._routes.close(site)
+        self._borrows.give_back(site.plan.patch.range)
+        self._dispatcher.forget(site)
+        if not keep_record:
+            self._region.store.remove(site.addr)
+
+    def _watch_fixup(self, site: Site) -> None:
+        """Arm a site where a fault of *site*'s instruction is fixed up: a hit there ends the one that faulted.
+
+        :raises RefusedError: that place cannot be probed.
+        """
+        if site.fixup is None:
+            return
+        place = self._guest.place_of(site.fixup)
+        watch = self._table.get(site.fixup)
+        if watch is None:
+            try:
+                plan = self._plan(place, False, None)
+            except RefusedError as error:
+                detail = f"its fixup at {place} cannot be watched: {error.refusal}"
+                refusal = Refusal(Reason.EX_TABLE, site.addr, detail, error.refusal.hint)
+                raise RefusedError(f"cannot probe {self._guest.place_of(site.addr)}", refusal) from error
+            watch = self._table[site.fixup] = self._new_site(plan)
+        watch.watchers.add(site.addr)
+        try:
+            self.match(watch)
+        except BaseException:
+            watch.watchers.discard(site.addr)
+            self._drop_unused(watch)
+            raise
+
+    def _unwatch_fixup(self, site: Site) -> None:
+        watch = self._table.get(site.fixup) if site.fixup is not None else None
+        if watch is not None:
+            watch.watchers.discard(site.addr)
+            self.match(watch)
+            self._drop_unused(watch)
