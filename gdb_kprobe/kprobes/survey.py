@@ -19,7 +19,7 @@ from gdb_kprobe.kprobes.padding import begins_padding
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import INT3, in_reach, reaches
 from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, make_function
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Reason, Rung, VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.shadow import parted
@@ -119,7 +119,7 @@ class Surveyor:
         rules: Rules,
         *,
         by_kernel_rules: bool = False,
-        references: CodeReferences | None = None,
+        references: References | None = None,
     ) -> None:
         self.survey = Survey(jumps=None if references is None else Jumps())
         self._area = area
@@ -202,7 +202,7 @@ class Surveyor:
 
     def _count_jumps(
         self,
-        references: CodeReferences,
+        references: References,
         piece: Piece,
         found: list[_Found],
         tail: int,

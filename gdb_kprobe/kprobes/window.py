@@ -17,7 +17,7 @@ from gdb_kprobe.kprobes.forms import ENDBR64, Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import in_reach, reaches
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Unhandled
@@ -131,7 +131,7 @@ class Window:
 
 
 def can_optimize(
-    function: Function, index: int, references: Callable[[], CodeReferences | None], area: AddressRange
+    function: Function, index: int, references: Callable[[], References | None], area: AddressRange
 ) -> Window | Refusal:
     """The window of the instruction *index* of *function*, or why it has none.
 
@@ -170,9 +170,7 @@ def can_optimize(
         known = references()
         if known is None:
             return _no(Reason.WINDOW_UNKNOWN, start, "one instruction of 5 bytes or more has no such places")
-        if known.targets.any_in(start + 1, jump_end) or any(
-            forms[i].insn.raw == ENDBR64 for i in range(index + 1, last)
-        ):
+        if known.is_target(start + 1, jump_end) or any(forms[i].insn.raw == ENDBR64 for i in range(index + 1, last)):
             return _no(Reason.WINDOW_TARGET, start)
         if known.is_unresolved(function.range):
             return _no(Reason.INDIRECT_JUMP, start)
@@ -220,7 +218,7 @@ def _has_ftrace_nop(function: Function, start: int, end: int) -> bool:
     return function.ftrace is not None and function.ftrace < end and start < function.ftrace + _FTRACE_NOP_SIZE
 
 
-def kernel_optimizes(function: Function, index: int, references: CodeReferences, rules: Rules) -> bool:
+def kernel_optimizes(function: Function, index: int, references: References, rules: Rules) -> bool:
     """What the kernel's own rules say of it.
 
     They are ``can_optimize``, ``copy_optimized_instructions`` and ``arch_prepare_optimized_kprobe`` of
@@ -229,7 +227,7 @@ def kernel_optimizes(function: Function, index: int, references: CodeReferences,
     forms, start = function.forms, function.addrs[index]
     if function.extable or not function.is_whole or function.end - start < JUMP_SIZE:
         return False
-    if rules is not Rules.LINUX_6_12 and references.indirect.any_in(function.addrs[0], function.end):
+    if rules is not Rules.LINUX_6_12 and references.has_indirect_jump(function.addrs[0], function.end):
         return False  # later rules know that a kernel with retpolines has no jump tables
     at, last = start, index
     while at < start + JUMP_SIZE:

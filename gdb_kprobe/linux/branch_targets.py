@@ -7,6 +7,7 @@ Only lengths and branches matter here, so the text is parsed, not disassembled.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -42,18 +43,27 @@ class SortedAddresses:
         return at < len(self.addrs) and self.addrs[at] < end
 
 
-@dataclass(frozen=True, slots=True)
-class CodeReferences:
+class References(ABC):
     """What live text and the guest's tables say of where execution may go on.
 
-    *targets* are those of direct branches and calls, of the tables, and *taken*: addresses that code computes with
-    ``lea`` or loads as a constant, and could go to by any way. *indirect* are the indirect jumps.
+    *jump_tables*: the kernel may have been compiled with them.
     """
 
-    targets: SortedAddresses
-    taken: SortedAddresses
-    indirect: SortedAddresses
+    __slots__ = ()
+
     jump_tables: bool
+
+    @abstractmethod
+    def is_target(self, start: int, end: int) -> bool:
+        """Whether a branch, a table or anything that :meth:`is_taken` leads to *start* or above it, below *end*."""
+
+    @abstractmethod
+    def is_taken(self, start: int, end: int) -> bool:
+        """Whether code computes such an address with ``lea``, or loads it: it could go there by any way."""
+
+    @abstractmethod
+    def has_indirect_jump(self, start: int, end: int) -> bool:
+        """Whether an indirect jump begins there."""
 
     def is_unresolved(self, function: AddressRange) -> bool:
         """Whether *function* has an indirect jump that may go to its own interior.
@@ -61,9 +71,28 @@ class CodeReferences:
         A kernel compiled with retpolines has no jump tables (arch/x86/Makefile: ``-fno-jump-tables``); what is left are
         tail calls, and assembly that computes where to go from an address in its own text.
         """
-        if not self.indirect.any_in(function.start, function.end):
+        if not self.has_indirect_jump(function.start, function.end):
             return False
-        return self.jump_tables or self.taken.any_in(function.start + 1, function.end)
+        return self.jump_tables or self.is_taken(function.start + 1, function.end)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeReferences(References):
+    """All of them, found at once: *targets* has *taken* as well."""
+
+    targets: SortedAddresses
+    taken: SortedAddresses
+    indirect: SortedAddresses
+    jump_tables: bool
+
+    def is_target(self, start: int, end: int) -> bool:
+        return self.targets.any_in(start, end)
+
+    def is_taken(self, start: int, end: int) -> bool:
+        return self.taken.any_in(start, end)
+
+    def has_indirect_jump(self, start: int, end: int) -> bool:
+        return self.indirect.any_in(start, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +109,22 @@ class _Reference:
     is_jump: bool
 
 
-class _Scanner:
+class Scanner:
+    """Collects the references of pieces of text.
+
+    :param thunks: the kernel's ``__x86_indirect_thunk_*``: a jump there is an indirect one.
+    """
+
     def __init__(self, thunks: AddressRange | None) -> None:
         self.targets: set[int] = set()
         self.taken: set[int] = set()
         self.indirect: set[int] = set()
         self._thunks = thunks
         self._heads: dict[bytes, tuple[int, _Reference | None]] = {}
+
+    def forget(self) -> None:
+        """Begin anew; how instructions begin stays known."""
+        self.targets, self.taken, self.indirect = set(), set(), set()
 
     def scan(self, addr: int, code: bytes) -> None:
         """Find the references of *code*, of which the first byte is at *addr* and begins an instruction."""
@@ -174,7 +212,7 @@ def scan_text(start: VirtAddr, code: bytes, starts: Sequence[int], thunks: Addre
     :param starts: sorted addresses of all symbols; decoding begins anew at each.
     :param thunks: the kernel's ``__x86_indirect_thunk_*``: a jump there is an indirect one.
     """
-    scanner = _Scanner(thunks)
+    scanner = Scanner(thunks)
     end = start + len(code)
     at: int = start
     for cut in chain(starts[bisect_left(starts, start + 1) : bisect_left(starts, end)], (end,)):
@@ -182,6 +220,11 @@ def scan_text(start: VirtAddr, code: bytes, starts: Sequence[int], thunks: Addre
         at = cut
     window = AddressRange(start, VirtAddr(end))
     return Scan(window, frozenset(scanner.targets), frozenset(scanner.taken), frozenset(scanner.indirect))
+
+
+def table_targets(tables: TextTables) -> set[int]:
+    """Where the guest's *tables* say that execution may go on."""
+    return set().union(tables.ex_fixups, tables.jump_targets, tables.jump_labels)
 
 
 def combine(scans: Iterable[Scan], tables: TextTables, *, jump_tables: bool = True) -> CodeReferences:
@@ -192,7 +235,7 @@ def combine(scans: Iterable[Scan], tables: TextTables, *, jump_tables: bool = Tr
     known = list(scans)
     found = set().union(*(scan.taken for scan in known))
     taken = {addr for addr in found if any(addr in scan.window for scan in known)}
-    targets = taken.union(*(scan.targets for scan in known), tables.ex_fixups, tables.jump_targets, tables.jump_labels)
+    targets = taken.union(*(scan.targets for scan in known), table_targets(tables))
     indirect = set().union(*(scan.indirect for scan in known))
     return CodeReferences(SortedAddresses(targets), SortedAddresses(taken), SortedAddresses(indirect), jump_tables)
 

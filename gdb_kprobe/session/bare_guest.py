@@ -12,7 +12,7 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
@@ -100,7 +100,7 @@ class BareGuest:
     def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
         return Piece(addr, code)
 
-    def references(self, text: TextMap) -> CodeReferences | None:
+    def references(self, text: TextMap) -> References | None:
         return None
 
     def ftrace_sites(self, text: AddressRange) -> tuple[FtraceSite, ...]:

@@ -14,7 +14,7 @@ from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
 from gdb_kprobe.linux.paging import PageTable, Translation, loaded_table
@@ -91,10 +91,10 @@ class Guest(Protocol):
     def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
         """What the guest says of *code*, its text at *addr*, which is of one symbol."""
 
-    def references(self, text: TextMap) -> CodeReferences | None:
+    def references(self, text: TextMap) -> References | None:
         """What goes where in all live text, of which *text* knows what is ours; ``None`` when that is not known.
 
-        It takes seconds, but only once.
+        The first question takes some tenths of a second.
         """
 
     def ftrace_sites(self, text: AddressRange) -> Sequence[FtraceSite]:

@@ -13,7 +13,7 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.branch_targets import CodeReferences, Scan
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import E820Table, read_e820
 from gdb_kprobe.linux.ftrace import (
@@ -30,6 +30,7 @@ from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
+from gdb_kprobe.linux.reference_search import Run
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
     StackKind,
@@ -44,7 +45,7 @@ from gdb_kprobe.linux.tasks import (
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
-from gdb_kprobe.session.pieces import Snapshot, combine_scans, piece_at, scan, take_snapshot
+from gdb_kprobe.session.pieces import Snapshot, piece_at, runs, search_references, take_snapshot
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
@@ -180,13 +181,13 @@ class LinuxGuest:
     def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
         return piece_at(self._facts, self.own_kprobes(), addr, code)
 
-    def references(self, text: TextMap) -> CodeReferences:
+    def references(self, text: TextMap) -> References:
         if self._references is None:
             core, *modules = self._facts.text
-            if self._core_scans is None:
-                self._core_scans = scan(self._snapshot((core,), text))
-            self._references = combine_scans(
-                self._facts, [*self._core_scans, *scan(self._snapshot(tuple(modules), text))]
+            if self._core_runs is None:
+                self._core_runs = runs(self._snapshot((core,), text))
+            self._references = search_references(
+                self._facts, [*self._core_runs, *runs(self._snapshot(tuple(modules), text))]
             )
         return self._references
 
@@ -320,9 +321,9 @@ class LinuxGuest:
 
     _admitted: str | None = None
     _facts_read: TextFacts | None = None
-    _references: CodeReferences | None = None
-    _core_scans: list[Scan] | None = None
-    """Of the core kernel's text, which stays, and takes by far the longest."""
+    _references: References | None = None
+    _core_runs: list[Run] | None = None
+    """The core kernel's text, which stays: what is known of it is, too."""
     _ftrace_read: FtraceRecords | None = None
     _kprobes_read: Mapping[VirtAddr, bytes] | None = None
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
-from gdb_kprobe.linux.branch_targets import CodeReferences, Scan, combine, scan_text
+from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
 from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.reference_search import ReferenceSearch, Run
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
 from gdb_kprobe.session.function_text import kprobes_in, without_kprobes
@@ -87,18 +88,21 @@ def piece_at(facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], addr: VirtAddr
 
 def read_references(snapshot: Snapshot) -> CodeReferences:
     """What goes where in all of the text. Takes seconds."""
-    return combine_scans(snapshot.facts, scan(snapshot))
+    thunks = thunks_of(snapshot.facts.kallsyms)
+    return find_references(
+        snapshot.windows, snapshot.symbols, snapshot.facts.tables, thunks=thunks, jump_tables=thunks is None
+    )
 
 
-def scan(snapshot: Snapshot) -> list[Scan]:
-    """What the text refers to, each run by itself. Of all text it takes seconds."""
+def runs(snapshot: Snapshot) -> list[Run]:
+    """The text, of which what is asked for can be decoded."""
     symbols, thunks = snapshot.symbols, thunks_of(snapshot.facts.kallsyms)
-    return [scan_text(start, code, symbols, thunks) for start, code in snapshot.windows]
+    return [Run(start, code, symbols, thunks) for start, code in snapshot.windows]
 
 
-def combine_scans(facts: TextFacts, scans: Iterable[Scan]) -> CodeReferences:
-    """The same of all of *scans*, and of the tables of *facts*."""
-    return combine(scans, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
+def search_references(facts: TextFacts, text: Iterable[Run]) -> ReferenceSearch:
+    """What goes where in *text*, all live text of a guest, of which *facts* tells; found out when it is asked."""
+    return ReferenceSearch(text, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
 
 
 def thunks_of(kallsyms: Kallsyms) -> AddressRange | None:

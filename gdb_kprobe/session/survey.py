@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gdb_kprobe.kprobes.survey import Survey, Surveyor
-from gdb_kprobe.linux.branch_targets import CodeReferences
+from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Boost
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.pieces import Snapshot, pieces
@@ -22,7 +22,7 @@ def survey(
     area: AddressRange,
     boost: Boost,
     progress: Progress = lambda done, of: None,
-    references: CodeReferences | None = None,
+    references: References | None = None,
 ) -> Survey:
     """Classify all of *snapshot*; *area* is where the slots are. Pure computation: it takes seconds, and no guest.
 

@@ -34,7 +34,7 @@ from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.model import AddressRange, Boost, Reason, Rung, VirtAddr
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.pieces import Snapshot
+from gdb_kprobe.session.pieces import Snapshot, read_references, runs, search_references
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.survey import survey
 from kprobe_guest import GuestSpec, GuestVm
@@ -236,6 +236,27 @@ def test_the_instructions_are_those_that_iced_sees(spec: GuestSpec, checked: Cal
     assert core.instructions == count["all"]
     assert core.refused[Reason.STATIC_CALL_TRAMPOLINE] == count["trampolines"]
     assert sum(core.refused[reason] for reason in FORBIDDEN) == count["forbidden"]
+
+
+@pytest.mark.parametrize("spec", GUESTS, ids=lambda spec: f"{spec.kernel}{'-off' * bool(spec.extra_cmdline)}")
+def test_a_search_finds_what_all_text_refers_to(spec: GuestSpec, checked: Callable[[GuestSpec], Checked]) -> None:
+    """What a probe asks of its own surroundings, and what the survey has found out of all text."""
+    found = checked(spec)
+    everything = read_references(found.snapshot)
+    search = search_references(found.snapshot.facts, runs(found.snapshot))
+    rng = random.Random(SEED)
+    places = [
+        at for start, code in found.snapshot.windows for at in rng.choices(range(start, start + len(code)), k=3000)
+    ]
+    targets = [at for at in places if everything.is_target(at + 1, at + 5)]
+    assert len(targets) > 100
+    assert [at for at in places if search.is_target(at + 1, at + 5)] == targets
+    taken = [at for at in places if everything.is_taken(at, at + 64)]
+    assert len(taken) > 10
+    assert [at for at in places if search.is_taken(at, at + 64)] == taken
+    for place in rng.sample(list(found.guest.functions("*")), 3000):
+        function = AddressRange(place.start, place.end)
+        assert search.is_unresolved(function) == everything.is_unresolved(function), place
 
 
 def iced_count(code: bytes) -> int:

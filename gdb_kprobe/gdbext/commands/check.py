@@ -18,6 +18,7 @@ from gdb_kprobe.model import Rung
 from gdb_kprobe.render.check import check, survey
 from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.session.pieces import read_references
 from gdb_kprobe.session.survey import survey as classify
 
 
@@ -74,7 +75,7 @@ def _all(file: Path | None) -> None:
         snapshot, optimizes = guest.snapshot(session.text), Rung.OPTIMIZED in link.profile.policy.rungs
     progress = Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text")
     with interruptible():
-        references = guest.references(session.text) if optimizes else None
+        references = read_references(snapshot) if optimizes else None
         found = classify(guest, snapshot, session.region.slots.area, boost, progress, references)
     write(survey(found, guest.description, guest.boost_rules))
     if file is not None:
