@@ -42,7 +42,11 @@ class Form:
     masks: bool
     reach: int | None
     kernel_probes: bool
-    kernel_boosts: bool
+    kernel_can_boost: bool
+
+    @property
+    def kernel_boosts(self) -> bool:
+        return self.kernel_probes and self.kernel_can_boost
 
 
 class Forms:
@@ -101,7 +105,6 @@ class Forms:
         elif insn.is_rip_relative and family is not Family.NOP and 0x67 not in insn.prefixes:
             assert insn.displacement is not None
             reach = insn.length + insn.displacement
-        probes = rules is not None and probe_refusal(insn, rules) is None
         return Form(
             insn,
             insn.length,
@@ -112,6 +115,6 @@ class Forms:
             not insn.falls_through,
             may_shadow(insn),
             reach,
-            probes,
-            probes and rules is not None and boost_refusal(insn, rules, in_extable=False) is None,
+            rules is not None and probe_refusal(insn, rules) is None,
+            rules is not None and boost_refusal(insn, rules, in_extable=False) is None,
         )

@@ -18,7 +18,7 @@ from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.padding import begins_padding
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import INT3, in_reach, reaches
-from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, make_function
+from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, kernel_optimizes_in, make_function
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Reason, Rung, VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
@@ -212,11 +212,12 @@ class Surveyor:
         jumps = self.survey.jumps
         assert jumps is not None
         function = make_function(piece, self._known(piece, found, tail))
+        by_kernel = kernel_optimizes_in(function, references, self._rules)
         for index in range(min(len(verdicts), len(function.forms))):
             if not isinstance(verdicts[index], Rung):
                 continue
             window = can_optimize(function, index, lambda: references, self._area)
-            jumps.kernel += kernel_optimizes(function, index, references, self._rules)
+            jumps.kernel += by_kernel and kernel_optimizes(function, index)
             if isinstance(window, Window):
                 verdicts[index] = Rung.OPTIMIZED
                 jumps.single += not window.interior

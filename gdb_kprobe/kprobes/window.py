@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Final
 
 from gdb_kprobe.kprobes.forms import ENDBR64, Form, Forms
-from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import in_reach, reaches
 from gdb_kprobe.linux.branch_targets import References
@@ -56,6 +56,8 @@ class Function:
 
     def sites_in(self, start: int, end: int) -> Iterator[tuple[int, Reason]]:
         """The sites that share a byte with *start* to *end*: address and reason, in their order."""
+        if not self.sites:
+            return iter(())
         return ((site, why) for site, size, why in self.sites if site < end and start < site + size)
 
     def settled(self, addr: int) -> Insn | None:
@@ -218,24 +220,33 @@ def _has_ftrace_nop(function: Function, start: int, end: int) -> bool:
     return function.ftrace is not None and function.ftrace < end and start < function.ftrace + _FTRACE_NOP_SIZE
 
 
-def kernel_optimizes(function: Function, index: int, references: References, rules: Rules) -> bool:
-    """What the kernel's own rules say of it.
+def kernel_optimizes_in(function: Function, references: References, rules: Rules) -> bool:
+    """Whether the kernel's own rules let probes of *function* be optimized at all.
+
+    That is the part of ``can_optimize`` (arch/x86/kernel/kprobes/opt.c) that asks of the whole function.
+    """
+    if function.extable or not function.is_whole:
+        return False
+    # Later rules know that a kernel with retpolines has no jump tables.
+    return rules is Rules.LINUX_6_12 or not references.has_indirect_jump(function.addrs[0], function.end)
+
+
+def kernel_optimizes(function: Function, index: int) -> bool:
+    """What the rest of the kernel's rules says of the instruction *index*; its forms know the rules.
 
     They are ``can_optimize``, ``copy_optimized_instructions`` and ``arch_prepare_optimized_kprobe`` of
     arch/x86/kernel/kprobes/opt.c; a probe on a nop of ftrace is not optimized there.
     """
     forms, start = function.forms, function.addrs[index]
-    if function.extable or not function.is_whole or function.end - start < JUMP_SIZE:
+    if not forms[index].kernel_probes:
         return False
-    if rules is not Rules.LINUX_6_12 and references.has_indirect_jump(function.addrs[0], function.end):
-        return False  # later rules know that a kernel with retpolines has no jump tables
     at, last = start, index
     while at < start + JUMP_SIZE:
-        if last >= len(forms) or boost_refusal(forms[last].insn, rules, in_extable=False) is not None:
+        if last >= len(forms) or not forms[last].kernel_can_boost:
             return False
         at += forms[last].length
         last += 1
-    if probe_refusal(forms[index].insn, rules) is not None or _has_ftrace_nop(function, start, at):
+    if _has_ftrace_nop(function, start, at):
         return False
     if any(why is not Reason.BUG_TABLE for _, why in function.sites_in(start, at)):
         return False

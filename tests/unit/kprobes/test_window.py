@@ -10,7 +10,14 @@ import pytest
 from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.piece import Piece
-from gdb_kprobe.kprobes.window import Function, Window, can_optimize, kernel_optimizes, make_function
+from gdb_kprobe.kprobes.window import (
+    Function,
+    Window,
+    can_optimize,
+    kernel_optimizes,
+    kernel_optimizes_in,
+    make_function,
+)
 from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
 from gdb_kprobe.linux.text_tables import TextTables
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
@@ -29,8 +36,8 @@ def references(raw: bytes, jump_tables: bool = False, **places: list[int]) -> Co
     return find_references([(ADDR, raw)], [ADDR], tables(**places), jump_tables=jump_tables)
 
 
-def decoded(piece: Piece) -> Function:
-    return make_function(piece, Forms().read(piece.addr, piece.code, len(piece.code))[0])
+def decoded(piece: Piece, rules: Rules | None = None) -> Function:
+    return make_function(piece, Forms(rules).read(piece.addr, piece.code, len(piece.code))[0])
 
 
 def verdict(code: str, offset: int = 0, area: AddressRange = AREA, **given: Any) -> Window | Reason:
@@ -113,5 +120,5 @@ def test_an_indirect_jump_makes_windows_of_several_unsafe() -> None:
 )
 def test_the_kernels_rules(code: str, rules: Rules, expected: bool) -> None:
     raw = bytes.fromhex(code)
-    function = decoded(Piece(ADDR, raw))
-    assert kernel_optimizes(function, 0, references(raw), rules) is expected
+    function = decoded(Piece(ADDR, raw), rules)
+    assert (kernel_optimizes_in(function, references(raw), rules) and kernel_optimizes(function, 0)) is expected
