@@ -23,7 +23,7 @@ settings.load_profile("guests")
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
 # Idle guests cost memory and a little of the host's time; the least recently used one goes.
-MOST_GUESTS = 4
+MOST_GUESTS = 6
 
 
 class GuestPool:

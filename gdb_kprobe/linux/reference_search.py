@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
+from gdb_kprobe.linux.arrays import np, npt
 from gdb_kprobe.linux.branch_targets import References, Scan, Scanner, SortedAddresses, table_targets
 from gdb_kprobe.linux.text_tables import TextTables
 from gdb_kprobe.model import AddressRange, VirtAddr

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from gdb_kprobe.errors import GuestStateError, RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
@@ -30,7 +31,6 @@ from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
-from gdb_kprobe.linux.reference_search import Run
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
     StackKind,
@@ -45,8 +45,11 @@ from gdb_kprobe.linux.tasks import (
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
-from gdb_kprobe.session.pieces import Snapshot, piece_at, runs, search_references, take_snapshot
+from gdb_kprobe.session.pieces import Snapshot, piece_at, take_snapshot
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
+
+if TYPE_CHECKING:
+    from gdb_kprobe.linux.reference_search import Run
 
 MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
 """MODULES_VADDR to MODULES_END, arch/x86/include/asm/pgtable_64_types.h."""
@@ -182,6 +185,8 @@ class LinuxGuest:
         return piece_at(self._facts, self.own_kprobes(), addr, code)
 
     def references(self, text: TextMap) -> References:
+        from gdb_kprobe.session.search import runs, search_references
+
         if self._references is None:
             core, *modules = self._facts.text
             if self._core_runs is None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
 from gdb_kprobe.linux.kallsyms import Kallsyms
-from gdb_kprobe.linux.reference_search import ReferenceSearch, Run
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
 from gdb_kprobe.session.function_text import kprobes_in, without_kprobes
@@ -92,17 +91,6 @@ def read_references(snapshot: Snapshot) -> CodeReferences:
     return find_references(
         snapshot.windows, snapshot.symbols, snapshot.facts.tables, thunks=thunks, jump_tables=thunks is None
     )
-
-
-def runs(snapshot: Snapshot) -> list[Run]:
-    """The text, of which what is asked for can be decoded."""
-    symbols, thunks = snapshot.symbols, thunks_of(snapshot.facts.kallsyms)
-    return [Run(start, code, symbols, thunks) for start, code in snapshot.windows]
-
-
-def search_references(facts: TextFacts, text: Iterable[Run]) -> ReferenceSearch:
-    """What goes where in *text*, all live text of a guest, of which *facts* tells; found out when it is asked."""
-    return ReferenceSearch(text, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
 
 
 def thunks_of(kallsyms: Kallsyms) -> AddressRange | None:

@@ -34,8 +34,13 @@ class Difference:
 class TextSnapshot:
     """All live text of a Linux guest, core kernel and modules, at one moment."""
 
-    def __init__(self, monitor: Monitor, memory: PhysicalMemory) -> None:
-        self.guest: LinuxGuest = open_linux(monitor, memory)
+    def __init__(self, monitor: Monitor, memory: PhysicalMemory, known: LinuxGuest | None = None) -> None:
+        """*known*: what was found out before of what runs there; it is used if that still does."""
+        if known is not None and known.is_same_boot(monitor):
+            known.refresh()
+            self.guest = known
+        else:
+            self.guest = open_linux(monitor, memory)
         self._ranges = tuple(self.guest.text_ranges())
         self._texts = {window: self._read(window) for window in self._ranges}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +155,19 @@ def test_nobody_at_the_address(gdb: GdbMi, tmp_path: Path) -> None:
     text = fails(gdb, f"kprobe attach {profile}")
     assert f"cannot connect to the gdbstub at {tmp_path}/nobody" in text
     assert "is QEMU running with -gdb" in text
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="it starts as many threads as there are CPUs")
+def test_numpys_threads_take_no_signals() -> None:
+    """A Ctrl-C that one of them took would be lost."""
+    masks = (
+        "python import pathlib, re; print(*(re.search(r'SigBlk:\\s*(\\w+)', (task / 'status').read_text())[1]"
+        " for task in pathlib.Path('/proc/self/task').iterdir()))"
+    )
+    with GdbMi() as gdb:
+        before = len(gdb.console(masks).split())
+        gdb.console("python import gdb_kprobe.linux.reference_search")
+        blocked = [int(mask, 16) for mask in gdb.console(masks).split()]
+    assert len(blocked) > before
+    sigint = 1 << (signal.SIGINT - 1)
+    assert sum(not mask & sigint for mask in blocked) == 1

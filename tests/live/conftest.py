@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import pytest
 
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
 
@@ -86,10 +88,22 @@ def patched_by(probe: dict[str, str]) -> set[int]:
     return set(range(addr, addr + (5 if probe["rung"] == "optimized" else 1)))
 
 
+@pytest.fixture(scope="session")
+def kernels() -> WeakKeyDictionary[GuestVm, LinuxGuest]:
+    """What was found out of the kernel of each guest: most of the time that a look at its text takes."""
+    return WeakKeyDictionary()
+
+
 @pytest.fixture
-def make_probed() -> Callable[[GuestVm], Probed]:
+def make_probed(kernels: WeakKeyDictionary[GuestVm, LinuxGuest]) -> Callable[[GuestVm], Probed]:
     """A function from a guest to a :class:`Probed`, for tests after which nothing can be checked any more."""
-    return lambda guest: Probed(guest, TextSnapshot(GuestMonitor(guest), GuestRam(guest)))
+
+    def make(guest: GuestVm) -> Probed:
+        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest), kernels.get(guest))
+        kernels[guest] = snapshot.guest
+        return Probed(guest, snapshot)
+
+    return make
 
 
 @pytest.fixture

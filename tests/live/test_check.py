@@ -34,8 +34,9 @@ from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.model import AddressRange, Boost, Reason, Rung, VirtAddr
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.pieces import Snapshot, read_references, runs, search_references
+from gdb_kprobe.session.pieces import Snapshot, read_references
 from gdb_kprobe.session.planner import Planner
+from gdb_kprobe.session.search import runs, search_references
 from gdb_kprobe.session.survey import survey
 from kprobe_guest import GuestSpec, GuestVm
 

@@ -1,0 +1,20 @@
+"""What goes where in live text, as far as it is asked. It takes numpy to load: not before somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gdb_kprobe.linux.reference_search import ReferenceSearch, Run
+from gdb_kprobe.linux.text import TextFacts
+from gdb_kprobe.session.pieces import Snapshot, thunks_of
+
+
+def runs(snapshot: Snapshot) -> list[Run]:
+    """The text, of which what is asked for can be decoded."""
+    symbols, thunks = snapshot.symbols, thunks_of(snapshot.facts.kallsyms)
+    return [Run(start, code, symbols, thunks) for start, code in snapshot.windows]
+
+
+def search_references(facts: TextFacts, text: Iterable[Run]) -> ReferenceSearch:
+    """What goes where in *text*, all live text of a guest, of which *facts* tells."""
+    return ReferenceSearch(text, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
