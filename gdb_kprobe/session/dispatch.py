@@ -194,7 +194,7 @@ class StubDispatcher:
                     f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step",
                     "'kprobe detach', and look at the guest's stack pointer",
                 )
-        self._machine.write_registers_at_once(cpu, registers)
+        self._machine.write_registers(cpu, registers)
         self._writing = None
 
     def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> tuple[bool, _Called]:

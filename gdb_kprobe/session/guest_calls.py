@@ -81,7 +81,7 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
         guest.memory.write(stack, ret.to_bytes(8, "little") + back.to_bytes(8, "little"))
         registers = dict(zip(_ARGUMENTS, arguments, strict=False))
         inside = True
-        machine.write_registers_at_once(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
+        machine.write_registers(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
         if machine.run_to((ret,), _CALL_PATIENCE) != cpu:
             raise _not_back()
         inside = False
@@ -94,7 +94,7 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
     finally:
         if not inside:  # else it is in the middle of something, and has its registers on its stack
             check()
-            machine.write_registers_at_once(cpu, {name: saved[name] for name in GENERAL_REGISTERS})
+            machine.write_registers(cpu, {name: saved[name] for name in GENERAL_REGISTERS})
         guest.refresh()
 
 

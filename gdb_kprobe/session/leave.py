@@ -151,7 +151,7 @@ def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, 
     trap = EntryGate(guest.bp_entry).trap_of(machine, cpu) or RegionGate(gate).trap_of(machine, cpu)
     if trap is None or trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
         return False
-    machine.write_registers_at_once(cpu, trap.context)
+    machine.write_registers(cpu, trap.context)
     return True
 
 
@@ -160,7 +160,7 @@ def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
     site = next((site for site in sites if rip == site.slot.code), None)
     if site is None:
         return False
-    machine.write_registers_at_once(cpu, {"rip": site.patch.addr})
+    machine.write_registers(cpu, {"rip": site.patch.addr})
     return True
 
 
@@ -189,7 +189,7 @@ def _write(machine: Cpus, cpu: CpuId, fix: step.StepFixup) -> None:
     for addr, data in fix.memory:
         if not machine.write_current(cpu, VirtAddr(addr), data):
             raise TargetError(f"vCPU {cpu}: cannot write the stack at {addr:#x} after a single step")
-    machine.write_registers_at_once(cpu, fix.registers)
+    machine.write_registers(cpu, fix.registers)
 
 
 def _step_copy(guest: Trapping, record: Record) -> StepCopy | None:

@@ -108,10 +108,7 @@ class Cpus(Protocol):
         """One of them."""
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
-        """Write only the named registers."""
-
-    def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
-        """The same, by a single request: either all of them are written or, should the connection be lost, none."""
+        """Write only the named registers, by one request: should the connection be lost, either all of them or none."""
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         """Read through *cpu*'s own CR3 (cheap: one packet); ``None`` where that has no translation."""

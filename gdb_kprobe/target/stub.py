@@ -92,17 +92,12 @@ class QemuStub:
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
         layout = self._register_layout()
         self.select(cpu)
-        for name, value in values.items():
-            number, _, size = layout[name]
-            data = value.to_bytes(size, "little").hex().encode()
-            self._expect_ok(b"P%x=%b" % (number, data), f"write {name} of vCPU {cpu}")
-
-    def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
         if len(values) <= 1:
-            self.write_registers(cpu, values)
+            for name, value in values.items():
+                number, _, size = layout[name]
+                raw = value.to_bytes(size, "little").hex().encode()
+                self._expect_ok(b"P%x=%b" % (number, raw), f"write {name} of vCPU {cpu}")
             return
-        layout = self._register_layout()
-        self.select(cpu)
         data = bytearray(_unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}"))
         end = 0
         for name, value in values.items():

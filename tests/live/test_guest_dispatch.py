@@ -21,7 +21,10 @@ TRACING = "/sys/kernel/tracing"
 Boot = Callable[[GuestSpec], Any]
 
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
-on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
+on_each_guest = pytest.mark.parametrize(
+    ("kernel", "vcpus"),
+    [("debian", 1), ("debian", 2), ("newest", 2), pytest.param("newest", 1, marks=pytest.mark.full)],
+)
 
 
 def next_boundary(gdb: Any, function: str) -> str:
@@ -43,8 +46,7 @@ def stops(gdb: Any) -> int:
     return int(gdb.console("python print(len(stops))"))
 
 
-@on_both_counts
-@on_both_kernels
+@on_each_guest
 def test_a_million_hits_are_counted_without_a_stop_and_read_while_the_guest_runs(
     probed: Boot, kernel: Any, vcpus: int
 ) -> None:
@@ -117,8 +119,7 @@ def test_a_trace_takes_the_hits_to_the_host_and_gives_them_back(probed: Boot) ->
         gdb.console("kprobe detach")
 
 
-@on_both_counts
-@on_both_kernels
+@on_each_guest
 def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: int) -> None:
     """Its own kprobes, its jump labels that are switched, and breakpoints of its programs, all under load."""
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))

@@ -27,7 +27,7 @@ BootedGuest = Callable[[GuestSpec], GuestVm]
 
 pytestmark = pytest.mark.live
 
-KINDS = [pytest.param(kernel, vcpus, id=f"{kernel}-{vcpus}cpu") for kernel in ("debian", "newest") for vcpus in (1, 2)]
+KINDS = [pytest.param(kernel, vcpus, id=f"{kernel}-{vcpus}cpu") for kernel, vcpus in (("debian", 1), ("newest", 2))]
 BARE = GuestSpec(kernel="bare", memory_mb=64)
 
 

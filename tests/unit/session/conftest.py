@@ -312,19 +312,12 @@ class ToyMachine:
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
         assert values.keys() <= self.registers[cpu].keys()
-        for name, value in values.items():
-            assert 0 <= value <= _MASK
-            self._change()
-            self.registers[cpu][name] = value
-        if "cr3" in values:
-            self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
-
-    def write_registers_at_once(self, cpu: CpuId, values: dict[str, int]) -> None:
-        assert values.keys() <= self.registers[cpu].keys()
         assert all(0 <= value <= _MASK for value in values.values())
         if values:
             self._change()
             self.registers[cpu] |= values
+        if "cr3" in values:
+            self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         pages = range(addr & -0x1000, addr + size, 0x1000)
