@@ -28,7 +28,7 @@ Record = Callable[[str, object], None]
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 
-IN_GUEST, BY_STUB = (200, 20) if FULL else (10, 3)
+IN_GUEST, BY_STUB = (200, 20) if FULL else (6, 2)
 SOME_PARTS = PARTS if FULL else ("pipes", "copies", "tasks", SPIN)
 KERNELS = ("debian", pytest.param("newest", marks=pytest.mark.full))
 RUNTIME = 1800 if FULL else 300

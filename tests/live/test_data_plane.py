@@ -62,7 +62,7 @@ def stats_fail(gdb: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [

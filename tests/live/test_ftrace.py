@@ -135,7 +135,7 @@ def choose(vm: GuestVm, traces: list[dict[str, int]]) -> list[str]:
     return once[:: len(once) // BORROWED][:BORROWED]
 
 
-@both_kernels
+@one_kernel
 def test_records_equal_available_filter_functions(booted_guest: Boot, kernel: Any) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel))
     lines = vm.read_file(f"{TRACING}/available_filter_functions").decode().splitlines()

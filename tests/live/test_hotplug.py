@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.launcher.torture import hotplug
-from kprobe_guest import GuestSpec
+from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
@@ -23,12 +23,16 @@ def test_a_cpu_goes_and_comes(kernel: str) -> None:
     assert hotplug.run(Namespace(n=3, kernel=kernel, cpus=2, unprepared=False)) == 0
 
 
-def test_a_cpu_that_is_plugged_in_is_looked_at_too(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
-) -> None:
+@pytest.fixture
+def expandable() -> Iterator[GuestVm]:
+    """A guest that a CPU can be plugged into; not one of those that are shared, for the CPU stays."""
+    with GuestVm(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))) as vm:
+        yield vm
+
+
+def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: Callable[[Any], Any]) -> None:
     """QEMU's stub lists it from the next stop on; hits on it are counted at once."""
-    guest = make_probed(booted_guest(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))))
-    vm = guest.guest
+    guest, vm = make_probed(expandable), expandable
     (slot,) = [found for found in vm.qmp("query-hotpluggable-cpus") if "qom-path" not in found]
     with guest.gdb() as gdb:
         guest.add(gdb, "p:jump __x64_sys_getpriority")

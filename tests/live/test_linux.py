@@ -360,7 +360,7 @@ def test_state_is_running(kernel: Kernel) -> None:
     state.check_running()
 
 
-@pytest.mark.parametrize("kind", ["debian", "newest"])
+@pytest.mark.parametrize("kind", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_every_moment_of_a_boot_gives_a_clear_answer(kind: Literal["debian", "newest"]) -> None:
     answers: dict[str, int] = {}
     vm = GuestVm(GuestSpec(kernel=kind))

@@ -174,7 +174,6 @@ def test_gdb_ends_by_a_command(guest: Any, command: str, stop: bool) -> None:
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-@on_both
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
 def test_gdb_ends_by_a_signal(guest: Any, number: signal.Signals, stop: bool) -> None:
@@ -214,7 +213,6 @@ def test_ctrl_c_at_the_prompt_then_quit(guest: Any) -> None:
         load.finish()
 
 
-@on_both
 def test_quit_while_running_in_the_background(guest: Any) -> None:
     with at_terminal(guest, "continue &") as (gdb, load):
         gdb.type("quit")
@@ -318,7 +316,6 @@ def touch_the_guest(gdb: GdbMi) -> None:
         gdb.console("info registers rip")
 
 
-@on_both
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
 def test_a_lost_connection_is_made_again_and_the_guest_restored(guest: Any, stop: bool) -> None:
     with under_load(guest, stop=stop) as (gdb, load):
@@ -400,7 +397,6 @@ def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
         load.finish()
 
 
-@on_both
 @pytest.mark.parametrize("watchdog", [True, False], ids=["watchdog", "alone"])
 def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watchdog: bool) -> None:
     with under_load(guest, stop=False, probes=COUNTING, watchdog=watchdog) as (gdb, load):
@@ -421,7 +417,6 @@ def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watch
         gdb.console("kprobe detach")
 
 
-@on_both
 def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
     with under_load(guest, stop=False, watchdog=False) as (gdb, load):
         gdb.signal(signal.SIGKILL)

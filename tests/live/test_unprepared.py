@@ -103,7 +103,9 @@ def test_counts_are_read_while_it_runs_and_the_region_is_the_guests_own_memory(p
         gdb.console("kprobe detach")
 
 
-@pytest.mark.parametrize("spec", [unprepared(vcpus=2), PTI], ids=["debian-2", "pti-2"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(unprepared(vcpus=2), id="debian-2", marks=pytest.mark.full), pytest.param(PTI, id="pti-2")]
+)
 def test_attached_and_detached_under_load_at_any_moment(probed: Boot, spec: GuestSpec) -> None:
     """Where the vCPUs are then is nearly always in user programs, with the user's page table under PTI."""
     guest = probed(spec)
