@@ -5,6 +5,7 @@ Which tests come before another is chance: each has to leave its guest as it was
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ class GuestPool:
 
     def __init__(self) -> None:
         self._guests: dict[GuestSpec, GuestVm] = {}
-        self._conditions: dict[GuestVm, tuple[str, ...]] = {}
+        self._conditions: dict[GuestSpec, tuple[str, ...]] = {}
 
     def get(self, spec: GuestSpec) -> GuestVm:
         """A healthy, running guest of this kind: the one there is, or a new one."""
@@ -42,15 +43,19 @@ class GuestPool:
         if guest is None:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
-            guest = _boot(spec)
+            guest = self._guests[spec] = _boot(spec)
             if spec.kernel != "bare":
-                self._conditions[guest] = guest.condition()
+                self._conditions[spec] = _settled(guest)
         self._guests[spec] = guest
         return guest
 
-    def check_unchanged(self, guest: GuestVm) -> None:
-        """Fail if a running *guest* is not as it was after boot; a program that was killed has a moment to end."""
-        condition = self._conditions.get(guest)
+    def check(self, guest: GuestVm) -> None:
+        """Fail if *guest* has failed, or runs and is not as it was after boot.
+
+        A program that was killed has a moment to end.
+        """
+        guest.check()
+        condition = self._conditions.get(guest.spec)
         if condition is None or not _usable(guest):
             return
         deadline = time.monotonic() + 3
@@ -78,6 +83,17 @@ def _boot(spec: GuestSpec) -> GuestVm:
         if spec.vcpus == 1 or "Oops: int3" not in error.what:
             raise
     return GuestVm(spec).__enter__()
+
+
+def _settled(guest: GuestVm) -> tuple[str, ...]:
+    """The condition of a guest that has just come up: what its init has started may still be on its way."""
+    condition = guest.condition()
+    for _ in range(20):
+        time.sleep(0.1)
+        before, condition = condition, guest.condition()
+        if condition == before:
+            break
+    return condition
 
 
 def _usable(guest: GuestVm) -> bool:
@@ -115,16 +131,20 @@ def booted_guest(guest_pool: GuestPool, request: pytest.FixtureRequest) -> Itera
         return guest
 
     yield boot
-    for guest in used:
-        if request.node.stash.get(_FAILED, False) or not guest.alive():
-            guest_pool.discard(guest)
-        else:
-            guest.check()
-            try:
-                guest_pool.check_unchanged(guest)
-            except AssertionError:
-                guest_pool.discard(guest)
-                raise
+    with contextlib.ExitStack() as rest:
+        for guest in dict.fromkeys(used):
+            rest.callback(_give_back, guest_pool, guest, failed=request.node.stash.get(_FAILED, False))
+
+
+def _give_back(pool: GuestPool, guest: GuestVm, *, failed: bool) -> None:
+    if failed or not guest.alive():
+        pool.discard(guest)
+        return
+    try:
+        pool.check(guest)
+    except BaseException:
+        pool.discard(guest)
+        raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ gdb's embedded Python knows nothing of the project's virtual environment, so its
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ def _prepare_path() -> None:
     try:
         import capstone
         import yaml
+
+        if importlib.util.find_spec("numpy") is None:  # it takes long to load, and is not always needed
+            raise ModuleNotFoundError("No module named 'numpy'")
     except ImportError as error:
         # At this point neither our errors nor gdb's can be used: the message is all there is.
         raise SystemExit(

@@ -133,9 +133,9 @@ class Scanner:
             found = heads.get(code[at : at + _HEAD])
             if found is None:
                 found = self._parse(code, at)
-                if found is None:
-                    self._scan_unknown(addr, code, at, end)
-                    return
+            if found is None or at + found[0] > len(code):
+                self._scan_unknown(addr, code, at, end)
+                return
             length, reference = found
             if reference is not None:
                 self._note(addr, code, at, length, reference)

@@ -1,7 +1,7 @@
 """The references to a few places, without decoding all text.
 
-However an instruction refers to an address, but for a branch of one byte: its last 4 bytes count from its end to there,
-or are a constant whose low half is that address. So one pass finds all places where such 4 bytes could be, whatever
+However an instruction refers to an address, but for a branch of one byte: 4 bytes of it, its last ones, count from its
+end to there, or are the low half of that address. So one pass finds all places where such 4 bytes could be, whatever
 they are, and only the functions around those that lead to the place in question are decoded. The answers are those of
 :func:`~gdb_kprobe.linux.branch_targets.find_references`, a tenth of a second after the question instead of seconds.
 """
@@ -9,7 +9,7 @@ they are, and only the functions around those that lead to the place in question
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -122,32 +122,48 @@ class ReferenceSearch(References):
         self.jump_tables = jump_tables
         self._runs = tuple(runs)
         self._tables = SortedAddresses(table_targets(tables))
+        windows = [run.window for run in self._runs]
+        # The core kernel by itself; the modules, which are many, small and near to each other, all at once.
+        self._areas = [*windows[:1], *_span(windows[1:])]
         self._fields: dict[tuple[AddressRange, AddressRange], _Fields] = {}
 
     def is_target(self, start: int, end: int) -> bool:
-        return self._tables.any_in(start, end) or self._any(start, end, lambda scan: (scan.targets, scan.taken))
+        if self._tables.any_in(start, end):
+            return True
+        return any(
+            any(start <= addr < end for addr in scan.targets) or self._takes(scan, start, end)
+            for scan in self._leading(start, end)
+        )
 
     def is_taken(self, start: int, end: int) -> bool:
-        return self._any(start, end, lambda scan: (scan.taken,))
+        return any(self._takes(scan, start, end) for scan in self._leading(start, end))
 
     def has_indirect_jump(self, start: int, end: int) -> bool:
         pieces = (scan for run in self._runs for scan in run.scans_within(start, end))
         return any(start <= addr < end for scan in pieces for addr in scan.indirect)
 
-    def _any(self, start: int, end: int, of: Callable[[Scan], Sequence[frozenset[int]]]) -> bool:
-        return any(start <= addr < end for scan in self._leading(start, end) for found in of(scan) for addr in found)
+    def _takes(self, scan: Scan, start: int, end: int) -> bool:
+        """Whether code that *scan* is of has such an address, which is of text."""
+        return any(start <= addr < end and any(addr in run.window for run in self._runs) for addr in scan.taken)
 
     def _leading(self, start: int, end: int) -> Iterator[Scan]:
         """The pieces that may lead there, the nearest first."""
         for run in self._runs:
             yield from run.scans_within(start - _NEAR, end + _NEAR)
-        window = next((run.window for run in self._runs if start in run.window), None)
-        if window is None:
+        area = next((area for area in self._areas if start in area), None)
+        if area is None:
             return
         for run in self._runs:
-            key = run.window, window
+            key = run.window, area
             fields = self._fields.get(key)
             if fields is None:
-                fields = self._fields[key] = run.fields_into(window)
-            for offset in fields.between(start, end):
+                fields = self._fields[key] = run.fields_into(area)
+            for offset in fields.between(start, min(end, area.end)):
                 yield run.scan_at(offset)
+
+
+def _span(windows: Sequence[AddressRange]) -> list[AddressRange]:
+    """The range from the first of *windows* to the last, if there is any."""
+    if not windows:
+        return []
+    return [AddressRange(min(window.start for window in windows), max(window.end for window in windows))]

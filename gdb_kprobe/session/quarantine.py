@@ -9,7 +9,7 @@ from gdb_kprobe.target.protocols import Cpus
 
 
 class Quarantine:
-    """The freed slots and counters of *region* that somebody may still come back to."""
+    """Whether somebody may still come back to the freed slots and counters of *region*."""
 
     def __init__(self, machine: Cpus, guest: Guest, region: Region, moment: Moment) -> None:
         self._machine = machine

@@ -392,7 +392,7 @@ class Session:
         """
         self._check_boot()
         self.guest.refresh()
-        self.sites.look()
+        self.sites.begin()
         for site in self.sites.all():
             if self.sites.is_gone(site):
                 with self._moment.act():
@@ -434,13 +434,12 @@ class Session:
 
     def _forget(self, site: Site) -> None:
         """*site* belongs to somebody else now. A probe of a module waits for the next one of that name."""
-        self.sites.forget(site)
-        for probe in site.probes:
-            probe.gone = True
+        for probe in self.sites.forget(site):
             if module_of(probe):
                 self.modules.wait(probe)
             else:
                 self._roll.strike(probe)
+        self.sites.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 

@@ -113,8 +113,8 @@ class Sites:
         self._jumps.forget()
         self._borrows.forget()
 
-    def look(self) -> None:
-        """The same; and what could not be given back to the guest's ftrace is tried again."""
+    def begin(self) -> None:
+        """An act begins: :meth:`forget_moment`, and give back to the guest's ftrace what could not be given back."""
         self.forget_moment()
         self._borrows.retry()
 
@@ -248,13 +248,22 @@ class Sites:
         self._region.slots.free(site.plan.slot)
         self._routes.free(site)
 
-    def forget(self, site: Site) -> None:
-        """Drop *site* and write nothing to its text: it belongs to somebody else now."""
+    def forget(self, site: Site) -> tuple[Probe, ...]:
+        """Drop *site* and write nothing to its text: it belongs to somebody else now. Returns its probes.
+
+        They are gone; :meth:`tidy` takes away what nobody needs any more.
+        """
         del self._table[site.addr]
         self._borrows.drop(site.plan.patch.range)
         if site.armed:
             self._mark_disarmed(site)
+        for probe in site.probes:
+            probe.gone = True
         self._free_slots(site)
+        return tuple(site.probes)
+
+    def tidy(self) -> None:
+        """Take hook and breakpoint away if no site needs them."""
         self._routes.tidy()
 
     # -- rungs ----------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class Cpus(Protocol):
         """One of them."""
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
-        """Write only the named registers, by one request: should the connection be lost, either all of them or none."""
+        """Change the named registers, by one request: should the connection be lost, either all of them or none."""
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         """Read through *cpu*'s own CR3 (cheap: one packet); ``None`` where that has no translation."""

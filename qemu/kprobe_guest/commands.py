@@ -16,9 +16,10 @@ from kprobe_guest.errors import GuestError, GuestTimeoutError
 _SETTINGS = (
     "/sys/devices/system/cpu/online",
     "/sys/kernel/debug/kprobes/enabled",
-    *(f"/proc/sys/kernel/{name}" for name in ("ftrace_enabled", "kptr_restrict", "nmi_watchdog")),
-    *(f"/sys/kernel/tracing/{name}" for name in ("current_tracer", "kprobe_events", "set_event", "set_ftrace_filter")),
-    "/sys/kernel/tracing/tracing_on",
+    "/proc/sys/debug/kprobes-optimization",
+    *(f"/proc/sys/kernel/{name}" for name in ("ftrace_enabled", "kptr_restrict", "nmi_watchdog", "sched_schedstats")),
+    *(f"/sys/kernel/tracing/{name}" for name in ("current_tracer", "tracing_on", "kprobe_events", "set_event")),
+    *(f"/sys/kernel/tracing/{name}" for name in ("set_ftrace_filter", "set_ftrace_notrace")),
 )
 """What tests and torture runs switch."""
 

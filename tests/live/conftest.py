@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -89,17 +88,21 @@ def patched_by(probe: dict[str, str]) -> set[int]:
 
 
 @pytest.fixture(scope="session")
-def kernels() -> WeakKeyDictionary[GuestVm, LinuxGuest]:
+def kernels() -> dict[GuestVm, LinuxGuest]:
     """What was found out of the kernel of each guest: most of the time that a look at its text takes."""
-    return WeakKeyDictionary()
+    return {}
 
 
 @pytest.fixture
-def make_probed(kernels: WeakKeyDictionary[GuestVm, LinuxGuest]) -> Callable[[GuestVm], Probed]:
+def make_probed(kernels: dict[GuestVm, LinuxGuest]) -> Callable[[GuestVm], Probed]:
     """A function from a guest to a :class:`Probed`, for tests after which nothing can be checked any more."""
 
     def make(guest: GuestVm) -> Probed:
-        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest), kernels.get(guest))
+        for ended in [other for other in kernels if not other.alive()]:
+            del kernels[ended]
+        # Without KASLR one boot is not told from another.
+        known = kernels.get(guest) if guest.spec.kaslr else None
+        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest), known)
         kernels[guest] = snapshot.guest
         return Probed(guest, snapshot)
 

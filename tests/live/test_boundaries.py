@@ -68,7 +68,7 @@ def test_hits_in_the_guest_are_what_was_executed(
     record_property("summary", [str(outcome) for outcome in outcomes])
     assert [difference for outcome in outcomes for difference in outcome.wrong] == []
     # What runs only now and then may be seen by the one run of the workload and not by the other.
-    assert sum(bool(outcome.executed) for outcome in outcomes) >= 0.9 * len(outcomes)
+    assert sum(bool(outcome.executed) for outcome in outcomes) >= len(outcomes) - max(1, len(outcomes) // 10)
 
 
 @pytest.mark.timeout(RUNTIME)

@@ -17,6 +17,7 @@ GETPRIORITY = 140
 GETEUID = 107
 MILLION = 1_000_000
 TRACING = "/sys/kernel/tracing"
+OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -129,7 +130,7 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
         guest.add(gdb, "p:ours __x64_sys_getpriority")
         theirs = next_boundary(gdb, "__x64_sys_getpriority")
         gdb.cont()
-        assert vm.run("echo 0 >/proc/sys/debug/kprobes-optimization")[0] == 0
+        assert vm.run(f"echo 0 >{OPTIMIZE}")[0] == 0
         assert vm.run(f"echo 'p:theirs {theirs}' >{TRACING}/kprobe_events")[0] == 0
         assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
         jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
@@ -144,7 +145,7 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
         profile = vm.run(f"cat {TRACING}/kprobe_profile")[1].split()
         assert profile[:2] == ["theirs", str(50000 * vcpus)]
         assert guest.hits(gdb) == {"ours": 50000 * vcpus}
-        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events")
+        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; echo 1 >{OPTIMIZE}")
         gdb.interrupt()
         gdb.console("kprobe detach")
 
@@ -162,12 +163,12 @@ def test_int3_of_the_guests_kprobe_on_a_probed_function_after_ours_is_gone(probe
         gdb.console("kprobe delete ours")
         guest.add(gdb, "p:entry __x64_sys_getpriority")  # the dispatcher stays in place, with the address in its table
         gdb.cont()
-        assert vm.run("echo 0 >/proc/sys/debug/kprobes-optimization")[0] == 0
+        assert vm.run(f"echo 0 >{OPTIMIZE}")[0] == 0
         assert vm.run(f"echo 'p:theirs {place}' >{TRACING}/kprobe_events")[0] == 0
         assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
         vm.run(f"workload syscall {GETPRIORITY} 100")
         assert vm.run(f"cat {TRACING}/kprobe_profile")[1].split()[:2] == ["theirs", "100"]
-        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events")
+        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; echo 1 >{OPTIMIZE}")
         gdb.interrupt()
         assert guest.hits(gdb) == {"entry": 100}
         gdb.console("kprobe detach")

@@ -28,6 +28,7 @@ def expandable() -> Iterator[GuestVm]:
     """A guest that a CPU can be plugged into; not one of those that are shared, for the CPU stays."""
     with GuestVm(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))) as vm:
         yield vm
+        vm.check()
 
 
 def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: Callable[[Any], Any]) -> None:

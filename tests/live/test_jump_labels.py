@@ -132,4 +132,7 @@ def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], ke
         gdb.interrupt()
         assert rungs(gdb) == dict.fromkeys(JUMPS, "optimized")
         gdb.console("kprobe detach")
-    vm.check_output(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; rmdir {INSTANCE}")
+    vm.check_output(
+        f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; rmdir {INSTANCE}; "
+        "echo 1 >/proc/sys/debug/kprobes-optimization"
+    )

@@ -40,9 +40,9 @@ def bench_arm(prefix, addrs, condition):
         link.session.add_many(new)
 
 def bench_hits(prefix):
-    site_of = plugin.the_plugin().need_link().session.site_of
+    sites = plugin.the_plugin().need_link().session.sites
     probes = [probe for probe in api.probes() if probe.name.startswith(prefix)]
-    print(json.dumps({probe.place.addr: [site_of(probe).plan.rung, probe.hits] for probe in probes}))
+    print(json.dumps({probe.place.addr: [sites.need(probe).plan.rung, probe.hits] for probe in probes}))
 """
 
 
