@@ -19,7 +19,7 @@ _SETTINGS = (
     "/proc/sys/debug/kprobes-optimization",
     *(f"/proc/sys/kernel/{name}" for name in ("ftrace_enabled", "kptr_restrict", "nmi_watchdog", "sched_schedstats")),
     *(f"/sys/kernel/tracing/{name}" for name in ("current_tracer", "tracing_on", "kprobe_events", "set_event")),
-    *(f"/sys/kernel/tracing/{name}" for name in ("set_ftrace_filter", "set_ftrace_notrace")),
+    *(f"/sys/kernel/tracing/{name}" for name in ("set_ftrace_filter", "set_ftrace_notrace", "options/record-cmd")),
 )
 """What tests and torture runs switch."""
 
