@@ -82,7 +82,8 @@ class TestLinuxGuest:
         trace = "/sys/kernel/tracing"
         # Names of tasks are not recorded: for that the guest would switch a jump label (see README, "Limits").
         guest.check_output(
-            f"echo 0 > {trace}/options/record-cmd; echo 'p:harness __x64_sys_sched_get_priority_max' > {trace}/kprobe_events;"
+            f"echo 0 > {trace}/options/record-cmd; "
+            f"echo 'p:harness __x64_sys_sched_get_priority_max' > {trace}/kprobe_events; "
             f"echo 1 > {trace}/events/kprobes/harness/enable"
         )
         try:
