@@ -44,9 +44,10 @@ class GuestPool:
         if guest is None:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
-            guest = self._guests[spec] = _boot(spec)
+            self._guests[spec] = _boot(spec)
             if spec.kernel != "bare":
-                self._conditions[spec] = _settled(guest)
+                self._conditions[spec] = _settled(self._guests[spec])
+            return self._guests[spec]
         self._guests[spec] = guest
         return guest
 

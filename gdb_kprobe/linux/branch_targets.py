@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from typing import Final
 
 from gdb_kprobe.linux.text_tables import TextTables
@@ -122,9 +122,11 @@ class Scanner:
         self._thunks = thunks
         self._heads: dict[bytes, tuple[int, _Reference | None]] = {}
 
-    def forget(self) -> None:
-        """Begin anew; how instructions begin stays known."""
+    def take(self, window: AddressRange) -> Scan:
+        """What was found since the last time, in the text of *window*; how instructions begin stays known."""
+        found = Scan(window, frozenset(self.targets), frozenset(self.taken), frozenset(self.indirect))
         self.targets, self.taken, self.indirect = set(), set(), set()
+        return found
 
     def scan(self, addr: int, code: bytes) -> None:
         """Find the references of *code*, of which the first byte is at *addr* and begins an instruction."""
@@ -206,6 +208,11 @@ class Scan:
     indirect: frozenset[int]
 
 
+def cuts(window: AddressRange, starts: Sequence[int]) -> list[int]:
+    """Where the pieces of *window* begin, which are cut at each of the sorted *starts*; last, where it ends."""
+    return [window.start, *starts[bisect_left(starts, window.start + 1) : bisect_left(starts, window.end)], window.end]
+
+
 def scan_text(start: VirtAddr, code: bytes, starts: Sequence[int], thunks: AddressRange | None = None) -> Scan:
     """Scan *code*, a run of live text at *start*.
 
@@ -213,13 +220,10 @@ def scan_text(start: VirtAddr, code: bytes, starts: Sequence[int], thunks: Addre
     :param thunks: the kernel's ``__x86_indirect_thunk_*``: a jump there is an indirect one.
     """
     scanner = Scanner(thunks)
-    end = start + len(code)
-    at: int = start
-    for cut in chain(starts[bisect_left(starts, start + 1) : bisect_left(starts, end)], (end,)):
-        scanner.scan(at, code[at - start : cut - start])
-        at = cut
-    window = AddressRange(start, VirtAddr(end))
-    return Scan(window, frozenset(scanner.targets), frozenset(scanner.taken), frozenset(scanner.indirect))
+    window = AddressRange(start, VirtAddr(start + len(code)))
+    for at, end in pairwise(cuts(window, starts)):
+        scanner.scan(at, code[at - start : end - start])
+    return scanner.take(window)
 
 
 def table_targets(tables: TextTables) -> set[int]:

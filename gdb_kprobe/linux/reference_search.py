@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.linux.arrays import np, npt
-from gdb_kprobe.linux.branch_targets import References, Scan, Scanner, SortedAddresses, table_targets
+from gdb_kprobe.linux.branch_targets import References, Scan, Scanner, SortedAddresses, cuts, table_targets
 from gdb_kprobe.linux.text_tables import TextTables
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.x86.encoding import MAX_LENGTH
@@ -72,10 +72,9 @@ class Run:
     """
 
     def __init__(self, start: VirtAddr, code: bytes, starts: Sequence[int], thunks: AddressRange | None) -> None:
-        end = VirtAddr(start + len(code))
-        self.window = AddressRange(start, end)
+        self.window = AddressRange(start, VirtAddr(start + len(code)))
         self._code = code
-        self._cuts = [start, *starts[bisect_left(starts, start + 1) : bisect_left(starts, end)], end]
+        self._cuts = cuts(self.window, starts)
         self._scanner = Scanner(thunks)
         self._scans: dict[int, Scan] = {}
         self._own: _Fields | None = None
@@ -103,15 +102,8 @@ class Run:
         scan = self._scans.get(index)
         if scan is None:
             start, end = self._cuts[index], self._cuts[index + 1]
-            found = self._scanner
-            found.forget()
-            found.scan(start, self._code[start - self.window.start : end - self.window.start])
-            scan = self._scans[index] = Scan(
-                AddressRange(VirtAddr(start), VirtAddr(end)),
-                frozenset(found.targets),
-                frozenset(found.taken),
-                frozenset(found.indirect),
-            )
+            self._scanner.scan(start, self._code[start - self.window.start : end - self.window.start])
+            scan = self._scans[index] = self._scanner.take(AddressRange(VirtAddr(start), VirtAddr(end)))
         return scan
 
 

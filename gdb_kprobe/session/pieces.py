@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
-from gdb_kprobe.linux.branch_targets import CodeReferences, find_references
+from gdb_kprobe.linux.branch_targets import CodeReferences, cuts, find_references
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
@@ -55,12 +56,8 @@ def pieces(snapshot: Snapshot) -> Iterator[Piece]:
     """The text, cut at every symbol."""
     addrs = snapshot.symbols
     for start, code in snapshot.windows:
-        end = start + len(code)
-        cuts = [*addrs[bisect_left(addrs, start + 1) : bisect_left(addrs, end)], end]
-        at: int = start
-        for cut in cuts:
-            yield piece_at(snapshot.facts, snapshot.kprobes, VirtAddr(at), code[at - start : cut - start])
-            at = cut
+        for at, end in pairwise(cuts(AddressRange(start, VirtAddr(start + len(code))), addrs)):
+            yield piece_at(snapshot.facts, snapshot.kprobes, VirtAddr(at), code[at - start : end - start])
 
 
 def piece_at(facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], addr: VirtAddr, code: bytes) -> Piece:

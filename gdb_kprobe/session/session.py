@@ -439,7 +439,7 @@ class Session:
                 self.modules.wait(probe)
             else:
                 self._roll.strike(probe)
-        self.sites.tidy()
+        self._routes.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 

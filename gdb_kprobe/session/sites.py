@@ -251,7 +251,7 @@ class Sites:
     def forget(self, site: Site) -> tuple[Probe, ...]:
         """Drop *site* and write nothing to its text: it belongs to somebody else now. Returns its probes.
 
-        They are gone; :meth:`tidy` takes away what nobody needs any more.
+        They are gone; :meth:`Routes.tidy` takes away what nobody needs any more.
         """
         del self._table[site.addr]
         self._borrows.drop(site.plan.patch.range)
@@ -261,10 +261,6 @@ class Sites:
             probe.gone = True
         self._free_slots(site)
         return tuple(site.probes)
-
-    def tidy(self) -> None:
-        """Take hook and breakpoint away if no site needs them."""
-        self._routes.tidy()
 
     # -- rungs ----------------------------------------------------------------------------------------------------
 

@@ -47,14 +47,14 @@ def test_every_call_of_a_function_is_one_execution_of_its_entry(booted_guest: Bo
     guest.stop()
     log.open(one_instruction=vcpus == 1)  # the first instruction of a function begins a block anyway
     guest.cont()
-    calls = 100 // vcpus
+    calls = 1000 // vcpus
     guest.check_output(
         "".join(f"taskset {1 << cpu:x} workload syscall {GETPRIORITY} {calls} & " for cpu in range(vcpus)) + "wait"
     )
     guest.stop()
     counts = log.close()
     guest.cont()
-    assert counts[entry] == 100
+    assert counts[entry] == 1000
     assert all(addr in range(0xFFFFFFFF80000000, 0xFFFFFFFFF0000000) for addr in counts)
     assert list(SHARED_MEMORY.glob("gdb-kprobe-*.log*")) == []
 
