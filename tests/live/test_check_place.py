@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.launcher.bench.kernel_events import Way, events
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
-
-EVENTS = "/sys/kernel/debug/tracing/kprobe_events"
-OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
-ENABLE = "/sys/kernel/debug/tracing/events/kprobes/enable"
 
 
 def words(text: str) -> str:
@@ -73,20 +71,15 @@ def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
         length = len(before.partition("bytes ")[2].partition(" instruction")[0].split())
         following = f"vfs_read+{5 + length:#x}"
         expected = words(gdb.console(f"kprobe check {following}"))
+        addr = VirtAddr(guest.snapshot.guest.kallsyms.address("vfs_read") + 5)
         gdb.cont()
-        vm.check_output(f"echo {int(optimized)} > {OPTIMIZE}; echo p:own vfs_read+5 > {EVENTS} && echo 1 > {ENABLE}")
-        try:
-            if optimized:  # a worker of the guest's does it, a moment later
-                listed = "grep -q 'vfs_read.*OPTIMIZED' /sys/kernel/debug/kprobes/list"
-                vm.check_output(f"i=0; until {listed} || [ $i = 50 ]; do i=$((i+1)); sleep 0.1; done; {listed}")
+        with events(vm, [addr], Way.OPTIMIZED if optimized else Way.INT3):
             gdb.interrupt()
             with pytest.raises(GdbCommandError) as caught:
                 gdb.console("kprobe p:x vfs_read+5")
             own = words(gdb.console("kprobe check vfs_read+5"))
             after = words(gdb.console(f"kprobe check {following}"))
             gdb.cont()
-        finally:
-            vm.check_output(f"echo 0 > {ENABLE}; echo > {EVENTS}; echo 1 > {OPTIMIZE}")
         gdb.interrupt()
         again = words(gdb.console("kprobe check vfs_read+5"))
         gdb.console("kprobe detach")

@@ -79,7 +79,7 @@ def _enabled(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> Iterator[No
         guest.run(f"[ ! -e {_ENABLE} ] || echo 1 >{_ENABLE}")
         yield
     finally:
-        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; echo >{_EVENTS}")
+        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; echo >{_EVENTS}; echo 1 >{_OPTIMIZATION}")
 
 
 def _in_this_way(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> tuple[VirtAddr, ...]:
