@@ -3,7 +3,7 @@
 However an instruction refers to an address, but for a branch of one byte: 4 bytes of it, its last ones, count from its
 end to there, or are the low half of that address. So one pass finds all places where such 4 bytes could be, whatever
 they are, and only the functions around those that lead to the place in question are decoded. The answers are those of
-:func:`~gdb_kprobe.linux.branch_targets.find_references`, a tenth of a second after the question instead of seconds.
+:func:`~gdb_kprobe.linux.branch_targets.find_references`, after some tenths of a second instead of seconds.
 """
 
 from __future__ import annotations
