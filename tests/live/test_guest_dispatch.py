@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits
+from gdb_kprobe.model import VirtAddr
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
@@ -16,9 +18,6 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 GETEUID = 107
 MILLION = 1_000_000
-TRACING = "/sys/kernel/tracing"
-OPTIMIZE = "/proc/sys/debug/kprobes-optimization"
-NAMES = f"{TRACING}/options/record-cmd"
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -29,12 +28,12 @@ on_each_guest = pytest.mark.parametrize(
 )
 
 
-def next_boundary(gdb: Any, function: str) -> str:
+def next_boundary(gdb: Any, function: str) -> VirtAddr:
     """The second instruction of *function* that is no nop: no place for ftrace, nor for an entry marker."""
     insns = gdb.console(f"x/4i {int(gdb.command(f'-kprobe-plan {function}')['plan']['addr'], 16):#x}").splitlines()
     start = int(insns[0].split()[0].rstrip(":"), 16)
     addrs = [int(line.split()[0].rstrip(":"), 16) for line in insns if "nop" not in line and "endbr" not in line]
-    return f"{function}+{next(addr - start for addr in addrs if addr > start):#x}"
+    return VirtAddr(next(addr for addr in addrs if addr > start))
 
 
 COUNT_STOPS = (
@@ -56,7 +55,7 @@ def test_a_million_hits_are_counted_without_a_stop_and_read_while_the_guest_runs
     with guest.gdb() as gdb:
         gdb.console(COUNT_STOPS)
         guest.add(gdb, "p:entry __x64_sys_getpriority")
-        guest.add(gdb, f"p:inner {next_boundary(gdb, '__x64_sys_getpriority')}")
+        guest.add(gdb, f"p:inner {next_boundary(gdb, '__x64_sys_getpriority'):#x}")
         gdb.cont()
         calls = MILLION // 2 // vcpus
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} {calls}", timeout=60) for _ in range(vcpus)]
@@ -90,13 +89,13 @@ def test_only_hits_that_need_the_host_stop_the_machine(probed: Boot, vcpus: int)
         for job in jobs:
             assert guest.guest.finish(job)[0] == 0
         gdb.interrupt()
-        hits = guest.hits(gdb)
-        assert hits["counted"] == 20000 * vcpus
+        counts = guest.hits(gdb)
+        assert counts["counted"] == 20000 * vcpus
         # The shell of the guest asks for its identity too.
-        assert hits["handled"] >= 30 * vcpus
+        assert counts["handled"] >= 30 * vcpus
         said = gdb.console("python print(seen == list(range(1, len(seen) + 1)), len(seen))")
-        assert said.split() == ["True", str(hits["handled"])]
-        assert stops(gdb) == hits["handled"]
+        assert said.split() == ["True", str(counts["handled"])]
+        assert stops(gdb) == counts["handled"]
         gdb.console("kprobe detach")
 
 
@@ -131,24 +130,18 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
         guest.add(gdb, "p:ours __x64_sys_getpriority")
         theirs = next_boundary(gdb, "__x64_sys_getpriority")
         gdb.cont()
-        # With the names of tasks recorded an event switches a jump label of the scheduler's, too (see below).
-        assert vm.run(f"echo 0 >{OPTIMIZE}; echo 0 >{NAMES}")[0] == 0
-        assert vm.run(f"echo 'p:theirs {theirs}' >{TRACING}/kprobe_events")[0] == 0
-        assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
-        jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
-        for _ in range(20):
-            if vcpus == 1:
-                # With more, QEMU 7.2 kills a guest that switches jump labels by itself: a vCPU goes on with translated
-                # code of an int3 that is gone, and the kernel does not know it any more ("Oops: int3").
-                vm.run("echo 1 >/proc/sys/kernel/sched_schedstats; echo 0 >/proc/sys/kernel/sched_schedstats")
-            assert vm.run("workload int3") == (0, "workload: SIGTRAP arrived\n")
-        for job in jobs:
-            assert vm.finish(job, timeout=60)[0] == 0
-        profile = vm.run(f"cat {TRACING}/kprobe_profile")[1].split()
-        assert profile[:2] == ["theirs", str(50000 * vcpus)]
+        with events(vm, [theirs], Way.INT3):
+            jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
+            for _ in range(20):
+                if vcpus == 1:
+                    # With more, QEMU 7.2 kills a guest that switches jump labels by itself: a vCPU goes on with
+                    # translated code of an int3 that is gone, and the kernel does not know it any more ("Oops: int3").
+                    vm.run("echo 1 >/proc/sys/kernel/sched_schedstats; echo 0 >/proc/sys/kernel/sched_schedstats")
+                assert vm.run("workload int3") == (0, "workload: SIGTRAP arrived\n")
+            for job in jobs:
+                assert vm.finish(job, timeout=60)[0] == 0
+            assert hits(vm) == 50000 * vcpus
         assert guest.hits(gdb) == {"ours": 50000 * vcpus}
-        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events")
-        assert vm.run(f"echo 1 >{OPTIMIZE}; echo 1 >{NAMES}")[0] == 0
         gdb.interrupt()
         gdb.console("kprobe detach")
 
@@ -159,19 +152,16 @@ def test_int3_of_the_guests_kprobe_on_a_probed_function_after_ours_is_gone(probe
     with guest.gdb() as gdb:
         gdb.console(COUNT_STOPS)
         place = next_boundary(gdb, "__x64_sys_getpriority")
-        guest.add(gdb, f"p:ours {place}")
+        guest.add(gdb, f"p:ours {place:#x}")
         gdb.cont()
         vm.run(f"workload syscall {GETPRIORITY} 100")
         gdb.interrupt()
         gdb.console("kprobe delete ours")
         guest.add(gdb, "p:entry __x64_sys_getpriority")  # the dispatcher stays in place, with the address in its table
         gdb.cont()
-        assert vm.run(f"echo 0 >{OPTIMIZE}")[0] == 0
-        assert vm.run(f"echo 'p:theirs {place}' >{TRACING}/kprobe_events")[0] == 0
-        assert vm.run(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")[0] == 0
-        vm.run(f"workload syscall {GETPRIORITY} 100")
-        assert vm.run(f"cat {TRACING}/kprobe_profile")[1].split()[:2] == ["theirs", "100"]
-        vm.run(f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; echo 1 >{OPTIMIZE}")
+        with events(vm, [place], Way.INT3):
+            vm.run(f"workload syscall {GETPRIORITY} 100")
+            assert hits(vm) == 100
         gdb.interrupt()
         assert guest.hits(gdb) == {"entry": 100}
         gdb.console("kprobe detach")
@@ -183,7 +173,7 @@ def test_the_stub_dispatches_when_asked_to(probed: Boot, vcpus: int) -> None:
     with guest.gdb(dispatch="stub") as gdb:
         gdb.console(COUNT_STOPS)
         guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
-        guest.add(gdb, f"p:stepped {next_boundary(gdb, '__x64_sys_getpriority')}", "single-step")
+        guest.add(gdb, f"p:stepped {next_boundary(gdb, '__x64_sys_getpriority'):#x}", "single-step")
         gdb.cont()
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 50") for _ in range(vcpus)]
         for job in jobs:

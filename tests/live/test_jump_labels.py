@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
@@ -22,8 +24,7 @@ FUNCTION = "__set_task_comm"
 RENAME, CALLS = "workload syscall 157 {calls} 15 s:thirteen-long", 200_000
 """``prctl(PR_SET_NAME)``. With a name of this length 6.12 executes what lies before the label's target, else not."""
 STOPS = 20
-TRACING = "/sys/kernel/tracing"
-INSTANCE = f"{TRACING}/instances/renames"
+INSTANCE = "/sys/kernel/tracing/instances/renames"
 SWITCH = f"{INSTANCE}/events/task/task_rename/enable"
 SWITCHES = f"while [ ! -e /tmp/enough ]; do echo 1 >{SWITCH}; sleep 0.01; echo 0 >{SWITCH}; echo; done | wc -l"
 """Prints how often the label was switched on and off."""
@@ -46,7 +47,7 @@ def windows(insns: list[Insn]) -> Iterator[tuple[int, int]]:
             yield insn.addr, end
 
 
-def beside(kernel: Any) -> dict[str, int]:
+def beside(kernel: Any) -> dict[str, VirtAddr]:
     """Where to probe: as near before and behind the label as can be, as near before its target, and at its target.
 
     ``theirs`` is for the guest's own kprobe: an instruction that every call executes, and no jump of ours displaces.
@@ -77,12 +78,6 @@ def recorded(vm: Any) -> int:
     return sum(int(number) for number in re.findall(r"^(?:entries|overrun): (\d+)", text, re.M))
 
 
-def executed(vm: Any) -> int:
-    """How often the guest's own kprobe in the function was hit."""
-    _, hits, misses = vm.check_output(f"cat {TRACING}/kprobe_profile").split()
-    return int(hits) + int(misses)
-
-
 def rungs(gdb: GdbMi) -> dict[str, str]:
     return {probe["name"]: probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]}
 
@@ -97,42 +92,39 @@ def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], ke
     vm = guest.guest
     places = beside(guest.snapshot.guest)
     chosen = random.Random(1)
-    vm.check_output(f"mkdir {INSTANCE}; echo 0 >/proc/sys/debug/kprobes-optimization")
-    vm.check_output(f"echo 'p:theirs {places['theirs']:#x}' >{TRACING}/kprobe_events")
-    vm.check_output(f"echo 1 >{TRACING}/events/kprobes/theirs/enable")
-    before = executed(vm)
-    with guest.gdb() as gdb:
-        for name in JUMPS:
-            assert guest.add(gdb, f"p:{name} {places[name]:#x}")["rung"] == "optimized"
-        gdb.cont()
-        switching = vm.spawn(SWITCHES, timeout=120)
-        calling = vm.spawn(RENAME.format(calls=CALLS), timeout=120)
-        waited = 0
-        for _ in range(STOPS):
-            time.sleep(chosen.uniform(0, 0.2))
-            gdb.interrupt()
-            name = chosen.choice(JUMPS)
-            gdb.console(f"kprobe disable {name}")
-            gdb.console(f"kprobe enable {name}")
-            waited += rungs(gdb)[name] != "optimized"
+    vm.check_output(f"mkdir {INSTANCE}")
+    with events(vm, [places["theirs"]], Way.INT3):
+        before = hits(vm)
+        with guest.gdb() as gdb:
+            for name in JUMPS:
+                assert guest.add(gdb, f"p:{name} {places[name]:#x}")["rung"] == "optimized"
             gdb.cont()
-        assert vm.finish(calling, timeout=120) == (0, f"workload: {CALLS} calls done, last result 0\n")
-        vm.check_output("touch /tmp/enough")
-        status, switched = vm.finish(switching, timeout=30)
-        assert status == 0
-        calls = executed(vm) - before
-        hits = guest.hits(gdb)
-        print(
-            f"{switched.strip()} times on and off; {calls} calls, {hits['target']} at the target; {waited} had to wait"
-        )
-        always = calls if kernel == "debian" else CALLS
-        assert hits == {"before": calls, "behind": calls, "above": always, "target": recorded(vm)}
-        assert 0 < hits["target"] < calls
-        assert int(switched) > STOPS
-        gdb.interrupt()
-        assert rungs(gdb) == dict.fromkeys(JUMPS, "optimized")
-        gdb.console("kprobe detach")
-    vm.check_output(
-        f"echo 0 >{TRACING}/events/kprobes/theirs/enable; echo >{TRACING}/kprobe_events; rmdir {INSTANCE}; "
-        "echo 1 >/proc/sys/debug/kprobes-optimization"
-    )
+            switching = vm.spawn(SWITCHES, timeout=120)
+            calling = vm.spawn(RENAME.format(calls=CALLS), timeout=120)
+            waited = 0
+            for _ in range(STOPS):
+                time.sleep(chosen.uniform(0, 0.2))
+                gdb.interrupt()
+                name = chosen.choice(JUMPS)
+                gdb.console(f"kprobe disable {name}")
+                gdb.console(f"kprobe enable {name}")
+                waited += rungs(gdb)[name] != "optimized"
+                gdb.cont()
+            assert vm.finish(calling, timeout=120) == (0, f"workload: {CALLS} calls done, last result 0\n")
+            vm.check_output("touch /tmp/enough")
+            status, switched = vm.finish(switching, timeout=30)
+            assert status == 0
+            calls = hits(vm) - before
+            counts = guest.hits(gdb)
+            print(
+                f"{switched.strip()} times on and off; {calls} calls, {counts['target']} at the target; "
+                f"{waited} had to wait"
+            )
+            always = calls if kernel == "debian" else CALLS
+            assert counts == {"before": calls, "behind": calls, "above": always, "target": recorded(vm)}
+            assert 0 < counts["target"] < calls
+            assert int(switched) > STOPS
+            gdb.interrupt()
+            assert rungs(gdb) == dict.fromkeys(JUMPS, "optimized")
+            gdb.console("kprobe detach")
+    vm.check_output(f"rmdir {INSTANCE}")

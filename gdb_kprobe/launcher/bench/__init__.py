@@ -71,7 +71,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"QEMU {'.'.join(str(version['qemu'][part]) for part in ('major', 'minor', 'micro'))}, TCG")
         print(f"kernel {guest.check_output('uname -srv').strip()}")
         machine = Machine.of(gdb, guest)
-        kernel_events.prepare(guest)
         places = _find_places(machine)
         us_per_tick = us_of_a_tick(machine, CALL)
         print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)

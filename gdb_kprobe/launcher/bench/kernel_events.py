@@ -16,6 +16,9 @@ _PROFILE = f"{_TRACING}/kprobe_profile"
 _GROUP = "bench"
 _ENABLE = f"{_TRACING}/events/{_GROUP}/enable"
 _OPTIMIZATION = "/proc/sys/debug/kprobes-optimization"
+_NAMES = f"{_TRACING}/options/record-cmd"
+"""While it is on, enabling an event also switches a jump label of the scheduler's, to record the names of tasks. With
+several vCPUs, QEMU 7.2 may hang a guest that switches jump labels by itself."""
 _LIST = "/sys/kernel/debug/kprobes/list"
 _LOOKS = 100
 """A tenth of a second apart: the kernel optimizes late, and after it has seen every task sleep or leave."""
@@ -27,11 +30,6 @@ class Way(StrEnum):
     INT3 = ""
     OPTIMIZED = "[OPTIMIZED]"
     FTRACE = "[FTRACE]"
-
-
-def prepare(guest: GuestVm) -> None:
-    """Mount what is needed here."""
-    guest.check_output(f"[ -e {_LIST} ] || mount -t debugfs debugfs /sys/kernel/debug")
 
 
 def functions_of(guest: GuestVm, command: str) -> tuple[VirtAddr, ...]:
@@ -71,7 +69,8 @@ def hits(guest: GuestVm) -> int:
 
 @contextmanager
 def _enabled(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> Iterator[None]:
-    guest.check_output(f"echo {int(way is Way.OPTIMIZED)} >{_OPTIMIZATION}")
+    optimization, names = guest.check_output(f"cat {_OPTIMIZATION} {_NAMES}").split()
+    guest.check_output(f"echo {int(way is Way.OPTIMIZED)} >{_OPTIMIZATION}; echo 0 >{_NAMES}")
     places = " ".join(f"{addr:x}" for addr in addrs)
     try:
         # An address that the kernel refuses has no event; whoever asked sees that in the list.
@@ -79,7 +78,8 @@ def _enabled(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> Iterator[No
         guest.run(f"[ ! -e {_ENABLE} ] || echo 1 >{_ENABLE}")
         yield
     finally:
-        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; echo >{_EVENTS}; echo 1 >{_OPTIMIZATION}")
+        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; echo >{_EVENTS}")
+        guest.check_output(f"echo {optimization} >{_OPTIMIZATION}; echo {names} >{_NAMES}")
 
 
 def _in_this_way(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> tuple[VirtAddr, ...]:
