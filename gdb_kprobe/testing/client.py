@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
@@ -37,12 +35,3 @@ class StubClient:
         self.stub.forget_selection()
         thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
         return CpuId(int(thread[1], 16) if thread else 1)
-
-
-def is_cut(act: Callable[[CpuId], object], cpu: CpuId) -> bool:
-    """Whether the connection is lost while *act* does something to *cpu*."""
-    try:
-        act(cpu)
-    except ConnectionLostError:
-        return True
-    return False

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from gdb_kprobe.config.load import load_profile
-from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
@@ -19,7 +18,8 @@ from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.client import StubClient, is_cut
+from gdb_kprobe.testing.client import StubClient
+from gdb_kprobe.testing.cut import CutChannel, is_cut
 from gdb_kprobe.x86.decode import iter_insns
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
@@ -31,19 +31,6 @@ WORKLOAD = "workload syscall 140 20"
 """Calls of getpriority, which nothing else makes."""
 FUNCTION = "__do_sys_getpriority"
 MOST_CHANGES = 30
-
-
-class CutChannel(RspSocket):
-    """A connection that is lost at one of the packets that change something; killed at others, nothing is different."""
-
-    changes_left: int | None = None
-
-    def send(self, packet: bytes) -> bytes:
-        if self.changes_left is not None and (packet[:1] in b"MGPX" or packet[:6] == b"vCont;"):
-            if not self.changes_left:
-                raise ConnectionLostError("cut")
-            self.changes_left -= 1
-        return super().send(packet)
 
 
 class Client(StubClient):
@@ -84,7 +71,7 @@ def test_killed_at_any_packet_of_a_step_the_guest_goes_on(
             client = Client(vm)
             slot = client.probe(family).slot
             cpu, job = client.run_to_hit(lambda: background.submit(vm.run, WORKLOAD, 20))
-            client.channel.changes_left = count
+            client.channel.left = count
             killed = is_cut(client.session.on_breakpoint, cpu)
             client.channel.close()
             with RspSocket(vm.gdb_address) as plain:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.config.load import load_profile
-from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.attach import attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.client import StubClient, is_cut
+from gdb_kprobe.testing.client import StubClient
+from gdb_kprobe.testing.cut import CutChannel, is_cut
 from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
@@ -44,19 +44,6 @@ SITES = {
 }
 
 
-class CuttableChannel(RspSocket):
-    """A connection that is lost after so many more packets."""
-
-    packets_left: int | None = None
-
-    def send(self, packet: bytes) -> bytes:
-        if self.packets_left is not None:
-            if not self.packets_left:
-                raise ConnectionLostError("cut")
-            self.packets_left -= 1
-        return super().send(packet)
-
-
 class BareSession(StubClient):
     """An attachment to the guest, and the loop that gdb would be: resume, stop, dispatch."""
 
@@ -64,7 +51,7 @@ class BareSession(StubClient):
         image = guest.bare_image()
         environment = {"KPROBE_GUEST": str(guest.directory), "KPROBE_SYMBOLS": str(image.symbols_path)}
         self.symbols = image.symbols
-        self.channel = CuttableChannel(guest.gdb_address)
+        self.channel = CutChannel(guest.gdb_address, counts=bool)
         super().__init__(self.channel)
         self.attached = attach(self.stub, load_profile(PROFILE, environment), self)
         self.session = self.attached.session
@@ -211,7 +198,7 @@ def test_a_debugger_killed_between_any_two_packets_of_a_hit(guest: GuestVm, plac
         bare = BareSession(guest)
         bare.add(place, rung)
         cpu = bare.stop()
-        bare.channel.packets_left = count
+        bare.channel.left = count
         killed = is_cut(bare.session.on_breakpoint, cpu)
         bare.channel.close()
 
@@ -244,7 +231,7 @@ def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, plac
         before = counters
         patch = bare.session.sites.of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
         cpu = bare.stop()
-        bare.channel.packets_left = count
+        bare.channel.left = count
         killed = is_cut(bare.session.on_breakpoint, cpu)
         bare.channel.close()
 

@@ -27,6 +27,7 @@ from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.testing import GdbCommandError, GdbMi
+from gdb_kprobe.testing.cut import CutChannel, change_of
 from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
@@ -255,52 +256,9 @@ def test_of_more_than_there_is_in_one_piece_it_takes_what_there_is(probed: Boot,
         gdb.console("kprobe detach")
 
 
-RUN = b"vCont;c"
 CHANGES = 14
 """Packets that change something, of borrowing one block: three way points, a frame, a call."""
 KINDS = {"M", "G", "Z", "z", "vCont"}
-
-
-def kind_of(packet: bytes) -> str:
-    """What a packet changes; empty for one that only asks."""
-    return "vCont" if packet == RUN else packet[:1].decode() if packet[:1] in b"MGPXZz" else ""
-
-
-class CutChannel(RspSocket):
-    """A connection that is lost at the packet number *cut_at* of those that change something, as of a killed gdb."""
-
-    def __init__(self, address: str) -> None:
-        self.changes = 0
-        self.cut_at: int | None = None
-        self.cut_after = False
-        """Right behind it: before the next one; for one that lets the machine run, before that has stopped."""
-        self.was_cut = ""
-        super().__init__(address)
-
-    def send(self, packet: bytes) -> bytes:
-        self._note(packet)
-        return super().send(packet)
-
-    def run_for(self, seconds: float) -> None:
-        self._note(RUN)
-        if self.was_cut:
-            self.resume()
-            self._cut()
-        super().run_for(seconds)
-
-    def _note(self, packet: bytes) -> None:
-        if self.was_cut:
-            self._cut()
-        if kind_of(packet):
-            if self.changes == self.cut_at:
-                self.was_cut = kind_of(packet)
-                if not self.cut_after:
-                    self._cut()
-            self.changes += 1
-
-    @staticmethod
-    def _cut() -> None:
-        raise ConnectionLostError("cut")
 
 
 @contextlib.contextmanager
@@ -310,7 +268,7 @@ def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
         stub = QemuStub(channel)
         stub.drop_breakpoints()
         yield channel, stub, open_linux(stub, RamView(stub, None))
-        if channel.cut_at is None:
+        if not channel.cut_at:
             channel.detach()
 
 
@@ -320,15 +278,15 @@ def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, v
     # A guest of its own: what it loses is in the way of others.
     vm = booted_guest(replace(unprepared(vcpus=vcpus), memory_mb=480))
     cut: list[str] = []
-    for number, after in itertools.product(range(CHANGES), (False, True)):
+    for number, behind in itertools.product(range(CHANGES), (False, True)):
         with stopped(vm) as (channel, stub, kernel):
-            channel.changes, channel.cut_at, channel.cut_after = 0, number, after
+            channel.left, channel.behind = number, behind
             try:
                 lent = borrow_pages(stub, kernel, BLOCK)
             except ConnectionLostError:
-                cut.append(channel.was_cut)
+                cut.append(change_of(channel.cut_at))
             else:  # it came to the end with fewer packets: a vCPU stood where it could be called at once
-                channel.cut_at = None
+                channel.left, channel.cut_at = None, b""
                 give(stub, kernel, lent)
         with RspSocket(vm.gdb_address) as plain:
             QemuStub(plain).drop_breakpoints()
