@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,7 +15,6 @@ from hypothesis import settings
 
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.cli import boot_command
-from kprobe_guest.errors import GuestFailedError
 
 # A machine that is busy with guests is slow at times; how long an example takes proves nothing.
 settings.register_profile("guests", deadline=None)
@@ -44,7 +42,7 @@ class GuestPool:
         if guest is None:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
-            self._guests[spec] = _boot(spec)
+            self._guests[spec] = GuestVm(spec).__enter__()
             if spec.kernel != "bare":
                 self._conditions[spec] = _settled(self._guests[spec])
             return self._guests[spec]
@@ -74,17 +72,6 @@ class GuestPool:
         for guest in self._guests.values():
             guest.close()
         self._guests.clear()
-
-
-def _boot(spec: GuestSpec) -> GuestVm:
-    try:
-        return GuestVm(spec).__enter__()
-    except GuestFailedError as error:
-        # QEMU before 8.0: a guest with several vCPUs that switches jump labels, as it does while it boots, may die of
-        # its own int3, or a vCPU takes it for ever (README, "Limits"). Nobody has touched the guest yet.
-        if spec.vcpus == 1 or not re.search("Oops: int3|detected stall", error.what):
-            raise
-    return GuestVm(spec).__enter__()
 
 
 def _settled(guest: GuestVm) -> tuple[str, ...]:

@@ -57,22 +57,25 @@ class GuestCommands(ABC):
         return status, output.decode(errors="replace")
 
     def _run(self, command: str, timeout: float) -> tuple[int, bytes]:
-        self.check()
-        channel = self.channel
         deadline = time.monotonic() + timeout
-        while self._interrupted and not channel.take_ready():
-            self._tick(deadline, "a new shell")
-        self._interrupted = False
-        markers = channel.send(command)
-        while (result := channel.take_result(markers)) is None:
+        markers = self._send(command, deadline)
+        while (result := self.channel.take_result(markers)) is None:
             try:
                 self._tick(deadline, f"the end of: {command}")
             except GuestTimeoutError:
-                channel.interrupt()
+                self.channel.interrupt()
                 self._interrupted = True
                 raise
         self.check()
         return result
+
+    def _send(self, command: str, deadline: float) -> tuple[bytes, bytes]:
+        """Have the shell run *command* when it comes to it; returns what its output will be between."""
+        self.check()
+        while self._interrupted and not self.channel.take_ready():
+            self._tick(deadline, "a new shell")
+        self._interrupted = False
+        return self.channel.send(command)
 
     @contextmanager
     def dialogue(self, command: str, timeout: float = 60) -> Iterator[Callable[[str], str]]:
@@ -120,13 +123,21 @@ class GuestCommands(ABC):
             raise GuestError(f"in the guest, status {status}: {command}\n{output}")
         return output
 
-    def spawn(self, command: str, timeout: float = 60) -> int:
-        """Start *command* in the background; returns the job's number for :meth:`finish`."""
+    def spawn(self, command: str, timeout: float = 60, *, wait: bool = True) -> int:
+        """Start *command* in the background; returns the job's number for :meth:`finish`.
+
+        Without *wait* it may not have been started yet. So it is for one that makes somebody stop the machine: stopped
+        at once, the shell could not say any more that it has started it.
+        """
         self._jobs += 1
         base = f"/tmp/job{self._jobs}"
         # A session of its own: its process group can be killed as a whole.
         script = f"trap 'echo $? > {base}.status' EXIT\n{command}"
-        self.check_output(f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid", timeout)
+        start = f"setsid sh -c {shlex.quote(script)} > {base}.output 2>&1 & echo $! > {base}.pid"
+        if wait:
+            self.check_output(start, timeout)
+        else:
+            self._send(start, time.monotonic() + timeout)
         return self._jobs
 
     def finish(self, job: int, timeout: float = 60, *, kill: bool = False) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -25,6 +26,15 @@ class GuestFailedError(GuestError):
         self.what = what
         self.console_tail = console_tail
         self.directory = directory
+
+    @property
+    def is_of_a_switched_label(self) -> bool:
+        """Whether it looks like what QEMU before 8.0 may do to a guest of several vCPUs that switches a jump label.
+
+        A guest does so by itself while it boots (README, "Limits"). It dies of an int3 of its own that is gone, or one
+        of its vCPUs takes it for ever.
+        """
+        return re.search(r"\bint3: 0000 \[#|detected stall|soft lockup", self.console_tail) is not None
 
 
 class GuestTimeoutError(GuestError):

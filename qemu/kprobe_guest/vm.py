@@ -123,13 +123,23 @@ class GuestVm(GuestCommands):
     # -- life -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        try:
+            self._boot()
+        except GuestFailedError as error:
+            # Nobody has touched the guest yet. With one vCPU there is no such fault.
+            if self.spec.vcpus == 1 or not error.is_of_a_switched_label:
+                raise
+            self._process, self._failed = None, False
+            self._boot()
+        return self
+
+    def _boot(self) -> None:
         self.start()
         try:
             self.wait_ready()
         except BaseException:
             self.close(keep=True)
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -1,0 +1,25 @@
+"""What is said of a guest that has failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kprobe_guest import GuestFailedError
+
+
+@pytest.mark.parametrize(
+    ("console", "expected"),
+    [
+        ("[    1.061652] int3: 0000 [#1] PREEMPT SMP NOPTI", True),  # 6.1
+        ("[    1.061652] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI", True),  # 6.12
+        ("[   23.4] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", True),
+        ("[   28.0] watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [init:1]", True),
+        ("[    2.3] Oops: 0002 [#1] PREEMPT SMP NOPTI", False),
+        ("[    2.3] Kernel panic - not syncing: sysrq triggered crash", False),
+    ],
+)
+def test_what_a_switched_label_may_do_is_known(console: str, expected: bool) -> None:
+    error = GuestFailedError(console, f"before\n{console}\nafter", Path("/nowhere"))
+    assert error.is_of_a_switched_label == expected
