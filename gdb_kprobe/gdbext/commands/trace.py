@@ -38,9 +38,9 @@ class Trace(Command):
         if not any(link.session.state_of(probe) is State.ARMED for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
         trace = _Trace(wanted, args.count)
-        write("Tracing; Ctrl-C ends it.")
-        gdb.flush()
         try:
+            write("Tracing; Ctrl-C ends it.")
+            gdb.flush()
             gdb.execute("continue")
         except KeyboardInterrupt:
             pass
