@@ -31,7 +31,7 @@ FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 IN_GUEST, BY_STUB = (200, 20) if FULL else (10, 3)
 SOME_PARTS = PARTS if FULL else ("pipes", "copies", "tasks", SPIN)
 KERNELS = ("debian", pytest.param("newest", marks=pytest.mark.full))
-RUNTIME = 1800 if FULL else 300
+RUNTIME = 1800 if FULL else 900
 """Seconds."""
 
 

@@ -180,7 +180,7 @@ def test_the_table_from_the_shell(
     command = [sys.executable, "-m", "gdb_kprobe.launcher.cli", "check", "--all", "--kernel", spec.kernel]
     done = subprocess.run(
         [*command, "--append", " ".join(spec.extra_cmdline), "--json", str(file)],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     record_property("table", done.stdout)

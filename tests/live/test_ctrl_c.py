@@ -164,8 +164,7 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
                 assert other != entry
             assert not any(start <= frame < end for frame in (pc, *frames))
             expected = oracle.following(pc)
-            gdb.command("stepi")
-            after = pc_of(gdb)
+            after = stepi(gdb, pc)
             assert not start <= after < end, f"{pc:#x} -> {after:#x}"
             assert after != entry, f"{pc:#x} -> {after:#x}"
             if expected is None:
@@ -173,7 +172,7 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
             elif after in expected:
                 seen["in the kernel" if pc >= KERNEL else "in user mode"] += 1
             elif after == pc:
-                seen["not moved"] += 1  # QEMU does that once in some 500 steps
+                seen["not moved"] += 1
             else:
                 seen["elsewhere"] += 1
                 print(f"{pc:#x} {oracle.insn(pc)} -> {after:#x}, not {expected}")
@@ -188,8 +187,7 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
     record_property("stops", dict(seen))
     record_property("slowest prompt, s", round(worst, 3))
     print(dict(seen), f"slowest prompt {worst:.2f} s")
-    assert seen["elsewhere"] == 0
-    assert seen["not moved"] <= 1 + STOPS // 50
+    assert seen["elsewhere"] == seen["not moved"] == 0
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -206,7 +204,7 @@ def test_a_breakpoint_of_the_users_at_a_probed_address(probed: Boot, kind: str, 
         go(gdb)
         # One command for all of them: the first call stops the guest.
         call = f"workload syscall {GETPRIORITY} {calls}"
-        jobs = [vm.spawn(" & ".join([call] * vcpus) + " & wait")]
+        job = vm.spawn(" & ".join([call] * vcpus) + " & wait", wait=False)
         stopped_at: Counter[int] = Counter()
         for _ in range(stops):
             gdb.wait_prompt()
@@ -224,8 +222,7 @@ def test_a_breakpoint_of_the_users_at_a_probed_address(probed: Boot, kind: str, 
         assert stopped_at[where["boosted"]] > 0
         gdb.command("delete")
         go(gdb)
-        for job in jobs:
-            assert vm.finish(job)[0] == 0
+        assert vm.finish(job)[0] == 0
         gdb.press_ctrl_c()
         gdb.wait_prompt()
         assert counts(gdb) == dict.fromkeys(("boosted", "stepped", "inner"), (vcpus * calls, 0))

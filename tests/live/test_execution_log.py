@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,14 +50,15 @@ def test_every_call_of_a_function_is_one_execution_of_its_entry(booted_guest: Bo
     guest.cont()
     calls = 1000 // vcpus
     guest.check_output(
-        "".join(f"taskset {1 << cpu:x} workload syscall {GETPRIORITY} {calls} & " for cpu in range(vcpus)) + "wait"
+        "".join(f"taskset {1 << cpu:x} workload syscall {GETPRIORITY} {calls} & " for cpu in range(vcpus)) + "wait",
+        timeout=240,
     )
     guest.stop()
     counts = log.close()
     guest.cont()
     assert counts[entry] == 1000
     assert all(addr in range(0xFFFFFFFF80000000, 0xFFFFFFFFF0000000) for addr in counts)
-    assert list(SHARED_MEMORY.glob("gdb-kprobe-*.log*")) == []
+    assert list(SHARED_MEMORY.glob(f"gdb-kprobe-{os.getpid()}-*.log*")) == []
 
 
 def test_every_instruction_is_executed_as_often_as_single_steps_say(booted_guest: BootedGuest) -> None:
@@ -76,7 +78,7 @@ def test_every_instruction_is_executed_as_often_as_single_steps_say(booted_guest
     guest.stop()
     log.open()
     guest.cont()
-    guest.check_output(f"workload syscall {GETPRIORITY} 23")
+    guest.check_output(f"workload syscall {GETPRIORITY} 23", timeout=240)
     guest.stop()
     counts = log.close()
     guest.cont()

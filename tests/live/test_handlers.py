@@ -241,7 +241,7 @@ def test_stop_gives_the_prompt_at_the_probe_and_a_hit_is_counted_once(
         handler(guest, gdb, "kprobe.add('p:here __do_sys_getpriority', lambda hit: hit.stop())")
         gdb.console("set scheduler-locking step")  # else the other vCPU's hit may end a step
         gdb.cont()
-        jobs = [guest.guest.spawn(f"sleep 1; workload syscall 140 {calls} 0 0") for _ in range(vcpus)]
+        jobs = [guest.guest.spawn(f"workload syscall 140 {calls} 0 0", wait=False) for _ in range(vcpus)]
         stops = hits = 0
         while hits < calls * vcpus:
             gdb.wait_stop()

@@ -45,6 +45,21 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def places_of_boots(spec: GuestSpec) -> set[str]:
+    """Where the kernel was after a start and a reset; twice at the same of some 500 places: and after another one."""
+
+    def where() -> str:
+        return guest.check_output("grep -w _text /proc/kallsyms")
+
+    with GuestVm(spec) as guest:
+        found = {where()}
+        for _ in range(2):
+            if len(found) == 1:
+                guest.reset()
+                found.add(where())
+    return found
+
+
 @pytest.mark.parametrize(("kernel", "vcpus"), KINDS, scope="class")
 class TestLinuxGuest:
     @pytest.fixture
@@ -104,15 +119,14 @@ class TestLinuxGuest:
         assert guest.finish(job, kill=True) == (137, "")
         assert "workload spin 0" not in guest.check_output("ps")
 
-    def test_a_reset_guest_boots_again_at_another_place(self, guest: GuestVm) -> None:
-        def where() -> str:
-            return guest.check_output("grep -w _text /proc/kallsyms")
-
-        first = where()
-        guest.reset()
-        if where() == first:  # one of some 500 places each time; three equal ones in a row do not happen
-            guest.reset()
-        assert where() != first
+    def test_a_reset_guest_boots_again_at_another_place(self, kernel: str, vcpus: int) -> None:
+        spec = GuestSpec(kernel=kernel, vcpus=vcpus)  # type: ignore[arg-type]
+        try:
+            assert len(places_of_boots(spec)) == 2
+        except GuestFailedError as error:
+            if vcpus == 1 or not error.is_of_a_switched_label:
+                raise
+            assert len(places_of_boots(spec)) == 2
 
 
 class TestCommands:
@@ -164,14 +178,15 @@ class TestCommands:
 class TestFailures:
     """Each has a guest of its own: it ends badly."""
 
-    def test_panic_is_noticed_within_a_second(self) -> None:
+    def test_panic_is_noticed_at_once(self) -> None:
         with GuestVm(GuestSpec()) as guest:
             begin = time.monotonic()
             with pytest.raises(GuestFailedError, match="Kernel panic") as caught:
                 guest.run("echo c > /proc/sysrq-trigger")
-            assert time.monotonic() - begin < 1
+            # Half a second on an idle machine; a panic that is not noticed takes the command's 60.
+            assert time.monotonic() - begin < 5
             assert "sysrq triggered crash" in caught.value.console_tail
-            wait_until(lambda: not guest.alive(), 2)
+            wait_until(lambda: not guest.alive(), 10)
         assert guest.console_log.exists(), "logs of a failed guest are kept"
         assert guest.ram_path is not None
         assert not guest.ram_path.exists()
@@ -179,14 +194,14 @@ class TestFailures:
 
     def test_a_warning_in_the_log_is_noticed_without_a_command(self, tmp_path: Path) -> None:
         with GuestVm(GuestSpec(), tmp_path) as guest:
-            guest.run("(sleep 0.2; echo '<4>WARNING: made by the test' > /dev/kmsg) &")
+            guest.run("(sleep 2; echo '<4>WARNING: made by the test' > /dev/kmsg) &")
             with pytest.raises(GuestFailedError, match="made by the test"):
-                wait_until(lambda: guest.check() is not None, 5)
+                wait_until(lambda: guest.check() is not None, 10)
 
     def test_killed_qemu_is_noticed(self, tmp_path: Path) -> None:
         with GuestVm(BARE, tmp_path) as guest:
             os.kill(guest.pid, signal.SIGKILL)
-            wait_until(lambda: not guest.alive(), 2)
+            wait_until(lambda: not guest.alive(), 10)
             with pytest.raises(GuestFailedError, match="QEMU ended"):
                 guest.check()
 
@@ -293,10 +308,10 @@ class TestMachine:
 
 
 class TestBareGuest:
-    def test_is_up_within_a_second(self) -> None:
+    def test_is_up_at_once(self) -> None:
         begin = time.monotonic()
         with GuestVm(BARE):
-            assert time.monotonic() - begin < 1
+            assert time.monotonic() - begin < 5  # 0.2 s on an idle machine
 
     def test_counters_of_all_functions_advance_in_step(self, booted_guest: BootedGuest) -> None:
         guest = booted_guest(BARE)

@@ -331,6 +331,7 @@ def test_stack_scan_finds_the_return_addresses_of_a_sleeper(vm: GuestVm) -> None
     pid = ""
     while not pid:
         pid = vm.run("pidof sleep")[1].strip()
+    vm.check_output(f"until grep -q nanosleep /proc/{pid}/stack; do :; done")
     shown = vm.check_output(f"cat /proc/{pid}/stack")
     kernel = open_kernel(vm)
     tasks = [task for task in read_tasks(kernel.table, kernel.core, kernel.btf) if task.pid == int(pid)]

@@ -29,9 +29,10 @@ Boot = Callable[[GuestSpec], Any]
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
 
 
-def jobs(guest: Any, calls: int, number: int = GETPRIORITY) -> list[int]:
-    """*calls* calls on each vCPU, in the background."""
-    return [guest.guest.spawn(f"workload syscall {number} {calls}", timeout=60) for _ in range(guest.guest.spec.vcpus)]
+def jobs(guest: Any, calls: int, number: int = GETPRIORITY, *, wait: bool = True) -> list[int]:
+    """*calls* calls on each vCPU, in the background; without *wait* for when the guest may be stopped at any moment."""
+    command = f"workload syscall {number} {calls}"
+    return [guest.guest.spawn(command, wait=wait) for _ in range(guest.guest.spec.vcpus)]
 
 
 def finish(guest: Any, started: list[int]) -> None:
@@ -81,12 +82,15 @@ def test_rates_while_the_guest_runs_are_the_differences_of_the_counts(probed: Bo
         guest.add(gdb, NICE)
         gdb.cont()
         started = jobs(guest, calls)
-        before = int(gdb.command("-kprobe-stats prio")["tables"][0]["total"]["hits"])
+        deadline = time.monotonic() + 30
+        while (before := int(gdb.command("-kprobe-stats prio")["tables"][0]["total"]["hits"])) < 10_000:
+            assert time.monotonic() < deadline, "no hits"
         asked = time.monotonic()
         tables = gdb.command("-kprobe-stats --interval 0.2 --count 5")["tables"]
         took = time.monotonic() - asked
         assert len(tables) == 5
-        assert 1.0 <= took < 3.0
+        assert 1.0 <= took < 10.0
+        assert 0.9 < sum(float(table["seconds"]) for table in tables) <= took
         hits = before
         for position, table in enumerate(tables):
             prio, nice = table["probes"]
@@ -96,8 +100,8 @@ def test_rates_while_the_guest_runs_are_the_differences_of_the_counts(probed: Bo
             assert int(prio["new_hits"]) == new if position else 0 < int(prio["new_hits"]) <= new
             hits = int(prio["hits"])
             seconds = float(table["seconds"])
-            assert 0.1 < seconds < 1.0
-            assert float(prio["rate"]) == pytest.approx(int(prio["new_hits"]) / seconds, rel=1e-4)
+            assert seconds > 0
+            assert float(prio["rate"]) == pytest.approx(int(prio["new_hits"]) / seconds, rel=1e-4, abs=0.06)
             assert table["total"]["new_hits"] == prio["new_hits"]
         assert before < hits <= calls * vcpus
         finish(guest, started)
@@ -116,11 +120,9 @@ def test_ctrl_c_ends_the_waiting_and_the_guest_runs_on(probed: Boot, vcpus: int)
         gdb.cont()
         for command in ("kprobe stats --interval 30", "kprobe stats --interval 0.1 --count 10000"):
             waiting = gdb.start(command)
-            time.sleep(0.4)
-            pressed = time.monotonic()
+            time.sleep(1)  # it is waiting by then, or has printed the first of many tables
             gdb.signal(signal.SIGINT)
             assert "Ended; the guest runs on." in gdb.finish(waiting, timeout=5)
-            assert time.monotonic() - pressed < 1
             assert guest.guest.qmp("query-status")["running"]
             finish(guest, jobs(guest, 100))
         gdb.interrupt()
@@ -142,7 +144,7 @@ def test_live_runs_the_guest_and_stops_it_again(probed: Boot, vcpus: int) -> Non
         guest.touched |= {int(row[0], 16) for row in rows}
         gdb.type("kprobe stats --live --interval 0.3 --count 5 --json")
         gdb.wait_text('"seconds"')
-        started = [*jobs(guest, calls), *jobs(guest, 10, SETPRIORITY)]
+        started = [*jobs(guest, calls, wait=False), *jobs(guest, 10, SETPRIORITY, wait=False)]
         gdb.wait_prompt(60)
         tables = [json.loads(line) for line in re.findall(r"^\{.*\}$", gdb.transcript, re.M)]
         assert len(tables) == 5
@@ -167,7 +169,7 @@ def test_live_over_mi_ends_with_the_stop(probed: Boot, vcpus: int) -> None:
     with guest.gdb() as gdb:
         guest.add(gdb, PRIO)
         gdb.console("kprobe stats --live --interval 0.2 --count 8")
-        started = jobs(guest, 1000)
+        started = jobs(guest, 1000, wait=False)
         assert gdb.wait_stop()["signal-name"] == "SIGINT"
         assert "\n".join(gdb.transcript).count("over ") == 8
         gdb.cont()

@@ -80,7 +80,10 @@ def test_the_guest_runs_on_and_misses_hits_for_a_handler(probed: Boot, vcpus: in
         pid = watchdog_of(gdb)
         gdb.cont()
         job = guest.guest.spawn(LOAD)
-        time.sleep(random.uniform(0.2, 0.5))
+        deadline = time.monotonic() + 30
+        while int(gdb.command("-kprobe-list")["probes"][0]["hits"]) < 2:
+            assert time.monotonic() < deadline, "no hits"
+        time.sleep(random.uniform(0, 0.3))
         kill(gdb)
     wait_for_end(pid)
     assert guest.guest.finish(job) == (0, f"workload: {CALLS} calls done, last result 20\n")
@@ -204,7 +207,10 @@ def test_gdb_works_on_without_it(probed: Boot) -> None:
     patch(guest)
     with guest.gdb() as gdb:
         guest.add(gdb, f"p:getp {FUNCTION}")
-        os.kill(watchdog_of(gdb), signal.SIGKILL)
+        pid = watchdog_of(gdb)
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":  # gdb has to reap it
+            time.sleep(0.01)
         gdb.cont()
         guest.guest.check_output(LOAD)
         gdb.interrupt()
@@ -227,12 +233,13 @@ def test_another_gdb_may_be_quicker(probed: Boot) -> None:
             gdb.signal(signal.SIGKILL)
             time.sleep(wait)
             second.console(f"kprobe adopt {guest.profile}", timeout=60)
-            wait_for_end(pid)
             second.console("kprobe delete all")
             second.cont()
             assert guest.guest.finish(job)[0] == 0
             second.interrupt()
             second.console("kprobe detach")
+            # Not before: it may wait for the stub, which serves one at a time.
+            wait_for_end(pid)
             gdb.wait_exit()
 
 
