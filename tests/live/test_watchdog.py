@@ -54,9 +54,7 @@ def wait_for_end(pid: int, seconds: float = 10) -> None:
 
 
 def patch(guest: Any) -> None:
-    addr = int(
-        next(line for line in guest.guest.kallsyms().splitlines() if line.endswith(f" {FUNCTION}")).split()[0], 16
-    )
+    addr = guest.snapshot.guest.kallsyms.address(FUNCTION)
     guest.touched |= set(range(addr, addr + 16))
 
 
