@@ -104,6 +104,8 @@ set_up() {
     mkdir -p "$cache"
     debian_packages
     virtual_environment
+    # Where PYTHONDONTWRITEBYTECODE is set each gdb would compile the plugin anew when it loads it.
+    "$venv/bin/python" -m compileall -q "$here/gdb_kprobe" "$here/qemu"
     # Not with -m from here: the folder qemu/ must not be taken for a Python package.
     "$venv/bin/gdb-kprobe" build
     say "ready. To load the plugin into any gdb (also as a line of ~/.gdbinit):"

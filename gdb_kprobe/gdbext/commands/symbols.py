@@ -6,8 +6,6 @@ import tempfile
 from pathlib import Path
 
 import gdb
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import NoteSection
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
@@ -65,6 +63,10 @@ def _load_kallsyms(guest: LinuxGuest) -> None:
 
 def _build_id(path: Path) -> bytes:
     """:raises KprobeError: no ELF file, or one without a build id."""
+    # Not above: loading it takes a tenth of what loading the whole plugin takes.
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import NoteSection
+
     try:
         with path.open("rb") as file:
             section = ELFFile(file).get_section_by_name(".notes")
