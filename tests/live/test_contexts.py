@@ -84,7 +84,7 @@ def test_the_kernel_by_itself(
         before = row(guest, file, name) if file else 0
         first = guest.hits(gdb)["it"]
         inner = row(guest, file, name) if file else 0
-        guest.guest.check_output("sleep 1")
+        guest.guest.check_output("sleep 0.3")
         inner = row(guest, file, name) - inner if file else 0
         hits = guest.hits(gdb)["it"] - first
         outer = row(guest, file, name) - before if file else 0
