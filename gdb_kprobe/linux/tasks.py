@@ -20,7 +20,11 @@ assert sys.byteorder == "little", "stack words are taken as the host's"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One ``struct task_struct``. *pid* is the thread's, *tgid* the process's; *sp* was saved at its last switch."""
+    """One ``struct task_struct``. *pid* is the thread's, *tgid* the process's; *sp* was saved at its last switch.
+
+    *stack* is empty when the task has ended and nobody has asked for its status yet (a zombie): the kernel frees the
+    stack before (release_task_stack() in kernel/fork.c).
+    """
 
     addr: VirtAddr
     pid: int
@@ -98,14 +102,15 @@ def _read_task(memory: Memory, btf: Btf, addr: VirtAddr) -> Task:
     size = max(btf.offset_of("task_struct", name) + btf.member("task_struct", name).size for name in members)
     task = Struct(btf, "task_struct", addr, memory.read(addr, size))
     base = task.pointer("stack")
+    # THREAD_SIZE is a macro and no type has that size; an interrupt's stack is as large on x86-64, by THREAD_SIZE_ORDER
+    # and IRQ_STACK_ORDER in arch/x86/include/asm/page_64_types.h.
+    stack_size = btf.size_of("irq_stack") if base else 0
     return Task(
         addr=addr,
         pid=task.sint("pid"),
         tgid=task.sint("tgid"),
         comm=task.string("comm"),
-        # THREAD_SIZE is a macro and no type has that size; an interrupt's stack is as large on x86-64, by
-        # THREAD_SIZE_ORDER and IRQ_STACK_ORDER in arch/x86/include/asm/page_64_types.h.
-        stack=AddressRange(base, VirtAddr(base + btf.size_of("irq_stack"))),
+        stack=AddressRange(base, VirtAddr(base + stack_size)),
         sp=task.pointer("thread.sp"),
     )
 
@@ -163,13 +168,15 @@ def live_stacks(stacks: Iterable[Stack], stack_pointers: Iterable[int]) -> tuple
 
 
 def task_stacks(tasks: Iterable[Task], running: Iterable[VirtAddr] = ()) -> Iterator[Stack]:
-    """Yield the part of each task's stack that is in use.
+    """Yield the part of each task's stack that is in use; nothing for a task that has none any more.
 
     *running* holds the addresses of the tasks that are on a CPU: their saved stack pointer is out of date, so the whole
     stack is taken. So is that of a task whose saved pointer is not in its stack.
     """
     on_cpu = frozenset(running)
     for task in tasks:
+        if not task.stack.size:
+            continue
         start = task.sp if task.sp in task.stack and task.addr not in on_cpu else task.stack.start
         yield Stack(str(task), AddressRange(VirtAddr(start & ~7), task.stack.end))
 

@@ -89,6 +89,22 @@ def test_every_call_is_counted_once(probed: Boot, kernel: Any, vcpus: int) -> No
         gdb.console("kprobe detach")
 
 
+@on_both_kernels
+def test_a_zombie_stands_in_nobodys_way(probed: Boot, kernel: Any) -> None:
+    """It is among the tasks and has no stack: a jump is put, and the region is taken away, as ever."""
+    guest = probed(GuestSpec(kernel=kernel, vcpus=2))
+    job = guest.guest.spawn("sleep 0 & exec sleep 1000")
+    guest.guest.check_output("until ps -o stat | grep -q '^ *Z'; do sleep 0.1; done")
+    with guest.gdb() as gdb:
+        assert guest.add(gdb, f"p:inner {second(gdb)}")["rung"] == "optimized"
+        gdb.cont()
+        call(guest)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"inner": CALLS}
+        assert "the region is unmapped" in gdb.console("kprobe detach")
+    guest.guest.finish(job, kill=True)
+
+
 @on_both_counts
 def test_a_vcpu_within_the_window_makes_the_jump_wait(probed: Boot, vcpus: int) -> None:
     """Stopped at every boundary that the jump would hide."""

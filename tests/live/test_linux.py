@@ -326,6 +326,24 @@ def test_tasks_equal_the_guests_proc(vm: GuestVm) -> None:
     assert set(current.values()) <= {task.addr for task in tasks}
 
 
+def test_a_zombie_has_no_stack(vm: GuestVm) -> None:
+    job = vm.spawn("sleep 0 & exec sleep 1000")
+    pid = vm.check_output("until ps -o stat,pid | grep '^ *Z'; do sleep 0.1; done").split()[1]
+    kernel = open_kernel(vm)
+    tasks = read_tasks(kernel.table, kernel.core, kernel.btf)
+    (zombie,) = [task for task in tasks if task.pid == int(pid)]
+    assert zombie.comm == "sleep"
+    assert zombie.stack.size == 0
+    # All others have one, and it can be read.
+    stacks = list(task_stacks(tasks))
+    assert len(stacks) == len(tasks) - 1
+    assert list(
+        scan_stacks(kernel.table, stacks, AddressRange(kernel.core.address("_stext"), kernel.core.address("_etext")))
+    )
+    vm.cont()
+    vm.finish(job, kill=True)
+
+
 def test_stack_scan_finds_the_return_addresses_of_a_sleeper(vm: GuestVm) -> None:
     job = vm.spawn("sleep 1000")
     pid = ""

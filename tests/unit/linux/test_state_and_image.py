@@ -107,6 +107,13 @@ def test_stack_of_a_sleeping_task_is_taken_from_its_saved_pointer() -> None:
     ]
 
 
+def test_a_task_that_has_ended_has_no_stack() -> None:
+    zombie = Task(VirtAddr(0x1000), 1, 1, "zombie", window(0, 0), VirtAddr(0x13F00))
+    assert list(task_stacks((zombie,))) == []
+    assert list(task_stacks((zombie,), running=(zombie.addr,))) == []
+    assert task_on_stack((zombie,), 0x13F00) is None
+
+
 def test_task_on_stack() -> None:
     tasks = (task(1, 0x10000, 0), task(2, 0x20000, 0))
     assert task_on_stack(tasks, 0x23FFF) is tasks[1]
