@@ -22,9 +22,9 @@ def change_of(packet: bytes) -> str:
 class CutChannel(RspSocket):
     """A connection that is lost when *left* more packets are through for which *counts* is true (``None``: never).
 
-    *behind*: not before the packet that is one too many but right after it; with one that lets the machine run, before
-    that has stopped again. *cut_at* is that packet, empty while the connection stands. A step that is made again counts
-    once: QEMU executes nothing in one of some 500.
+    *behind*: not before the packet that is one too many but right after it; with :meth:`resume`, before the machine has
+    stopped again. *cut_at* is that packet, empty while the connection stands. Steps of one vCPU with none of the
+    packets that count between them are one: QEMU executes nothing in one step of some 500, and it is made again.
     """
 
     left: int | None = None

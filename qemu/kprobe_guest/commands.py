@@ -126,8 +126,8 @@ class GuestCommands(ABC):
     def spawn(self, command: str, timeout: float = 60, *, wait: bool = True) -> int:
         """Start *command* in the background; returns the job's number for :meth:`finish`.
 
-        Without *wait* it may not have been started yet. So it is for one that makes somebody stop the machine: stopped
-        at once, the shell could not say any more that it has started it.
+        Without *wait* it may not have been started yet, and *timeout* is for a shell that was interrupted before. So it
+        is for one that makes somebody stop the machine: stopped at once, the shell could not say that it has done so.
         """
         self._jobs += 1
         base = f"/tmp/job{self._jobs}"

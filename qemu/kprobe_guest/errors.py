@@ -34,7 +34,8 @@ class GuestFailedError(GuestError):
         A guest does so by itself while it boots (README, "Limits"). It dies of an int3 of its own that is gone, or one
         of its vCPUs takes it for ever.
         """
-        return re.search(r"\bint3: 0000 \[#|detected stall|soft lockup", self.console_tail) is not None
+        said = f"{self.what}\n{self.console_tail}"
+        return re.search(r"\bint3: 0000 \[#|detected stall|soft lockup", said) is not None
 
 
 class GuestTimeoutError(GuestError):

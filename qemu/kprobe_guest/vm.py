@@ -13,6 +13,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -129,6 +130,7 @@ class GuestVm(GuestCommands):
             # Nobody has touched the guest yet. With one vCPU there is no such fault.
             if self.spec.vcpus == 1 or not error.is_of_a_switched_label:
                 raise
+            print(f"kprobe_guest: booting once more: {error}", file=sys.stderr)
             self._process, self._failed = None, False
             self._boot()
         return self

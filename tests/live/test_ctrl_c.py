@@ -164,7 +164,10 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
                 assert other != entry
             assert not any(start <= frame < end for frame in (pc, *frames))
             expected = oracle.following(pc)
-            after = stepi(gdb, pc)
+            gdb.command("stepi")
+            if (after := pc_of(gdb)) == pc and pc not in (expected or ()):
+                seen["made again"] += 1
+                after = stepi(gdb, pc)
             assert not start <= after < end, f"{pc:#x} -> {after:#x}"
             assert after != entry, f"{pc:#x} -> {after:#x}"
             if expected is None:
@@ -188,6 +191,7 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
     record_property("slowest prompt, s", round(worst, 3))
     print(dict(seen), f"slowest prompt {worst:.2f} s")
     assert seen["elsewhere"] == seen["not moved"] == 0
+    assert seen["made again"] <= 5  # of 60; one in some 500 is QEMU's
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits
+from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits, missed
 from gdb_kprobe.model import VirtAddr
 from kprobe_guest import GuestSpec
 
@@ -141,7 +141,7 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
                 assert vm.run("workload int3") == (0, "workload: SIGTRAP arrived\n")
             for job in jobs:
                 assert vm.finish(job, timeout=60)[0] == 0
-            assert hits(vm) == 50000 * vcpus
+            assert (hits(vm), missed(vm)) == (50000 * vcpus, 0)
         assert guest.hits(gdb) == {"ours": 50000 * vcpus}
         gdb.interrupt()
         gdb.console("kprobe detach")
@@ -162,7 +162,7 @@ def test_int3_of_the_guests_kprobe_on_a_probed_function_after_ours_is_gone(probe
         gdb.cont()
         with events(vm, [place], Way.INT3):
             vm.run(f"workload syscall {GETPRIORITY} 100")
-            assert hits(vm) == 100
+            assert (hits(vm), missed(vm)) == (100, 0)
         gdb.interrupt()
         assert guest.hits(gdb) == {"entry": 100}
         gdb.console("kprobe detach")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,33 @@ class TestFailures:
         assert guest.ram_path is not None
         assert not guest.ram_path.exists()
         shutil.rmtree(guest.directory)
+
+    @pytest.mark.parametrize("vcpus", [1, 2])
+    @pytest.mark.parametrize("what", ["rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", "Kernel panic"])
+    def test_a_boot_is_made_again_after_a_fault_of_qemus(
+        self, what: str, vcpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        booted: list[tuple[int, Path]] = []
+        wait_ready = GuestVm.wait_ready
+
+        def fail_once(guest: GuestVm) -> None:
+            wait_ready(guest)
+            booted.append((guest.pid, guest.directory))
+            if len(booted) == 1:
+                raise GuestFailedError(what, "", guest.directory)
+
+        monkeypatch.setattr(GuestVm, "wait_ready", fail_once)
+        again = vcpus == 2 and what != "Kernel panic"
+        outcome = contextlib.nullcontext() if again else pytest.raises(GuestFailedError, match=what)
+        with outcome, GuestVm(replace(BARE, vcpus=vcpus)) as guest:
+            assert guest.bare_counters()
+            assert [pid for pid, _ in booted].index(guest.pid) == 1
+        assert len(booted) == 1 + again
+        assert (what in capsys.readouterr().err) == again
+        assert not any(is_running(pid) for pid, _ in booted)
+        first = booted[0][1]
+        assert first.exists(), "its logs are kept"
+        shutil.rmtree(first)
 
     def test_a_warning_in_the_log_is_noticed_without_a_command(self, tmp_path: Path) -> None:
         with GuestVm(GuestSpec(), tmp_path) as guest:

@@ -92,8 +92,8 @@ def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], ke
     vm = guest.guest
     places = beside(guest.snapshot.guest)
     chosen = random.Random(1)
-    vm.check_output(f"mkdir {INSTANCE}")
     with events(vm, [places["theirs"]], Way.INT3):
+        vm.check_output(f"mkdir {INSTANCE}")  # with the options that there are now
         before = hits(vm)
         with guest.gdb() as gdb:
             for name in JUMPS:

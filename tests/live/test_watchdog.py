@@ -46,16 +46,16 @@ def watchdog_of(gdb: GdbMi) -> int:
     return int(gdb.console(f"python print({WATCHDOG}.pid)"))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], what: str = "it did not come true in time") -> None:
+    deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert time.monotonic() < deadline, what
         time.sleep(0.02)
 
 
 def wait_for_end(pid: int) -> None:
     """Of the watchdog."""
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), f"the watchdog {pid} is still there")
 
 
 def patch(guest: Any) -> None:
@@ -210,8 +210,8 @@ def test_gdb_works_on_without_it(probed: Boot) -> None:
         guest.add(gdb, f"p:getp {FUNCTION}")
         pid = watchdog_of(gdb)
         os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":  # gdb has to reap it
-            time.sleep(0.01)
+        stat = Path(f"/proc/{pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")  # it is gdb's to reap
         gdb.cont()
         guest.guest.check_output(LOAD)
         gdb.interrupt()
@@ -221,7 +221,10 @@ def test_gdb_works_on_without_it(probed: Boot) -> None:
 
 
 def test_another_gdb_may_be_quicker(probed: Boot) -> None:
-    """It connects in the very moment that the first one is killed, and both would see to the guest."""
+    """It connects in the very moment that the first one is killed, and both would see to the guest.
+
+    The watchdog goes away at once, or waits for the stub while the second gdb has it, and then finds nothing to do.
+    """
     guest = probed(GuestSpec(vcpus=2))
     patch(guest)
     for wait in (0, 0.03, 0.1):
@@ -239,7 +242,6 @@ def test_another_gdb_may_be_quicker(probed: Boot) -> None:
             assert guest.guest.finish(job)[0] == 0
             second.interrupt()
             second.console("kprobe detach")
-            # Not before: it may wait for the stub, which serves one at a time.
             wait_for_end(pid)
             gdb.wait_exit()
 

@@ -63,23 +63,32 @@ def possible(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> tuple[VirtA
 
 def hits(guest: GuestVm) -> int:
     """How often all events were hit, those included that the kernel missed."""
+    return sum(recorded + missed for recorded, missed in _profile(guest))
+
+
+def missed(guest: GuestVm) -> int:
+    """How many hits of all events the kernel missed: their handler was not called."""
+    return sum(missed for _, missed in _profile(guest))
+
+
+def _profile(guest: GuestVm) -> list[tuple[int, int]]:
     lines = guest.check_output(f"cat {_PROFILE}").splitlines()
-    return sum(int(hit) + int(missed) for _, hit, missed in (line.split() for line in lines))
+    return [(int(recorded), int(missed)) for _, recorded, missed in (line.split() for line in lines)]
 
 
 @contextmanager
 def _enabled(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> Iterator[None]:
     optimization, names = guest.check_output(f"cat {_OPTIMIZATION} {_NAMES}").split()
-    guest.check_output(f"echo {int(way is Way.OPTIMIZED)} >{_OPTIMIZATION}; echo 0 >{_NAMES}")
     places = " ".join(f"{addr:x}" for addr in addrs)
     try:
+        guest.check_output(f"echo {int(way is Way.OPTIMIZED)} >{_OPTIMIZATION}; echo 0 >{_NAMES}")
         # An address that the kernel refuses has no event; whoever asked sees that in the list.
         guest.run(f"for at in {places}; do echo p:{_GROUP}/at_$at 0x$at >>{_EVENTS}; done 2>/dev/null")
         guest.run(f"[ ! -e {_ENABLE} ] || echo 1 >{_ENABLE}")
         yield
     finally:
-        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; echo >{_EVENTS}")
-        guest.check_output(f"echo {optimization} >{_OPTIMIZATION}; echo {names} >{_NAMES}")
+        give_back = f"echo {optimization} >{_OPTIMIZATION}; echo {names} >{_NAMES}"
+        guest.check_output(f"[ ! -e {_ENABLE} ] || echo 0 >{_ENABLE}; {give_back}; echo >{_EVENTS}")
 
 
 def _in_this_way(guest: GuestVm, addrs: Sequence[VirtAddr], way: Way) -> tuple[VirtAddr, ...]:
