@@ -19,7 +19,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Generator, Iterator
 
 _SIGINT = {signal.SIGINT}
 _HELD = {signal.SIGINT, signal.SIGTERM}
@@ -51,6 +52,36 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def uninterruptible(function: Callable[[bool], None]) -> Callable[[object], object]:
+    """Return a callback that calls *function* also when a KeyboardInterrupt comes, and tells it whether one did.
+
+    gdb hands a Ctrl-C and a SIGTERM to Python as one, and Python raises it at whatever it does next: in a function that
+    is being called, before its ``try`` is entered; in the ``__exit__`` of a ``with``. An exception that leaves a
+    callback is printed by gdb and forgotten, and with it the event and the Ctrl-C. So this is a generator, which is
+    resumed inside of its ``try`` and goes to sleep there; it calls nothing else.
+
+    One that comes within *function* ends that call and makes another one.
+    """
+
+    def run() -> Generator[None, object, None]:
+        interrupted = False
+        while True:
+            try:
+                while True:
+                    if not interrupted:
+                        yield
+                    now, interrupted = interrupted, False
+                    function(now)
+            except KeyboardInterrupt:
+                interrupted = True
+            except Exception:
+                traceback.print_exc()  # one that left the generator would end it
+
+    generator = run()
+    next(generator)
+    return generator.send
 
 
 class InterruptWatch:

@@ -7,10 +7,11 @@ Python's stop event. So it is in ``hook-stop`` that the machine is settled: what
 from __future__ import annotations
 
 import contextlib
-import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 import gdb
+
+from gdb_kprobe.gdbext.signals import uninterruptible
 
 HOOKS = {
     "hook-stop": "on_stop",
@@ -39,37 +40,12 @@ def install(
     # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
     gdb.events.stop.connect(lambda event: on_stop())
     # gdb 13 makes this event when it calls its threads running, which is before it sends the packet that resumes.
-    gdb.events.cont.connect(_uninterruptible(on_resumed))
+    gdb.events.cont.connect(uninterruptible(on_resumed))
     gdb.events.register_changed.connect(on_register)
     gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
     # Twice: should gdb end while it ends (a SIGTERM during quit), the second one is not in use yet.
-    gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
-    gdb.events.gdb_exiting.connect(_uninterruptible(on_exit))
-
-
-def _uninterruptible(function: Callable[[bool], None]) -> Callable[[object], object]:
-    """Return a callback that calls *function* even when a KeyboardInterrupt is pending, and tells it whether one was.
-
-    gdb hands a SIGTERM to Python as one, and it is raised at the first bytecode of whatever Python code comes next,
-    before any ``try`` of a function can be entered. A generator is resumed inside of its ``try``.
-    """
-
-    def run() -> Generator[None, object, None]:
-        while True:
-            interrupted = True
-            with contextlib.suppress(KeyboardInterrupt):
-                yield
-                interrupted = False
-            try:
-                function(interrupted)
-            except KeyboardInterrupt:
-                function(True)
-            except Exception:
-                traceback.print_exc()  # one that left the generator would end it
-
-    generator = run()
-    next(generator)
-    return generator.send
+    gdb.events.gdb_exiting.connect(uninterruptible(on_exit))
+    gdb.events.gdb_exiting.connect(uninterruptible(on_exit))
 
 
 def _define_hook(hook: str, line: str) -> None:

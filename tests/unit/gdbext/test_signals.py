@@ -1,0 +1,82 @@
+"""A Ctrl-C in any moment of a callback."""
+
+from __future__ import annotations
+
+import _thread
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.gdbext.signals import uninterruptible
+
+
+class InterruptAt:
+    """Raises a KeyboardInterrupt at the instruction number *at* that the callback itself executes, from 0 on."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_name != "run":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if not self.left:
+                self.left = -1
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self
+
+
+def test_an_interrupt_at_any_instruction_is_told_and_loses_no_event() -> None:
+    at = 0
+    while True:
+        told: list[bool] = []
+        callback = uninterruptible(told.append)
+        trace = InterruptAt(at)
+        sys.settrace(trace)
+        try:
+            callback("event")
+        finally:
+            sys.settrace(None)
+        if trace.left >= 0:
+            break  # it does not execute so many
+        assert told in ([True], [False, True]), f"at instruction {at}"
+        told.clear()
+        callback("another one")
+        assert told == [False], f"after an interrupt at instruction {at}"
+        at += 1
+    assert at > 8
+    assert told == [False]
+
+
+def test_an_interrupt_that_is_pending_is_told() -> None:
+    told: list[bool] = []
+
+    def note(interrupted: bool) -> None:
+        told.append(interrupted)
+        if len(told) == 1:
+            _thread.interrupt_main()  # raised when this returns, or before
+            for _ in range(10):
+                pass
+
+    uninterruptible(note)("event")
+    assert told == [False, True]
+
+
+def test_an_exception_is_printed_and_the_next_event_served(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[bool] = []
+
+    def fail(interrupted: bool) -> None:
+        told.append(interrupted)
+        raise ValueError("once" if len(told) == 1 else "again")
+
+    callback = uninterruptible(fail)
+    callback("event")
+    callback("event")
+    assert told == [False, False]
+    printed = capsys.readouterr().err
+    assert "ValueError: once" in printed
+    assert "ValueError: again" in printed
