@@ -25,6 +25,7 @@ from kprobe_guest import GuestSpec
 pytestmark = pytest.mark.live
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
+PRESSES = 100
 STOPS = 200 if FULL else 60
 GETPRIORITY = 140
 KERNEL = 1 << 63
@@ -192,6 +193,27 @@ def test_every_stop_looks_as_without_probes(probed: Boot, vcpus: int, record_pro
     print(dict(seen), f"slowest prompt {worst:.2f} s")
     assert seen["elsewhere"] == seen["not moved"] == 0
     assert seen["made again"] <= 5  # of 60; one in some 500 is QEMU's
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_in_the_moment_of_the_resume(probed: Boot, vcpus: int) -> None:
+    """It comes before SIGINT is ours, while that is being made so, or right after; the probes are armed as ever."""
+    guest = probed(GuestSpec(vcpus=vcpus))
+    with at_terminal(guest) as gdb:
+        for _ in range(PRESSES):
+            go(gdb)
+            begin, wait = time.perf_counter(), random.uniform(0, 0.004)
+            while time.perf_counter() - begin < wait:
+                pass  # a sleep is coarser
+            gdb.press_ctrl_c()
+            gdb.wait_prompt()
+        assert "Python Exception" not in gdb.transcript
+        go(gdb)
+        assert guest.guest.run(f"workload syscall {GETPRIORITY} 20")[0] == 0
+        gdb.press_ctrl_c()
+        gdb.wait_prompt()
+        assert counts(gdb) == dict.fromkeys(("boosted", "stepped", "inner"), (20, 0))
+        gdb.command("kprobe detach")
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
