@@ -3,6 +3,7 @@
 from kprobe_guest.errors import BuildError, GuestError, GuestFailedError, GuestTimeoutError, LaunchError
 from kprobe_guest.snapshots import Snapshots
 from kprobe_guest.spec import GuestSpec
+from kprobe_guest.template import Template, template_of
 from kprobe_guest.vm import GuestVm
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "GuestVm",
     "LaunchError",
     "Snapshots",
+    "Template",
+    "template_of",
 ]

@@ -53,6 +53,14 @@ class GuestPaths:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedMachine:
+    """A machine that was stopped and saved: *ram* is a file that is its memory, *devices* one with all else."""
+
+    ram: Path
+    devices: Path
+
+
+@dataclass(frozen=True, slots=True)
 class BootFiles:
     """What ``-kernel`` and ``-initrd`` get; a bare-metal guest has no initramfs."""
 
@@ -75,12 +83,26 @@ def kernel_command_line(spec: GuestSpec) -> str:
     return " ".join([*words, *spec.extra_cmdline])
 
 
-def qemu_command(spec: GuestSpec, boot: BootFiles, paths: GuestPaths, gdb_port: int | None = None) -> list[str]:
-    """The argument vector, QEMU's name first. The machine is created stopped (``-S``)."""
+def qemu_command(
+    spec: GuestSpec,
+    boot: BootFiles,
+    paths: GuestPaths,
+    gdb_port: int | None = None,
+    saved: SavedMachine | None = None,
+) -> list[str]:
+    """The argument vector, QEMU's name first. The machine is created stopped (``-S``).
+
+    With *saved* it waits for the devices of that machine, and has its memory: a copy in the file of *paths*, or, where
+    memory is private, that file itself, of which QEMU copies what is written to.
+    """
     command = [QEMU, "-S", "-accel", f"tcg,thread={spec.tcg_thread}", "-nodefaults", "-display", "none", "-no-reboot"]
     machine = spec.machine
     if spec.shared_ram:
         backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={paths.ram},share=on"
+        command += ["-object", backend]
+        machine_option = f"{machine},memory-backend=ram"
+    elif saved is not None:
+        backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={saved.ram},share=off"
         command += ["-object", backend]
         machine_option = f"{machine},memory-backend=ram"
     else:
@@ -106,6 +128,8 @@ def qemu_command(spec: GuestSpec, boot: BootFiles, paths: GuestPaths, gdb_port: 
         "-qmp", f"unix:{paths.qmp},server=on,wait=off",
         "-gdb", f"unix:{paths.gdb},server=on,wait=off" if gdb_port is None else f"tcp:localhost:{gdb_port}",
     ]  # fmt: skip
+    if saved is not None:
+        command += ["-incoming", "defer"]
     return [*command, *spec.extra_args]
 
 

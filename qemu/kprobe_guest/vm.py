@@ -26,7 +26,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 from kprobe_guest.boot_files import boot_files
 from kprobe_guest.build.bare import BareImage, build_bare_image
 from kprobe_guest.channel import READY_MARKER, ChannelClosedError, CommandChannel
-from kprobe_guest.command_line import GuestPaths, qemu_command
+from kprobe_guest.command_line import GuestPaths, SavedMachine, qemu_command
 from kprobe_guest.commands import GuestCommands
 from kprobe_guest.console import ConsoleLog, find_problems
 from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
@@ -45,12 +45,18 @@ _4_GIB = 1 << 32
 
 
 class GuestVm(GuestCommands):
-    """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``."""
+    """One guest. Use as a context manager: ``with GuestVm(GuestSpec(vcpus=2)) as guest: guest.run("uname -r")``.
 
-    def __init__(self, spec: GuestSpec | None = None, directory: Path | None = None) -> None:
+    With *saved* it does not boot: it is a copy of that machine, and goes on where that one was.
+    """
+
+    def __init__(
+        self, spec: GuestSpec | None = None, directory: Path | None = None, saved: SavedMachine | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec or GuestSpec()
         self._given_directory = directory
+        self._saved = saved
         self._paths: GuestPaths | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._monitor: QEMUMonitorProtocol | None = None
@@ -159,8 +165,10 @@ class GuestVm(GuestCommands):
         self._paths = self._make_paths()
         self._console = ConsoleLog(self.console_log)
         self._gdb_port = _free_port() if self.spec.gdb == "tcp" else None
-        command = qemu_command(self.spec, boot, self.paths, self._gdb_port)
+        command = qemu_command(self.spec, boot, self.paths, self._gdb_port, self._saved)
         self.paths.command.write_text(shlex.join(command) + "\n")
+        if self._saved is not None and self.spec.shared_ram:
+            copy_memory(self._saved.ram, self.paths.ram)
         with self.paths.stderr.open("wb") as stderr:
             # setpriv asks the kernel to kill QEMU when the thread that started it ends, however it ends.
             self._process = subprocess.Popen(
@@ -169,6 +177,8 @@ class GuestVm(GuestCommands):
             )  # fmt: skip
         try:
             self._connect(deadline=time.monotonic() + 20)
+            if self._saved is not None:
+                self._load(self._saved)
         except BaseException:
             self.close(keep=True)
             raise
@@ -188,7 +198,7 @@ class GuestVm(GuestCommands):
         if len(longest := str(directory / "harness-qmp")) > SOCKET_PATH_LIMIT:
             raise LaunchError(f"{longest} is too long for a socket ({SOCKET_PATH_LIMIT} characters); use /tmp")
         _remove_orphaned_memory()
-        memory = SHARED_MEMORY if _has_room(SHARED_MEMORY, self.spec.memory_mb + self.spec.region_mb) else directory
+        memory = memory_directory(self.spec, directory)
         name = f"gdb-kprobe-{os.getpid()}-{directory.name}"
         return GuestPaths(directory, memory / f"{name}.ram", memory / f"{name}.region")
 
@@ -211,6 +221,32 @@ class GuestVm(GuestCommands):
             self._require_running("while starting")
             raise LaunchError(f"QEMU does not answer; its command line is in {self.paths.command}: {error}") from error
 
+    def _load(self, saved: SavedMachine) -> None:
+        """Have QEMU read the devices of a machine that was saved."""
+        self.share_memory()
+        self.qmp("migrate-incoming", uri=f"exec:cat {shlex.quote(str(saved.devices))}")
+        self.wait_migrated()
+
+    def share_memory(self) -> None:
+        """Have QEMU leave memory that is a file out of what it saves and loads (experimental, since QEMU 4.0)."""
+        wanted = [{"capability": "x-ignore-shared", "state": True}]
+        self.qmp("migrate-set-capabilities", capabilities=wanted)
+
+    def wait_migrated(self, timeout: float = 60) -> None:
+        """Wait until QEMU has saved, or loaded, the machine.
+
+        :raises GuestError: it cannot, or is not done in *timeout* seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self.qmp("query-migrate")
+            assert isinstance(answer, dict)
+            if (status := answer.get("status")) == "completed":
+                return
+            if status == "failed" or time.monotonic() > deadline:
+                raise GuestError(f"QEMU cannot save or load the machine: {answer}")
+            time.sleep(0.005)
+
     def _require_running(self, when: str) -> None:
         assert self._process is not None
         if (status := self._process.poll()) is not None:
@@ -225,6 +261,9 @@ class GuestVm(GuestCommands):
         :raises GuestFailedError: it failed on the way.
         :raises GuestTimeoutError: it did not come up in *timeout* seconds.
         """
+        if self._saved is not None and not self._resetting:
+            self.check_output("true", timeout)  # its shell has said long ago that it listens
+            return
         deadline = time.monotonic() + timeout
         while not (self._bare_is_ready() if self.spec.kernel == "bare" else self.channel.take_ready()):
             self._tick(deadline, "the guest to come up")
@@ -377,6 +416,17 @@ class GuestVm(GuestCommands):
         self.qmp("set-action", reboot="reset")
         self._resetting = True
         self.console.note_reset()
+
+
+def memory_directory(spec: GuestSpec, otherwise: Path) -> Path:
+    """Where files that are a guest's memory go: in memory, if there is room."""
+    return SHARED_MEMORY if _has_room(SHARED_MEMORY, spec.memory_mb + spec.region_mb) else otherwise
+
+
+def copy_memory(source: Path, target: Path) -> None:
+    """Copy a file of memory: its holes stay holes, and nobody else can read the copy."""
+    target.touch(mode=0o600)
+    subprocess.run(["cp", "--sparse=always", "--", str(source), str(target)], check=True)
 
 
 def _has_room(directory: Path, size_mb: int) -> bool:
