@@ -61,17 +61,26 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def run_tool(command: Sequence[str], *, package: str, cwd: Path | None = None) -> str:
+    """Run an external program and return its stdout as text.
+
+    :raises BuildError: it is missing (then *package* is named) or failed.
+    """
+    return read_tool(command, package=package, cwd=cwd).decode(errors="replace")
+
+
+def read_tool(command: Sequence[str], *, package: str, cwd: Path | None = None) -> bytes:
     """Run an external program and return its stdout.
 
     :raises BuildError: it is missing (then *package* is named) or failed.
     """
     try:
         done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            command, cwd=cwd, capture_output=True, check=False, stdin=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C"},  # apt speaks the user's language, and we read what it says
         )  # fmt: skip
     except FileNotFoundError:
         raise BuildError(f"{command[0]} is not installed; run: sudo apt-get install {package}") from None
     if done.returncode:
-        raise BuildError(f"failed ({done.returncode}): {' '.join(command)}\n{(done.stderr or done.stdout).rstrip()}")
+        said = (done.stderr or done.stdout).decode(errors="replace").rstrip()
+        raise BuildError(f"failed ({done.returncode}): {' '.join(command)}\n{said}")
     return done.stdout

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from kprobe_guest.build.apt import Apt
 from kprobe_guest.build.cache import atomic_directory, build_lock, progress
-from kprobe_guest.build.kernel import Kernel, download
+from kprobe_guest.build.kernel import Kernel
 from kprobe_guest.errors import BuildError
 
 _NAME: Final = "vmlinux"
@@ -30,21 +31,29 @@ def fetch_debug_info(kernel: Kernel) -> Path:
                 tempfile.TemporaryDirectory(prefix="gdb-kprobe-deb-") as temporary,
             ):
                 progress(f"fetching {package}: this takes minutes")
-                archive = download(package, Path(temporary))
-                _extract(archive, f"./usr/lib/debug/boot/vmlinux-{kernel.release}", building / _NAME)
+                archive = Apt().download(package, Path(temporary))
+                _extract(archive, _members(kernel.release), building / _NAME)
     return directory / _NAME
 
 
-def _extract(archive: Path, member: str, to: Path) -> None:
-    """Unpack one file of a Debian package; there is much more in this one."""
+def _members(release: str) -> frozenset[str]:
+    """Where a package of debug info has the vmlinux of *release*: as long as vmlinuz is in /boot, and since."""
+    return frozenset(
+        f"./usr/lib/debug/{place}"
+        for place in (f"boot/vmlinux-{release}", f"lib/modules/{release}/vmlinux", f"usr/lib/modules/{release}/vmlinux")
+    )
+
+
+def _extract(archive: Path, members: frozenset[str], to: Path) -> None:
+    """Unpack one file of a Debian package, the first of *members*; there is much more in this one."""
     command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
         try:
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as files:
-                found = next((file for file in files if file.name == member and file.isfile()), None)
+                found = next((file for file in files if file.name in members and file.isfile()), None)
                 data = None if found is None else files.extractfile(found)
                 if data is None:
-                    raise BuildError(f"{archive.name} has no {member}")
+                    raise BuildError(f"{archive.name} has none of {', '.join(sorted(members))}")
                 with to.open("wb") as out:
                     shutil.copyfileobj(data, out)
         except (tarfile.TarError, OSError) as error:

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from kprobe_guest.build.cache import build_lock, cache_directory, progress, run_tool, write_atomically
+from kprobe_guest.build.cache import build_lock, cache_directory, progress, read_tool, run_tool, write_atomically
 from kprobe_guest.build.kernel import Kernel
 from kprobe_guest.build.workload import build_workload
 from kprobe_guest.errors import BuildError
@@ -96,8 +96,12 @@ def module_order(kernel: Kernel, names: tuple[str, ...]) -> list[Path]:
     """Files of the modules *names* and of all they depend on, in an order in which they can be loaded.
 
     ``modules.dep`` lists for each module all that it needs, nearest last to be loaded first when read backwards
-    (depmod(8)).
+    (depmod(8)). What the kernel has built in is left out, and all of them where it has no modules.
+
+    :raises BuildError: the kernel has modules, and not this one.
     """
+    built_in = kernel.modules / "modules.builtin"
+    inside = {_module_name(line) for line in built_in.read_text().splitlines()} if built_in.exists() else set()
     dependencies: dict[str, list[str]] = {}
     paths: dict[str, str] = {}
     for line in (kernel.modules / "modules.dep").read_text().splitlines():
@@ -105,7 +109,11 @@ def module_order(kernel: Kernel, names: tuple[str, ...]) -> list[Path]:
         paths[_module_name(path)] = path
         dependencies[path] = needs.split()
     order: list[str] = []
+    if not paths:
+        return []
     for name in names:
+        if name in inside:
+            continue
         if name not in paths:
             raise BuildError(f"kernel {kernel.release} has no module {name}")
         order += [path for path in [*reversed(dependencies[paths[name]]), paths[name]] if path not in order]
@@ -117,6 +125,7 @@ def _module_name(path: str) -> str:
 
 
 def _decompress(path: Path) -> bytes:
+    """A module's content: Debian has it as it is or as .xz, Fedora as .xz, Arch and Ubuntu as .zst."""
     data = path.read_bytes()
     match path.suffix:
         case ".ko":
@@ -125,7 +134,9 @@ def _decompress(path: Path) -> bytes:
             return lzma.decompress(data)
         case ".gz":
             return gzip.decompress(data)
-    raise BuildError(f"{path}: a module compressed in a way that is not handled ({path.suffix})")
+        case ".zst":
+            return read_tool(["zstd", "-dcq", str(path)], package="zstd")
+    raise BuildError(f"{path}: a module compressed in a way that is not known ({path.suffix}; .xz, .gz and .zst are)")
 
 
 def _newc(entries: list[_Entry]) -> bytes:

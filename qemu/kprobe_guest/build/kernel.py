@@ -14,13 +14,17 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from kprobe_guest.build.cache import atomic_directory, build_lock, cache_directory, progress, run_tool
+from kprobe_guest.build.apt import Apt
+from kprobe_guest.build.cache import atomic_directory, build_lock, cache_directory, progress
+from kprobe_guest.build.unpack import arrange, unpack
 from kprobe_guest.errors import BuildError
 
 META_PACKAGE = "linux-image-cloud-amd64"
 _IMAGE_PACKAGE = re.compile(r"linux-image-(\d+\.\d+\.\d\S*-cloud-amd64)")
+_PARTS: Final = ("binary", "modules", "base")
+"""Since 6.19 ``linux-image-RELEASE`` is empty, and depends on ``linux-PART-RELEASE`` of these."""
 
 LinuxKind = Literal["debian", "newest"]
 
@@ -62,14 +66,13 @@ def cached_kernel(kind: LinuxKind) -> Kernel | None:
 def fetch_kernel(kind: LinuxKind) -> Kernel:
     """Resolve *kind* by today's package lists and fetch it unless it is in the cache.
 
-    Falls back to the cached kernel, and says so, when apt cannot resolve or fetch.
+    Falls back to the cached kernel, and says so, when apt cannot resolve or fetch, or a package cannot be unpacked.
 
     :raises BuildError: nothing cached, nothing fetched.
     """
     with build_lock():
         try:
-            package = _resolve(kind)
-            kernel = _unpack(package)
+            kernel = _unpacked(_resolve(kind))
         except BuildError as error:
             cached = cached_kernel(kind)
             if cached is None:
@@ -86,28 +89,15 @@ def _kernels() -> Path:
 
 def _resolve(kind: LinuxKind) -> str:
     """Name of the real, signed image package."""
-    if kind == "debian":
-        shown = run_tool(["apt-cache", "showpkg", META_PACKAGE], package="apt")
-        depends = run_tool(["apt-cache", "depends", META_PACKAGE], package="apt") if shown.strip() else ""
-        names = [name for line in depends.splitlines() if (name := line.partition("Depends: ")[2])]
-    else:
-        names = run_tool(["apt-cache", "pkgnames", "linux-image-"], package="apt").split()
-    images = list(_candidates([name for name in names if _IMAGE_PACKAGE.fullmatch(name)]))
+    apt = Apt()
+    names = apt.depends(META_PACKAGE) if kind == "debian" else apt.names("linux-image-")
+    images = list(apt.candidates(name for name in names if _IMAGE_PACKAGE.fullmatch(name)))
     if not images:
         raise BuildError(
             f"Debian's package lists name no {META_PACKAGE} image; run: sudo apt-get update"
             " (and see that /etc/apt/sources.list has Debian's main section)"
         )
     return max(images, key=functools.cmp_to_key(_compare_releases))
-
-
-def _candidates(packages: list[str]) -> dict[str, str]:
-    """The version that apt would fetch of each of *packages*; those that are only mentioned somewhere are left out."""
-    if not packages:
-        return {}
-    policy = run_tool(["apt-cache", "policy", *packages], package="apt")
-    found = re.findall(r"^(\S+):\n  Installed: .*\n  Candidate: (\S+)$", policy, re.M)
-    return {name: version for name, version in found if version != "(none)"}
 
 
 def _compare_releases(left: str, right: str) -> int:
@@ -119,47 +109,46 @@ def _compare_releases(left: str, right: str) -> int:
     return -1 if compared.returncode == 0 else 1
 
 
-def _unpack(package: str) -> Kernel:
-    match = _IMAGE_PACKAGE.fullmatch(package)
-    assert match, package
+def _unpacked(image: str) -> Kernel:
+    """The kernel of the package *image*, from the cache or fetched.
+
+    :raises BuildError: a package cannot be fetched, or holds something else than expected.
+    """
+    match = _IMAGE_PACKAGE.fullmatch(image)
+    assert match, image
     release = match[1]
     kernel = Kernel(release, _kernels() / release)
-    version = _candidates([package])[package]
-    stamp = kernel.directory / "package.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == {"package": package, "version": version}:
+    apt = Apt()
+    version = apt.candidates([image])[image]
+    stamp = {"package": image, "version": version}
+    if _stamp(kernel) == stamp:
         return kernel
-    with atomic_directory(kernel.directory) as building:
-        progress(f"fetching {package} {version}")
-        with tempfile.TemporaryDirectory(prefix="gdb-kprobe-deb-") as temporary:
-            archive = download(package, Path(temporary))
-            progress(f"unpacking {archive.name}")
-            run_tool(["dpkg-deb", "-x", str(archive), str(building)], package="dpkg")
-        for name in ("vmlinuz", "config", "System.map"):
-            (building / "boot" / f"{name}-{release}").rename(building / name)
-        # The package's installation would run this; busybox and the initramfs need modules.dep.
-        depmod = "/sbin/depmod" if Path("/sbin/depmod").exists() else "depmod"
-        run_tool([depmod, "-b", str(building), release], package="kmod")
-        (building / "package.json").write_text(json.dumps({"package": package, "version": version}))
+    parts = [part for part in apt.depends(image) if part in {f"linux-{part}-{release}" for part in _PARTS}]
+    try:
+        with (
+            atomic_directory(kernel.directory) as building,
+            tempfile.TemporaryDirectory(prefix=".unpacking-", dir=_kernels()) as temporary,
+        ):
+            files = Path(temporary) / "files"
+            for package in [image, *parts]:
+                progress(f"fetching {package} {version}")
+                archive = apt.download(package, Path(temporary))
+                progress(f"unpacking {archive.name}")
+                unpack(archive, files)
+            arrange(files, release, building)
+            (building / "package.json").write_text(json.dumps(stamp))
+    except OSError as error:
+        raise BuildError(f"the packages of kernel {release} could not be unpacked: {error}") from error
     return kernel
 
 
-def download(package: str, directory: Path) -> Path:
-    """Fetch *package* into the empty *directory*; returns its file.
-
-    :raises BuildError: apt cannot.
-    """
-    # Root's apt drops to a user that cannot write here and says so at length: fetch as who we are.
-    command = ["apt-get", "-q", "-o", f"APT::Sandbox::User={_user()}", "download", package]
+def _stamp(kernel: Kernel) -> object:
+    """What the cached kernel was made from; ``None`` if there is none, or if it cannot be told."""
     try:
-        run_tool(command, package="apt", cwd=directory)
-    except BuildError as error:
-        raise BuildError(f"{error}\n(no network, or old package lists? run: sudo apt-get update)") from error
-    [archive] = directory.glob("*.deb")
-    return archive
-
-
-def _user() -> str:
-    return "root" if os.geteuid() == 0 else str(os.environ.get("USER", "nobody"))
+        stamp: object = json.loads((kernel.directory / "package.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return stamp if kernel.vmlinuz.exists() else None
 
 
 def _point(kind: LinuxKind, kernel: Kernel) -> None:
