@@ -108,8 +108,10 @@ set_up() {
     "$venv/bin/python" -m compileall -q "$here/gdb_kprobe" "$here/qemu"
     # Not with -m from here: the folder qemu/ must not be taken for a Python package.
     "$venv/bin/gdb-kprobe" build
+    local line
+    line=$("$venv/bin/gdb-kprobe" gdbinit) || fail "gdb does not load the plugin; its message is above"
     say "ready. To load the plugin into any gdb (also as a line of ~/.gdbinit):"
-    printf '\n    source %s\n\n' "$here/gdb_kprobe/gdbext/load.py"
+    printf '\n    %s\n\n' "$line"
     say "the launcher is $venv/bin/gdb-kprobe; try: ./install.sh demo"
 }
 
@@ -141,8 +143,7 @@ uninstall() {
         say "these Debian packages were installed for it; to remove them: apt-get remove --autoremove" \
             "$(sort -u "$cache/installed-packages" | paste -s -d ' ')"
     fi
-    rm -rf "$venv" "$cache" "$here"/*.egg-info "$here"/build "$here"/.{mypy,ruff,pytest,import_linter}_cache \
-        "$here"/.hypothesis
+    rm -rf "$venv" "$cache" "$here"/.{mypy,ruff,pytest,import_linter}_cache "$here"/.hypothesis
     find "$here" -name __pycache__ -type d -prune -exec rm -rf {} +
     say "removed $venv and $cache"
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gdb
 
+from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import find_profile, load_profile
 from gdb_kprobe.config.profile import KernelKind, Profile, SharedMemory
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
@@ -39,8 +40,6 @@ _MOVING_REGISTERS = (7, 16)
 
 _PATIENCE = 0.5
 """Seconds in which a client of the stub that is leaving is gone."""
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Link:

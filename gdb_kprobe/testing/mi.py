@@ -13,13 +13,13 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pygdbmi.gdbcontroller import GdbController
 
-LOADER = Path(__file__).resolve().parents[1] / "gdbext" / "load.py"
+from gdb_kprobe.config.installation import LOADER
+
 _POLL = 0.05
 """Seconds of one look for output; a bound on how late the end of gdb is noticed."""
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from gdb_kprobe.testing.mi import LOADER, GdbDiedError, GdbTimeoutError
+from gdb_kprobe.config.installation import LOADER
+from gdb_kprobe.testing.mi import GdbDiedError, GdbTimeoutError
 
 PROMPT = "(gdb) "
 _CTRL_C = b"\x03"

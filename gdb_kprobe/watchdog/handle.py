@@ -6,14 +6,12 @@ import contextlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from gdb_kprobe.config.installation import find_interpreter
 from gdb_kprobe.watchdog.states import State
 
 _PATIENCE = 2.0
 """Seconds that it has to end in: it may just have been started."""
-
-_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class Watchdog:
@@ -71,7 +69,7 @@ class Watchdog:
 def _start(address: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         # -P: what happens to lie in the current directory is not for it.
-        [_interpreter(), "-P", "-m", "gdb_kprobe.watchdog.process", address],
+        [find_interpreter(), "-P", "-m", "gdb_kprobe.watchdog.process", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         # A pipe would look open to whoever reads it until the watchdog ends.
@@ -80,12 +78,3 @@ def _start(address: str) -> subprocess.Popen[bytes]:
         # Neither a Ctrl-C nor the end of the terminal is for it.
         start_new_session=True,
     )
-
-
-def _interpreter() -> str:
-    """gdb has Python built in; an interpreter of the same version is to be found beside the packages that it uses."""
-    for prefix in (_CHECKOUT / ".venv", Path(sys.prefix)):
-        for name in (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3"):
-            if (prefix / "bin" / name).exists():
-                return str(prefix / "bin" / name)
-    return sys.executable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import select
 import shlex
@@ -35,11 +36,11 @@ class Subcommand:
     run: Callable[[argparse.Namespace], int]
 
 
-def main(argv: list[str] | None = None, subcommands: tuple[Subcommand, ...] = ()) -> int:
-    """Run one verb of *subcommands* (of :data:`SUBCOMMANDS` alone, if none are given)."""
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb of :data:`SUBCOMMANDS`."""
     parser = argparse.ArgumentParser(prog="gdb-kprobe", description="kprobes on a live QEMU guest, from outside")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for command in subcommands or SUBCOMMANDS:
+    for command in SUBCOMMANDS:
         sub = verbs.add_parser(command.name, help=command.summary, description=command.summary)
         command.arguments(sub)
         sub.set_defaults(run=command.run)
@@ -129,7 +130,8 @@ def boot_command(spec: GuestSpec) -> str:
 
 
 def _how_to_attach(guest: GuestVm) -> str:
-    plugin = Path(__file__).resolve().parents[2] / "gdb_kprobe" / "gdbext" / "load.py"
+    plugin = importlib.util.find_spec("gdb_kprobe")
+    package = Path(plugin.origin).parent if plugin is not None and plugin.origin is not None else Path("gdb_kprobe")
     variables = {"KPROBE_GUEST": str(guest.directory)}
     if guest.spec.region == "none":
         variables["KPROBE_STUB"] = guest.gdb_address
@@ -141,7 +143,7 @@ def _how_to_attach(guest: GuestVm) -> str:
         f"guest:    {guest.spec.label()}, logs and sockets in {guest.directory}\n"
         f"gdbstub:  {guest.gdb_address}\n"
         f"QMP:      {guest.qmp_path}\n"
-        f"attach:   {words} gdb -ex 'source {plugin}' -ex 'kprobe attach {profile}'\n"
+        f"attach:   {words} gdb -ex 'source {package / 'gdbext' / 'load.py'}' -ex 'kprobe attach {profile}'\n"
         "The guest's console follows; Ctrl-C ends the guest."
     )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gdb_kprobe.config.installation import LOADER
 from gdb_kprobe.testing import GdbCommandError, GdbMi
-from gdb_kprobe.testing.mi import LOADER
 
 pytestmark = pytest.mark.gdb
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.config.installation import LOADER
 from gdb_kprobe.testing import GdbMi
-from gdb_kprobe.testing.mi import LOADER
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.launcher.cli import OF_GDB, OF_GUESTS
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ROOT / "gdb_kprobe" / "gdbext" / "commands"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "qemu/README.md")
@@ -96,6 +98,12 @@ def test_readme_lists_every_mi_command_and_no_other() -> None:
 def test_readme_lists_every_setting_and_no_other() -> None:
     listed = set(re.findall(r"^\| `set kprobe ([\w-]+)", read("README.md"), re.M))
     assert listed == registered_settings()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_verbs_of_the_launcher_in_a_document_exist(document: str) -> None:
+    used = set(re.findall(r"`gdb-kprobe ([a-z]+)", read(document)))
+    assert used <= {*OF_GDB, *OF_GUESTS}, document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -6,6 +6,7 @@ import time
 
 import gdb
 
+from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import profile_names
 from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.gdbext import plugin
@@ -82,7 +83,7 @@ def attach(profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[P
 
 def profiles(word: str) -> list[str]:
     """The names of profiles that begin with *word*."""
-    return [name for name in profile_names((plugin.CONFIGS,)) if name.startswith(word)]
+    return [name for name in profile_names((CONFIGS,)) if name.startswith(word)]
 
 
 def register() -> None:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile, unprepared
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.paths import CONFIGS
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.render.text import table

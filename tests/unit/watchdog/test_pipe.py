@@ -92,7 +92,7 @@ def test_files_of_the_current_directory_are_not_for_it(tmp_path: Path, monkeypat
 
 
 def test_one_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdb_kprobe.watchdog.handle._interpreter", lambda: str(tmp_path / "python"))
+    monkeypatch.setattr("gdb_kprobe.watchdog.handle.find_interpreter", lambda: str(tmp_path / "python"))
     watchdog = Watchdog("nobody")
     assert watchdog.problem.startswith("the watchdog cannot be started: ")
     watchdog.tell(State.WATCHED)

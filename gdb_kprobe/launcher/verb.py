@@ -1,0 +1,27 @@
+"""What a verb of the launcher is, and which there are that boot guests."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """*summary* is its line in the help, *arguments* declares its options, *run* returns the exit status."""
+
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+OF_GUESTS = {
+    "build": "make everything that guests boot",
+    "boot": "boot a guest and show its console",
+    "demo": "put kprobes on a live Debian guest and count them",
+    "bench": "measure what a hit costs",
+    "check": "classify every instruction of a guest's kernel",
+    "torture": "prove on guests of its own that probes are safe",
+}
+"""Summaries of the verbs in :mod:`gdb_kprobe.launcher.guest_verbs`."""
