@@ -20,6 +20,7 @@ from itertools import count
 from pathlib import Path
 
 from kprobe_guest.errors import GuestError
+from kprobe_guest.private import private_file
 from kprobe_guest.vm import SHARED_MEMORY, GuestVm
 
 KERNEL_TEXT = "-dfilter", "0xffffffff80000000+0x70000000"
@@ -72,7 +73,7 @@ class ExecutionLog:
         if one_instruction:
             self._one_instruction("on")
         self._was_one_instruction = one_instruction
-        self._command(f"logfile {path}")
+        self._command(f"logfile {private_file(path)}")
         self._command("log exec,nochain")
         self._path = path
 

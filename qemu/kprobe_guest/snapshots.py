@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from kprobe_guest.errors import GuestError
+from kprobe_guest.private import private_file
 from kprobe_guest.vm import GuestVm
 
 _NODE = "snapshots"
@@ -26,8 +27,7 @@ class Snapshots:
         assert isinstance(nodes, list)
         if any(node["node-name"] == _NODE for node in nodes):
             return
-        path = guest.directory / "snapshots.qcow2"
-        path.touch()
+        path = private_file(guest.directory / "snapshots.qcow2")
         file = f"{_NODE}-file"
         guest.qmp("blockdev-add", **{"driver": "file", "filename": str(path), "node-name": file})
         options = {"driver": "qcow2", "file": file, "size": _IMAGE_SIZE}

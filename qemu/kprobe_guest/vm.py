@@ -1,7 +1,7 @@
 """A guest and its QEMU, from start to end.
 
 The machine belongs to the process that started it: QEMU dies with it. Everything it writes is in a directory of its
-own, which is removed at the end unless the guest failed.
+own, which is removed at the end unless the guest failed. No other user of the host can read it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from kprobe_guest.command_line import GuestPaths, SavedMachine, qemu_command
 from kprobe_guest.commands import GuestCommands
 from kprobe_guest.console import ConsoleLog, find_problems
 from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
+from kprobe_guest.private import UMASK, private_directory, private_file
 from kprobe_guest.spec import MIB, GuestSpec
 
 TICK = 0.1
@@ -166,16 +167,8 @@ class GuestVm(GuestCommands):
         self._console = ConsoleLog(self.console_log)
         self._gdb_port = _free_port() if self.spec.gdb == "tcp" else None
         command = qemu_command(self.spec, boot, self.paths, self._gdb_port, self._saved)
-        self.paths.command.write_text(shlex.join(command) + "\n")
-        if self._saved is not None and self.spec.shared_ram:
-            copy_memory(self._saved.ram, self.paths.ram)
-        with self.paths.stderr.open("wb") as stderr:
-            # setpriv asks the kernel to kill QEMU when the thread that started it ends, however it ends.
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *command],
-                stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-            )  # fmt: skip
         try:
+            self._launch(command)
             self._connect(deadline=time.monotonic() + 20)
             if self._saved is not None:
                 self._load(self._saved)
@@ -185,13 +178,26 @@ class GuestVm(GuestCommands):
         if not paused:
             self.cont()
 
+    def _launch(self, command: list[str]) -> None:
+        private_file(self.paths.command).write_text(shlex.join(command) + "\n")
+        # QEMU would take files that are there as they are, whatever its umask.
+        private_file(self.console_log)
+        for memory in (self.ram_path, self.region_path):
+            if memory is not None:
+                private_file(memory)
+        if self._saved is not None and self.spec.shared_ram:
+            copy_memory(self._saved.ram, self.paths.ram)
+        with private_file(self.paths.stderr).open("wb") as stderr:
+            # setpriv asks the kernel to kill QEMU when the thread that started it ends, however it ends. In a group of
+            # its own, QEMU is not ended by a Ctrl-C that is meant for whoever started it.
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", *command],
+                stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, umask=UMASK, process_group=0,
+            )  # fmt: skip
+
     def _make_paths(self) -> GuestPaths:
         if self._given_directory is not None:
-            directory = self._given_directory.absolute()
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.iterdir():
-                if leftover.is_socket():
-                    leftover.unlink()
+            directory = private_directory(self._given_directory)
         else:
             # In /tmp whatever TMPDIR says: it may be too long.
             directory = Path(tempfile.mkdtemp(prefix=f"gdb-kprobe-{self.spec.label()}-", dir="/tmp"))
@@ -425,7 +431,7 @@ def memory_directory(spec: GuestSpec, otherwise: Path) -> Path:
 
 def copy_memory(source: Path, target: Path) -> None:
     """Copy a file of memory: its holes stay holes, and nobody else can read the copy."""
-    target.touch(mode=0o600)
+    private_file(target)
     subprocess.run(["cp", "--sparse=always", "--", str(source), str(target)], check=True)
 
 

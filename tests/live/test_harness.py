@@ -10,10 +10,11 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from kprobe_guest import GuestError, GuestFailedError, GuestSpec, GuestTimeoutEr
 from kprobe_guest.build.initramfs import MODULES
 from kprobe_guest.build.kernel import find_kernel
 from kprobe_guest.cli import boot_command
+from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
+from kprobe_guest.snapshots import Snapshots
 from kprobe_guest.spec import MIB
+from kprobe_guest.vm import SHARED_MEMORY
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
@@ -411,3 +415,69 @@ class TestLauncher:
         spec = GuestSpec(vcpus=2, cpu="default", kaslr=False, extra_cmdline=("pti=on", "quiet"))
         expected = "gdb-kprobe boot --kernel debian --vcpus 2 --cpu default --no-kaslr --append 'pti=on quiet'"
         assert boot_command(spec) == expected
+
+
+class TestPrivacy:
+    """What a guest writes to the host is its memory, or gives control over it: its owner's alone."""
+
+    @pytest.fixture(autouse=True)
+    def open_umask(self) -> Iterator[None]:
+        before = os.umask(0)
+        yield
+        os.umask(before)
+
+    @staticmethod
+    def modes_of(guest: GuestVm) -> dict[str, str]:
+        """File modes by name, of all that the harness has made for *guest*."""
+        paths = [*guest.directory.iterdir(), guest.ram_path, guest.region_path]
+        return {path.name: stat.filemode(path.lstat().st_mode) for path in paths if path is not None}
+
+    @pytest.mark.parametrize("region", ["reserved", "ivshmem"])
+    def test_all_of_a_guest_is_its_owners_alone(self, region: str) -> None:
+        with GuestVm(GuestSpec(region=region)) as guest:  # type: ignore[arg-type]
+            Snapshots(guest)
+            assert stat.filemode(guest.directory.stat().st_mode) == "drwx------"
+            modes = self.modes_of(guest)
+            memory = [path.name for path in (guest.ram_path, guest.region_path) if path is not None]
+            files = {"console.log", "qemu.command", "qemu.stderr", "snapshots.qcow2", *memory}
+            sockets = {"gdb", "qmp", "harness-qmp", "console", "channel"}
+            assert modes == {**dict.fromkeys(files, "-rw-------"), **dict.fromkeys(sockets, "srwx------")}
+
+    def test_a_new_directory_is_private_and_one_that_is_there_keeps_its_mode(self, tmp_path: Path) -> None:
+        with GuestVm(BARE, tmp_path / "new" / "guest") as guest:
+            assert stat.filemode(guest.directory.stat().st_mode) == "drwx------"
+        there = tmp_path / "there"
+        there.mkdir(mode=0o755)
+        # Of an earlier guest, or put there by others: readable by all, or a link to what they want overwritten.
+        victim = tmp_path / "victim"
+        victim.write_text("untouched")
+        (there / "console.log").write_text("old")
+        (there / "qemu.stderr").symlink_to(victim)
+        (there / "qemu.command").write_text("old")
+        with GuestVm(BARE, there) as guest:
+            assert stat.filemode(there.stat().st_mode) == "drwxr-xr-x"
+            assert {mode[1:] for mode in self.modes_of(guest).values()} == {"rw-------", "rwx------"}
+        assert victim.read_text() == "untouched"
+
+    def test_a_directory_in_which_all_may_replace_files_is_refused(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o777)
+        with pytest.raises(LaunchError, match="every user may replace files in .*; take another directory"):
+            GuestVm(BARE, tmp_path).start()
+        tmp_path.chmod(0o1777)
+        with GuestVm(BARE, tmp_path):
+            pass
+
+    def test_the_log_of_executed_instructions_is_private(self) -> None:
+        with GuestVm(replace(BARE, extra_args=KERNEL_TEXT)) as guest:
+            guest.stop()
+            log = ExecutionLog(guest)
+            log.open()
+            guest.cont()
+            wait_until(lambda: bool(list(SHARED_MEMORY.glob(f"gdb-kprobe-*-{guest.directory.name}.log*"))), 5)
+            guest.stop()
+            modes = {
+                stat.filemode(path.stat().st_mode)
+                for path in SHARED_MEMORY.glob(f"gdb-kprobe-*-{guest.directory.name}.*")
+            }
+            log.close()
+            assert modes == {"-rw-------"}
