@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import os
-import select
 import shlex
-import signal
-import socket
 import sys
-import termios
-import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
 from kprobe_guest.errors import GuestError
 from kprobe_guest.spec import PROFILES, GuestSpec
-from kprobe_guest.vm import TICK, GuestVm
+from kprobe_guest.terminal import held_interrupts, how_to_end, join_console, open_console
+from kprobe_guest.vm import GuestVm
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +90,21 @@ def _boot(arguments: argparse.Namespace) -> int:
     )
     guest = GuestVm(spec, arguments.directory)
     try:
-        guest.start(paused=arguments.paused)
+        with held_interrupts():
+            guest.start(paused=arguments.paused)
         if arguments.gdb is not None:
             arguments.gdb.unlink(missing_ok=True)
             arguments.gdb.symlink_to(guest.gdb_address)
-        if not arguments.paused:
-            guest.wait_ready()
-        print(_how_to_attach(guest), flush=True)
-        _console(guest)
+        with open_console(guest) as console:  # before the guest's shell writes its prompt
+            if not arguments.paused:
+                guest.wait_ready()
+            print(_how_to_attach(guest), flush=True)
+            join_console(guest, console)
     finally:
         if arguments.gdb is not None:
             arguments.gdb.unlink(missing_ok=True)
-        guest.close()
+        with held_interrupts():
+            guest.close()
     return 0
 
 
@@ -144,41 +140,8 @@ def _how_to_attach(guest: GuestVm) -> str:
         f"gdbstub:  {guest.gdb_address}\n"
         f"QMP:      {guest.qmp_path}\n"
         f"attach:   {words} gdb -ex 'source {package / 'gdbext' / 'load.py'}' -ex 'kprobe attach {profile}'\n"
-        "The guest's console follows; Ctrl-C ends the guest."
+        f"{how_to_end()}"
     )
-
-
-def _console(guest: GuestVm) -> None:
-    """Join the terminal and the guest's console until the guest ends, or Ctrl-C or SIGTERM ends it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = socket.socket(socket.AF_UNIX)
-    console.connect(str(guest.paths.console))
-    terminal = sys.stdin.isatty()
-    inputs: list[socket.socket | TextIO] = [console, sys.stdin] if terminal else [console]
-    with console, _quiet_terminal() if terminal else contextlib.nullcontext():
-        while guest.alive():
-            ready = select.select(inputs, [], [], TICK)[0]
-            if console in ready:
-                data = console.recv(1 << 16)
-                if not data:
-                    return
-                os.write(sys.stdout.fileno(), data)
-            if sys.stdin in ready:
-                typed = os.read(sys.stdin.fileno(), 1 << 12)
-                if not typed:
-                    return
-                console.sendall(typed)
-
-
-@contextlib.contextmanager
-def _quiet_terminal() -> Iterator[None]:
-    """The terminal without its own echo and line editing: the guest's shell does both. Ctrl-C stays ours."""
-    saved = termios.tcgetattr(sys.stdin)
-    tty.setcbreak(sys.stdin)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
 
 
 SUBCOMMANDS = (

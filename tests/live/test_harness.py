@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -395,6 +397,58 @@ class TestBareGuest:
         assert guest.read_ram(0x400000, region["size"]) == bytes(region["size"])
 
 
+class Terminal:
+    """A program at a pseudo-terminal of its own."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._master, slave = pty.openpty()
+        self._process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.shown = ""
+        self._unread = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(30)
+        os.close(self._master)
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def read_until(self, text: str, seconds: float) -> str:
+        """What has appeared since the last call, up to *text*."""
+        deadline = time.monotonic() + seconds
+        while text not in self._unread:
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.shown}"
+            self._read()
+        before, _, self._unread = self._unread.partition(text)
+        return before + text
+
+    def wait(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None:
+            assert time.monotonic() < deadline, f"it does not end:\n{self.shown}"
+            self._read()
+        while self._read():
+            pass
+        return self._process.returncode
+
+    def _read(self) -> bool:
+        if not select.select([self._master], [], [], 0.1)[0]:
+            return False
+        try:
+            text = os.read(self._master, 1 << 16).decode(errors="replace")
+        except OSError:
+            return False  # nobody has the other end any more
+        self.shown += text
+        self._unread += text
+        return bool(text)
+
+
 class TestLauncher:
     def test_boot_prints_how_to_attach_and_ends_on_ctrl_c(self, tmp_path: Path) -> None:
         link = tmp_path / "gdb"
@@ -410,6 +464,35 @@ class TestLauncher:
             assert boot.wait(10) == 130
         assert not directory.exists()
         assert not link.is_symlink()
+
+    def test_ctrl_c_at_the_console_goes_to_the_guest(self) -> None:
+        with Terminal([sys.executable, "-m", "kprobe_guest.cli", "boot"]) as boot:
+            said = boot.read_until("/ # ", 120)
+            assert "All keys are the guest's, Ctrl-C too; Ctrl-A x ends it, Ctrl-A h helps." in said
+            boot.type("while :; do echo rou''nd; sleep 1; done\r")
+            boot.read_until("round", 30)
+            boot.type("\x03")
+            boot.read_until("/ # ", 30)
+            boot.type("echo still $((40 + 2))\r")
+            boot.read_until("still 42", 30)
+            boot.type("\x01h")
+            boot.read_until("Ctrl-A x       end the guest", 30)
+            boot.type("\x01x")
+            assert boot.wait(30) == 0
+            assert "Traceback" not in boot.shown
+            assert "KeyboardInterrupt" not in boot.shown
+            match = re.search(r"logs and sockets in (\S+)", said)
+            assert match is not None
+            assert not Path(match[1]).exists()
+
+    def test_ctrl_c_before_the_console_is_there_ends_without_a_trace_of_ours(self, tmp_path: Path) -> None:
+        directory = tmp_path / "guest"
+        command = [sys.executable, "-m", "kprobe_guest.cli", "boot", "--directory", str(directory)]
+        with Terminal(command) as boot:
+            wait_until((directory / "qemu.command").exists, 60)
+            boot.type("\x03")
+            assert boot.wait(60) == 130, boot.shown
+            assert boot.shown.strip() == "^C"
 
     def test_boot_command_repeats_a_spec(self) -> None:
         spec = GuestSpec(vcpus=2, cpu="default", kaslr=False, extra_cmdline=("pti=on", "quiet"))
@@ -461,7 +544,7 @@ class TestPrivacy:
 
     def test_a_directory_in_which_all_may_replace_files_is_refused(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o777)
-        with pytest.raises(LaunchError, match="every user may replace files in .*; take another directory"):
+        with pytest.raises(LaunchError, match=r"every user may replace files in .*; take another directory"):
             GuestVm(BARE, tmp_path).start()
         tmp_path.chmod(0o1777)
         with GuestVm(BARE, tmp_path):
