@@ -64,6 +64,9 @@ def held_interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, note)
     try:
         yield
+    except Exception:
+        if not came:  # else it may be that a program just started has got the same Ctrl-C
+            raise
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
