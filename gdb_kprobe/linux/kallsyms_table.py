@@ -2,22 +2,24 @@
 
 The table has no symbols of its own before Linux 6.4, so it is found by its contents. In memory order:
 
-========================  ========================================================================
-up to 6.3                 since 6.4 (kernel commit 404bad70fcf7 "scripts/kallsyms: change the output order")
-========================  ========================================================================
-offsets                   num_syms
-relative_base             names
-num_syms                  markers
-names                     token_table
-markers                   token_index
-seqs_of_names (6.2, 6.3)  offsets
-token_table               relative_base
+========================  ==============================  ==========================
+up to 6.3                 6.4 to 6.19                     since 7.0
+========================  ==============================  ==========================
+offsets                   num_syms                        num_syms
+relative_base             names                           names
+num_syms                  markers                         markers
+names                     token_table                     token_table
+markers                   token_index                     token_index
+seqs_of_names (6.2, 6.3)  offsets                         offsets, place-relative
+token_table               relative_base                   seqs_of_names
 token_index               seqs_of_names
-========================  ========================================================================
+========================  ==============================  ==========================
 
-Each part begins at a multiple of 8. ``token_table`` is the only place with the ten digits as strings of their own, one
-after the other; every other part is found from there, and each step is proved by another part: the token index by the
-lengths of the tokens, the names by the markers, the addresses by the image's base.
+The order changed with kernel commit 404bad70fcf7 "scripts/kallsyms: change the output order". Each part begins at a
+multiple of 8, since 7.0 of 4; ``num_syms`` has 4 bytes, so that the names follow at once there. ``token_table`` is the
+only place with the ten digits as strings of their own, one after the other; every other part is found from there, and
+each step is proved by another part: the token index by the lengths of the tokens, the names by the markers, the
+addresses by the image's base.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
+from itertools import accumulate, pairwise
+
+import numpy as np
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.image import KernelImage
@@ -36,9 +42,11 @@ _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _NAMES_PER_MARKER = 256
 _CHUNK = 1 << 20
 _LONGEST_TOKEN_TABLE = 1 << 14
-_LONGEST_NAMES_AFTER_LAST_MARKER = 1 << 17
-_SMALLEST_MARKER_STEP = 512
-_LARGEST_MARKER_STEP = 1 << 14
+_LONGEST_NAME = 512 + 2
+"""KSYM_NAME_LEN (include/linux/kallsyms.h), since 6.1 made for Rust's, and the two bytes of its length: no name of
+tokens is longer than the name."""
+_SMALLEST_MARKER_STEP = 2 * _NAMES_PER_MARKER
+_LARGEST_MARKER_STEP = _LONGEST_NAME * _NAMES_PER_MARKER
 _FEWEST_MARKERS = 8
 """A kernel has thousands of symbols; a table with less than 8 * 256 of them is none."""
 
@@ -100,32 +108,48 @@ def read_core_symbols(memory: Memory, image: KernelImage) -> SymbolTable:
     :raises GuestStateError: there is no such table, or a part of it is not as the format says; nothing is guessed.
     """
     # The table is constant data. Before the guest has write-protected that, it is wherever the image is.
-    failure = "the digits of its token table are nowhere in the image"
+    furthest: _NotThisOneError | None = None
     for window in (*image.rodata, *image.data):
         run = _Run(memory, window)
         for digits in run.find_all(_DIGITS):
             try:
                 return _decode(run, digits, image)
             except _NotThisOneError as error:
-                failure = str(error)
+                if furthest is None or error.part > furthest.part:
+                    furthest = error
+    failure = furthest or "the digits of its token table are nowhere in the image"
     raise GuestStateError(
         f"the kernel's symbol table (kallsyms) was not found in {image.base:#x}-{image.end:#x}: {failure}",
         "the kernel needs CONFIG_KALLSYMS; if it has it, it is of a version with an unknown layout",
     )
 
 
+class _Part(IntEnum):
+    """The parts of a table, in the order in which they are looked for."""
+
+    TOKENS = 1
+    INDEX = 2
+    MARKERS = 3
+    NAMES = 4
+    ADDRESSES = 5
+
+
 class _NotThisOneError(Exception):
-    """The digits found do not belong to a symbol table, and why."""
+    """The digits found do not belong to a symbol table: *part* is what was missed, all before it were found."""
+
+    def __init__(self, part: _Part, message: str) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 def _decode(run: _Run, digits: int, image: KernelImage) -> SymbolTable:
     tokens, token_table, token_index = _find_tokens(run, digits)
-    markers, marker_offsets = _find_markers(run.data, token_table)
-    names, count = _find_names(run.data, markers, marker_offsets)
+    names, count = _find_names(run.data, token_table)
     joined = _expand(run.data, names, count, tokens)
-    addrs = _find_addrs(run, image, after_index=token_index + 512, before_names=names - 8, count=count)
+    plain = [name[1:] for name in joined]
+    addrs = _find_addrs(run, image, _Around(names, token_index + 512), plain)
     return SymbolTable(
-        names=[name[1:] for name in joined],
+        names=plain,
         types="".join([name[0] for name in joined]),
         addrs=addrs,
         ranges=(AddressRange(image.base, image.end),),
@@ -139,64 +163,64 @@ def _find_tokens(run: _Run, digits: int) -> tuple[list[str], int, int]:
     for _ in range(ord("0") - 1):
         second = run.data.rfind(b"\0", 0, second - 1) + 1
         if second <= 1:
-            raise _NotThisOneError("no 48 strings before the digits")
+            raise _NotThisOneError(_Part.TOKENS, "no 48 strings before the digits")
     run.read_to(second + _LONGEST_TOKEN_TABLE)
     tokens = bytes(run.data[second : second + _LONGEST_TOKEN_TABLE]).split(b"\0", 255)
     if len(tokens) < 256:
-        raise _NotThisOneError("no 256 strings around the digits")
+        raise _NotThisOneError(_Part.TOKENS, "no 256 strings around the digits")
     del tokens[255:]
     end = second + sum(len(token) + 1 for token in tokens)
-    index_at = end + 7 & ~7
-    if not run.read_to(index_at + 512):
-        raise _NotThisOneError("the token index is not in the same run of pages as the token table")
-    index = struct.unpack_from("<256H", run.data, index_at)
-    start = second - index[1]
-    expected = second - start
-    for offset, token in zip(index[1:], tokens, strict=True):
-        if offset != expected:
-            raise _NotThisOneError("the token index does not fit the token table")
-        expected += len(token) + 1
-    if index[0] or start < 0:
-        raise _NotThisOneError("the token index does not begin with the first token")
-    tokens.insert(0, bytes(run.data[start : second - 1]))
-    return [token.decode("latin-1") for token in tokens], start, index_at
+    failures = []
+    for index_at in dict.fromkeys((end + 3 & ~3, end + 7 & ~7)):
+        if not run.read_to(index_at + 512):
+            raise _NotThisOneError(_Part.INDEX, "the token index is not in the same run of pages as the token table")
+        index = struct.unpack_from("<256H", run.data, index_at)
+        if index[0] or not 0 < index[1] <= second:
+            failures.append(_NotThisOneError(_Part.TOKENS, "the token index does not begin with the first token"))
+        elif list(index[1:]) != list(accumulate((len(token) + 1 for token in tokens[:-1]), initial=index[1])):
+            failures.append(_NotThisOneError(_Part.INDEX, "the token index does not fit the token table"))
+        else:
+            start = second - index[1]
+            first = bytes(run.data[start : second - 1])
+            return [token.decode("latin-1") for token in (first, *tokens)], start, index_at
+    raise max(failures, key=lambda failure: failure.part)
 
 
-def _find_markers(data: bytearray, token_table: int) -> tuple[int, array[int]]:
-    """Return the offset of the markers before *token_table*, and their values: every 256th name's offset."""
-    zero = token_table
-    while True:
-        zero = data.rfind(b"\0\0\0\0", 0, zero + 3)
-        if zero < 0:
-            raise _NotThisOneError("no markers before the token table")
-        start = zero & ~7
-        # Zeros of padding may come before the zero that is the first marker.
-        for at in (start + 8, start):
-            markers = _markers_at(data, at, token_table)
-            if len(markers) >= _FEWEST_MARKERS:
-                return at, markers
+def _find_names(data: bytearray, token_table: int) -> tuple[int, int]:
+    """Return the offset of the first name and the number of names, given the offset of the token table behind them."""
+    found = False
+    for markers, offsets in _find_markers(data, token_table):
+        found = True
+        # Whatever is behind the markers may look like one more.
+        most = len(offsets) * _NAMES_PER_MARKER
+        top = markers - offsets[-1]
+        for at in range(top & ~3, max(3, top - 2 * _LARGEST_MARKER_STEP), -4):
+            count = int.from_bytes(data[at - 4 : at], "little") or int.from_bytes(
+                data[max(at - 8, 0) : at - 4], "little"
+            )
+            fewest = most - 2 * _NAMES_PER_MARKER
+            if fewest < count <= most and _names_fit(data, at, count, markers, offsets):
+                return at, count
+    if found:
+        raise _NotThisOneError(_Part.NAMES, "no number of symbols before the names")
+    raise _NotThisOneError(_Part.MARKERS, "no markers before the token table")
 
 
-def _markers_at(data: bytearray, at: int, end: int) -> array[int]:
-    markers = array("I", [0])
-    if at + 8 > end or data[at : at + 4] != b"\0\0\0\0":
-        return markers
-    for (value,) in struct.iter_unpack("<I", data[at + 4 : at + 4 + (end - at - 4 & ~3)]):
-        if not _SMALLEST_MARKER_STEP <= value - markers[-1] <= _LARGEST_MARKER_STEP:
-            break
-        markers.append(value)
-    return markers
+def _find_markers(data: bytearray, token_table: int) -> Iterator[tuple[int, array[int]]]:
+    """Yield what may be the markers before *token_table*, the nearest first: their offset, and their values.
 
-
-def _find_names(data: bytearray, markers: int, offsets: array[int]) -> tuple[int, int]:
-    """Return the offset of the first name and the number of names."""
-    most = len(offsets) * _NAMES_PER_MARKER
-    top = markers - offsets[-1] - 8
-    for at in range(top & ~7, max(-1, top - _LONGEST_NAMES_AFTER_LAST_MARKER), -8):
-        (count,) = struct.unpack_from("<Q", data, at)
-        if most - _NAMES_PER_MARKER < count <= most and _names_fit(data, at + 8, count, markers, offsets):
-            return at + 8, count
-    raise _NotThisOneError("no number of symbols before the names")
+    Markers are the offset of every 256th name.
+    """
+    words = np.frombuffer(bytes(data[: token_table & ~3]), dtype="<u4").astype(np.int64)
+    steps = np.diff(words)
+    fits = (steps >= _SMALLEST_MARKER_STEP) & (steps <= _LARGEST_MARKER_STEP)
+    starts = words[: -_FEWEST_MARKERS + 1] == 0
+    for ahead in range(_FEWEST_MARKERS - 1):
+        starts &= fits[ahead : ahead + len(starts)]
+    for start in reversed(np.flatnonzero(starts).tolist()):
+        wrong = np.flatnonzero(~fits[start:])
+        end = start + int(wrong[0]) + 1 if len(wrong) else len(words)
+        yield 4 * start, array("I", words[start:end].tolist())
 
 
 def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array[int]) -> bool:
@@ -213,7 +237,7 @@ def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array
         at += 1 + size
         if at > end:
             return False
-    return at + 7 & ~7 == end & ~7
+    return end - at < 8 and not any(data[at:end])
 
 
 def _expand(data: bytearray, names: int, count: int, tokens: list[str]) -> list[str]:
@@ -233,16 +257,32 @@ def _expand(data: bytearray, names: int, count: int, tokens: list[str]) -> list[
     return joined
 
 
-def _find_addrs(run: _Run, image: KernelImage, *, after_index: int, before_names: int, count: int) -> array[int]:
-    """Return the addresses of all symbols, whichever of the two layouts this is."""
-    size = 4 * count + 7 & ~7
-    newer = after_index + 7 & ~7
-    older = before_names - 8 - size
-    for offsets, relative_base in ((newer, newer + size), (older, older + size)):
-        base = run.quad(relative_base)
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """Where, in a run, the first name is and where the token index ends: the addresses are before, or behind."""
+
+    names: int
+    index_end: int
+
+
+def _find_addrs(run: _Run, image: KernelImage, around: _Around, names: list[str]) -> array[int]:
+    """Return the addresses of all symbols, whichever of the layouts this is."""
+    count = len(names)
+    size = 4 * count
+    newer = around.index_end + 7 & ~7
+    older = around.names - 16 - (size + 7 & ~7)
+    for offsets in (newer, older):
+        base = run.quad(offsets + (size + 7 & ~7))
         if base == image.base and offsets >= 0:
-            return _decode_offsets(run.data[offsets : offsets + 4 * count], base)
-    raise _NotThisOneError(f"no relative base of {image.base:#x} beside the symbol offsets")
+            return _decode_offsets(run.data[offsets : offsets + size], base)
+    if run.read_to(around.index_end + size):
+        place = run.window.start + around.index_end
+        addrs = _decode_places(run.data[around.index_end : around.index_end + size], place)
+        if _fit(addrs, names, image):
+            return addrs
+    raise _NotThisOneError(
+        _Part.ADDRESSES, f"no relative base of {image.base:#x} beside the symbol offsets, which are not place-relative"
+    )
 
 
 def _decode_offsets(data: bytearray, base: int) -> array[int]:
@@ -256,3 +296,20 @@ def _decode_offsets(data: bytearray, base: int) -> array[int]:
         top = base - 1
         return array("Q", [offset if offset >= 0 else top - offset for offset in offsets])
     return array("Q", [base + offset for offset in offsets])
+
+
+def _decode_places(data: bytearray, place: int) -> array[int]:
+    """Turn 32-bit offsets, each from where it is itself, into addresses; the first one is at *place*.
+
+    ``kallsyms_sym_address()`` since v7.0.
+    """
+    offsets = np.frombuffer(bytes(data), dtype="<i4").astype(np.int64)
+    places = place - (1 << 64) + 4 * np.arange(len(offsets), dtype=np.int64)  # as signed: the kernel is at the top
+    return array("Q", (places + offsets).astype(np.uint64).tolist())
+
+
+def _fit(addrs: array[int], names: list[str], image: KernelImage) -> bool:
+    """Whether *addrs* are in order, as kallsyms lists them, and ``_text`` is at the image's base."""
+    if any(after < before for before, after in pairwise(addrs)):
+        return False
+    return any(name == "_text" and addr == image.base for name, addr in zip(names, addrs, strict=True))

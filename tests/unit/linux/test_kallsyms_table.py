@@ -21,17 +21,17 @@ RODATA = BASE + (1 << 20)
 TOKENS = [b"sys_", b"__x64_", *(bytes([code]) for code in range(2, 256))]
 
 
-def symbols(count: int = 4000, *, big: bool = False) -> list[tuple[str, str, int]]:
+def symbols(count: int = 4000, *, big: int = 0, percpu: bool = True) -> list[tuple[str, str, int]]:
+    """As /proc/kallsyms lists them, with *big* names of 300 tokens, as Rust's may have, at the end."""
     rng = random.Random(count)
-    found = [("A", f"percpu_{number}", 0x40 * number) for number in range(20)]
+    found = [("A", f"percpu_{number}", 0x40 * number) for number in range(20)] if percpu else []
+    found.append(("T", "_text", BASE))
     addr = BASE
-    for number in range(count - 20):
+    for number in range(count - 21):
         letter = rng.choice("TtDdRrBb")
         found.append((letter, f"{'__x64_' * (number % 2)}sys_{'long_name_' * (number % 9)}{number}", addr))
         addr += rng.choice((0, 16, 48, 256))
-    if big:
-        found.append(("t", "z" * 300, addr))
-    return found
+    return found + [("t", "z" * 300 + str(number), addr) for number in range(big)]
 
 
 def encode(name: str) -> bytes:
@@ -39,34 +39,68 @@ def encode(name: str) -> bytes:
     return bytes([len(data)]) + data if len(data) < 128 else bytes([len(data) & 0x7F | 0x80, len(data) >> 7]) + data
 
 
-def aligned(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 8)
+def aligned(data: bytes, to: int = 8) -> bytes:
+    return data + bytes(-len(data) % to)
 
 
-def parts(entries: list[tuple[str, str, int]], *, percpu: bool = True) -> dict[str, bytes]:
+def parts(entries: list[tuple[str, str, int]], *, percpu: bool = True, to: int = 8) -> dict[str, bytes]:
+    """All parts that do not depend on where they are."""
     names, markers = b"", []
     for index, (letter, name, _) in enumerate(entries):
         if index % 256 == 0:
             markers.append(len(names))
         names += encode(letter + name)
-    offsets = [addr if addr < BASE and percpu else BASE - 1 - addr if percpu else addr - BASE for _, _, addr in entries]
     starts = [sum(len(token) + 1 for token in TOKENS[:index]) for index in range(256)]
-    return {
-        "num_syms": aligned(struct.pack("<I", len(entries))),
-        "names": aligned(names),
-        "markers": aligned(struct.pack(f"<{len(markers)}I", *markers)),
-        "seqs": aligned(random.Random(1).randbytes(3 * len(entries))),
-        "token_table": aligned(b"".join(token + b"\0" for token in TOKENS)),
-        "token_index": aligned(struct.pack("<256H", *starts)),
-        "offsets": aligned(struct.pack(f"<{len(offsets)}i", *offsets)),
+    contents = {
+        "num_syms": struct.pack("<I", len(entries)),
+        "names": names,
+        "markers": struct.pack(f"<{len(markers)}I", *markers),
+        "seqs": random.Random(1).randbytes(3 * len(entries)),
+        "token_table": b"".join(token + b"\0" for token in TOKENS),
+        "token_index": struct.pack("<256H", *starts),
         "relative_base": struct.pack("<Q", BASE),
+        # What follows is not of the table: something is needed where its layout has nothing.
+        "addrs": struct.pack(f"<{len(entries)}Q", *(addr for _, _, addr in entries)),
+        "offsets": struct.pack(
+            f"<{len(entries)}I",
+            *(
+                (addr if addr < BASE and percpu else BASE - 1 - addr if percpu else addr - BASE) & 0xFFFF_FFFF
+                for _, _, addr in entries
+            ),
+        ),
     }
+    return {name: aligned(data, to) for name, data in contents.items()}
+
+
+def laid_out(contents: dict[str, bytes], order: tuple[str, ...], start: int) -> bytes:
+    """The table in memory at *start*."""
+    data = b""
+    for name in order:
+        if name == "places":
+            addrs = [addr for (addr,) in struct.iter_unpack("<Q", contents["addrs"])]
+            places = range(start + len(data), start + len(data) + 4 * len(addrs), 4)
+            data += struct.pack(f"<{len(addrs)}i", *(addr - place for addr, place in zip(addrs, places, strict=True)))
+        else:
+            data += contents[name]
+    return data
 
 
 OLD = ("offsets", "relative_base", "num_syms", "names", "markers", "token_table", "token_index")
 OLD_WITH_SEQS = ("offsets", "relative_base", "num_syms", "names", "markers", "seqs", "token_table", "token_index")
 NEW = ("num_syms", "names", "markers", "token_table", "token_index", "offsets", "relative_base", "seqs")
-LAYOUTS = pytest.mark.parametrize("order", [OLD, OLD_WITH_SEQS, NEW], ids=["to 6.1", "6.2 and 6.3", "from 6.4"])
+NEWEST = ("num_syms", "names", "markers", "token_table", "token_index", "places", "seqs")
+LAYOUTS = pytest.mark.parametrize(
+    "order", [OLD, OLD_WITH_SEQS, NEW, NEWEST], ids=["to 6.1", "6.2 and 6.3", "from 6.4", "from 7.0"]
+)
+
+
+def made(
+    order: tuple[str, ...], count: int = 4000, *, big: int = 0
+) -> tuple[list[tuple[str, str, int]], dict[str, bytes]]:
+    """Symbols, and the parts of their table as the kernels of this layout have them."""
+    newest = order == NEWEST
+    expected = symbols(count, big=big, percpu=not newest)
+    return expected, parts(expected, to=4 if newest else 8)
 
 
 def image(size: int, *, writable: bool = False) -> KernelImage:
@@ -79,7 +113,7 @@ def image(size: int, *, writable: bool = False) -> KernelImage:
 def read(memory: Any, contents: dict[str, bytes], order: tuple[str, ...], *, writable: bool = False) -> SymbolTable:
     # Something of each kind that might be mistaken for the table stands before it.
     before = aligned(bytes(0x2000) + b"\0".join(b"%d" % digit for digit in range(10)) + b"\0" + b"text\0" * 50)
-    data = before + b"".join(contents[name] for name in order) + bytes(0x1000)
+    data = before + laid_out(contents, order, RODATA + len(before)) + bytes(0x1000)
     data += bytes(-len(data) % 0x1000)
     memory.add(RODATA, data)
     return read_core_symbols(memory, image(len(data), writable=writable))
@@ -91,39 +125,63 @@ def decoded(table: SymbolTable) -> list[tuple[str, str, int]]:
 
 @LAYOUTS
 def test_every_symbol_comes_back(memory: Any, order: tuple[str, ...]) -> None:
-    expected = symbols()
-    assert decoded(read(memory, parts(expected), order)) == expected
+    expected, contents = made(order)
+    assert decoded(read(memory, contents, order)) == expected
 
 
 @LAYOUTS
 @pytest.mark.parametrize("count", [2561, 2816, 2817])
 def test_the_last_marker_may_stand_for_one_name_or_for_256(memory: Any, order: tuple[str, ...], count: int) -> None:
-    expected = symbols(count)
-    assert decoded(read(memory, parts(expected), order)) == expected
+    expected, contents = made(order, count if order != NEWEST else count + 20)
+    assert len(expected) == count
+    assert decoded(read(memory, contents, order)) == expected
+
+
+@LAYOUTS
+@pytest.mark.parametrize("modulo", range(8))
+def test_the_names_may_end_anywhere_before_the_next_part(memory: Any, order: tuple[str, ...], modulo: int) -> None:
+    expected, _ = made(order, 2200)
+    expected = [*expected, ("t", "z" * (modulo + 1), expected[-1][2])]
+    assert decoded(read(memory, parts(expected, to=4 if order == NEWEST else 8), order)) == expected
 
 
 @LAYOUTS
 def test_names_of_128_tokens_and_more_have_a_two_byte_length(memory: Any, order: tuple[str, ...]) -> None:
-    expected = symbols(big=True)
-    assert decoded(read(memory, parts(expected), order)) == expected
+    expected, contents = made(order, big=1)
+    assert decoded(read(memory, contents, order)) == expected
 
 
 @LAYOUTS
+def test_names_between_two_markers_may_all_be_long(memory: Any, order: tuple[str, ...]) -> None:
+    expected, contents = made(order, big=700)
+    assert decoded(read(memory, contents, order)) == expected
+
+
+def test_what_follows_the_markers_may_look_like_one_more(memory: Any) -> None:
+    expected, contents = made(OLD_WITH_SEQS, 4096)  # 16 markers: no padding
+    (last,) = struct.unpack_from("<I", contents["markers"], 4 * 15)
+    contents = damaged(contents, "seqs", 0, struct.pack("<I", last + 3000))
+    assert decoded(read(memory, contents, OLD_WITH_SEQS)) == expected
+
+
+@pytest.mark.parametrize("order", [OLD, NEW], ids=["to 6.1", "from 6.4"])
 def test_without_absolute_percpu_offsets_count_up_from_the_base(memory: Any, order: tuple[str, ...]) -> None:
-    expected = symbols()[20:]
+    expected = symbols(percpu=False)
     assert decoded(read(memory, parts(expected, percpu=False), order)) == expected
 
 
-def test_table_is_found_before_the_guest_has_write_protected_it(memory: Any) -> None:
-    expected = symbols()
-    assert decoded(read(memory, parts(expected), NEW, writable=True)) == expected
+@LAYOUTS
+def test_table_is_found_before_the_guest_has_write_protected_it(memory: Any, order: tuple[str, ...]) -> None:
+    expected, contents = made(order)
+    assert decoded(read(memory, contents, order, writable=True)) == expected
 
 
-def test_memory_is_read_only_as_far_as_the_table_reaches(memory: Any) -> None:
-    contents = parts(symbols())
-    data = aligned(b"".join(contents[name] for name in NEW))
+@LAYOUTS
+def test_memory_is_read_only_as_far_as_the_table_reaches(memory: Any, order: tuple[str, ...]) -> None:
+    expected, contents = made(order)
+    data = aligned(laid_out(contents, order, RODATA))
     memory.add(RODATA, data + bytes((3 << 20) - len(data)))  # the image claims more than there is
-    assert decoded(read_core_symbols(memory, image(64 << 20))) == symbols()
+    assert decoded(read_core_symbols(memory, image(64 << 20))) == expected
 
 
 def damaged(contents: dict[str, bytes], name: str, at: int, value: bytes) -> dict[str, bytes]:
@@ -147,6 +205,21 @@ def damaged(contents: dict[str, bytes], name: str, at: int, value: bytes) -> dic
 def test_damage_is_told_and_nothing_guessed(memory: Any, name: str, at: int, value: bytes, why: str) -> None:
     with pytest.raises(GuestStateError, match=rf"kallsyms.*({why}).*\n.*CONFIG_KALLSYMS"):
         read(memory, damaged(parts(symbols()), name, at, value), NEW)
+
+
+def test_addresses_of_the_newest_layout_must_be_in_order_and_begin_with_the_image(memory: Any) -> None:
+    expected, contents = made(NEWEST)
+    shifted = {**contents, "addrs": struct.pack(f"<{len(expected)}Q", *(addr + 16 for _, _, addr in expected))}
+    with pytest.raises(GuestStateError, match=r"no relative base of .* which are not place-relative"):
+        read(memory, shifted, NEWEST)
+
+
+def test_what_is_told_is_of_the_candidate_that_came_furthest(memory: Any) -> None:
+    """Behind the table, of which only the relative base is wrong, are digits that belong to nothing."""
+    contents = damaged(parts(symbols()), "relative_base", 0, b"\1")
+    contents["decoy"] = b"text\0" * 60 + b"\0".join(b"%d" % digit for digit in range(10)) + bytes(100)
+    with pytest.raises(GuestStateError, match="no relative base"):
+        read(memory, contents, (*NEW, "decoy"))
 
 
 def test_image_without_a_table_says_what_the_kernel_needs(memory: Any) -> None:
