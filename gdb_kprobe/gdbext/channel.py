@@ -2,6 +2,12 @@
 
 gdb keeps in its head which vCPU it last selected, and the registers it read. Neither hears of our packets, so whoever
 uses the channel does it inside :meth:`GdbChannel.borrowed`.
+
+The packets go over gdb's descriptor, not through gdb (``RemoteTargetConnection.send_packet``): that takes one reply for
+each packet, and a monitor command has many; it waits no longer than ``remotetimeout``; and gdb 16 and later hold
+Python's lock while they wait for it, so that nothing in this process could end the wait. gdb reads nothing of its own
+accord between a stop and the next command, and has nothing in its buffer then: it has read each reply that it asked
+for. What the texts of its own commands look like (gdb 18 gives MI records) is of no moment.
 """
 
 from __future__ import annotations
@@ -10,32 +16,49 @@ import contextlib
 import ctypes
 import os
 import socket
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import gdb
 
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
+from gdb_kprobe.gdbext.signals import ctrl_c_is_pending, raise_ctrl_c, uninterrupted
 from gdb_kprobe.model import CpuId
+from gdb_kprobe.target.packets import INTERRUPT, RUN, PacketStream
 from gdb_kprobe.target.stub import QemuStub
 
-_monitoring = False
+_PATIENCE = 30.0
+"""Seconds to wait for a reply, or gdb's own ``remotetimeout`` if that is more."""
 
-
-def is_monitoring() -> bool:
-    """Whether a ``monitor`` command that gdb executes is ours, and not the user's."""
-    return _monitoring
+_LOOK_EVERY = 0.02
+"""Seconds between two looks for a Ctrl-C while the guest runs."""
 
 
 class GdbChannel:
-    """A :class:`~gdb_kprobe.target.protocols.PacketChannel` over the connection of gdb's current inferior."""
+    """A :class:`~gdb_kprobe.target.protocols.PacketChannel` over the connection of gdb's current inferior.
+
+    :raises ConnectionLostError: gdb is connected to no machine.
+    :raises GuestStateError: it is, but its descriptor is not to be found.
+    """
 
     def __init__(self) -> None:
         self._connection = _connection()
         # gdb 13 asserts that no connection object is freed while its connection is open, and frees them all when it
         # exits by a signal with one open. One reference more than is ever given back keeps it from aborting there.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+        descriptor = find_descriptor(self.address)
+        if descriptor is None:
+            raise GuestStateError(
+                f"gdb's descriptor of its connection {self.address!r} is not to be found among its open files",
+                "connect by 'target remote HOST:PORT' or 'target remote PATH'",
+            )
+        self.descriptor = descriptor
+        """gdb's own, not a duplicate: QEMU serves a client until the last one is closed."""
+        self._file = _identity(descriptor)
+        self._stream = PacketStream(descriptor, self.address)
+        self.heeds_ctrl_c = False
+        """Whether a Ctrl-C that is held back is raised as KeyboardInterrupt before the next packet is sent."""
 
     @property
     def address(self) -> str:
@@ -43,10 +66,14 @@ class GdbChannel:
         return self._connection.details or ""
 
     def send(self, packet: bytes) -> bytes:
-        try:
-            return bytes(self._connection.send_packet(packet) or b"")
-        except (gdb.error, RuntimeError) as error:
-            raise _translated(error) from error
+        if self.heeds_ctrl_c:
+            raise_ctrl_c()
+        with self._exchange():
+            return self._stream.ask(packet, self._patience)
+
+    def monitor(self, command: str) -> str:
+        with self._exchange():
+            return self._stream.monitor(command, self._patience)
 
     def check_can_run(self) -> None:
         if gdb.parameter("breakpoint always-inserted"):
@@ -55,36 +82,43 @@ class GdbChannel:
                 "gdb keeps its breakpoints in the guest, so that it cannot run without gdb for a moment",
                 "'set breakpoint always-inserted off'",
             )
-        self._descriptor()
 
-    def _descriptor(self) -> int:
-        """gdb's own socket."""
-        descriptor = find_socket(self.address)
-        if descriptor is None:
-            raise GuestStateError("cannot find gdb's socket to the guest", "is it another kind of connection?")
-        return descriptor
-
-    def run_for(self, seconds: float) -> None:
-        # gdb gives no way to resume for a while inside a command, so the packets are ours: the stop reply to vCont
-        # comes at the latest when a thread has sent the interrupt byte over gdb's own socket.
-        timer = threading.Timer(seconds, os.write, (self._descriptor(), b"\x03"))
-        timer.start()
-        try:
-            self.send(b"vCont;c")
-            timer.cancel()  # else it must still stop the guest
-        finally:
-            timer.join()
+    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+        # gdb gives no way to resume for a while inside a command, so the packets are ours.
+        with self._exchange():
+            self._stream.write(RUN)
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0 and not (heed and ctrl_c_is_pending()):
+                with contextlib.suppress(TimeoutError):
+                    self._stream.read(min(left, _LOOK_EVERY))
+                    break
+            else:
+                self._stream.write_raw(INTERRUPT)
+                self._stream.reply(self._patience)
         gdb.execute("maintenance flush dcache", to_string=True)
+        if heed:
+            raise_ctrl_c()
 
-    def monitor(self, command: str) -> str:
-        global _monitoring
-        _monitoring = True
-        try:
-            return gdb.execute(f"monitor {command}", to_string=True) or ""
-        except gdb.error as error:
-            raise _translated(error) from error
-        finally:
-            _monitoring = False
+    @property
+    def _patience(self) -> float:
+        configured = gdb.parameter("remotetimeout")
+        return max(_PATIENCE, float(configured) if isinstance(configured, int) else 0.0)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around a request with its reply: gdb is to find neither a part of them, nor a connection that is lost."""
+        with uninterrupted():
+            if not self._connection.is_valid() or _identity(self.descriptor) != self._file:
+                raise ConnectionLostError("the connection to the guest is lost")
+            try:
+                yield
+            except ConnectionLostError:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.descriptor)) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)  # a reply that is late would be taken for another's
+                # gdb notices, and tells of it by its event, at a packet of its own.
+                with contextlib.suppress(gdb.error, RuntimeError):
+                    self._connection.send_packet(b"qC")
+                raise
 
     @contextlib.contextmanager
     def borrowed(self, stub: QemuStub) -> Iterator[CpuId]:
@@ -137,24 +171,45 @@ def flush_registers() -> None:
     gdb.execute("maintenance flush register-cache", to_string=True)
 
 
-def find_socket(address: str) -> int | None:
-    """The file descriptor of gdb's own socket to *address*, found among this process's.
+def find_descriptor(address: str) -> int | None:
+    """The file descriptor of gdb's own connection to *address*, found among this process's.
 
-    Needed when gdb can no longer be asked for anything (:mod:`gdb_kprobe.gdbext.rescue`).
+    *address* is what gdb was given: of a TCP or unix socket, of a terminal, or ``| COMMAND``.
     """
     wanted = address.removeprefix("unix:").removeprefix("tcp:")
     port = wanted.rpartition(":")[2]
+    pipes: list[int] = []
     for entry in Path("/proc/self/fd").iterdir():
+        number = int(entry.name)
         try:
-            if not os.readlink(entry).startswith("socket:"):
+            opened = os.readlink(entry)
+            if opened == wanted:
+                return number
+            if not opened.startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
+            with socket.socket(fileno=os.dup(number)) as sock:
                 peer = sock.getpeername()
+                if sock.family == socket.AF_UNIX and not peer and not sock.getsockname() and number > _STANDARD:
+                    pipes.append(number)
         except OSError:
             continue
         if peer == wanted or (isinstance(peer, tuple) and str(peer[1]) == port):
-            return int(entry.name)
-    return None
+            return number
+    # gdb gives a command that it starts one end of a pair of sockets without names.
+    return pipes[0] if wanted.startswith("|") and len(pipes) == 1 else None
+
+
+_STANDARD = 2
+"""The highest descriptor of standard input, output and errors, which a front end may have made sockets, too."""
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Device and inode of an open file: of a socket there is no other one with the same, as long as it is open."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connection() -> gdb.RemoteTargetConnection:
@@ -167,10 +222,10 @@ def _connection() -> gdb.RemoteTargetConnection:
 
 
 def _translated(error: Exception) -> TargetError:
-    text = str(error)
-    if "closed" in text or "is lost" in text or "invalid" in text:
-        return ConnectionLostError(f"the connection to the guest is lost: {text}")
-    return TargetError(text)
+    """*error* is gdb's, of the connection; only whether gdb still has one tells what it means."""
+    if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+        return TargetError(str(error))
+    return ConnectionLostError(f"the connection to the guest is lost: {error}")
 
 
 def is_running() -> bool:

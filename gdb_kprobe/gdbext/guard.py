@@ -12,7 +12,7 @@ import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
-from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, selected_cpu
+from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.session.leftover import Leftover, find_leftover
 from gdb_kprobe.session.rescue import cut, rescue_leftover
@@ -28,7 +28,7 @@ class Guard:
         self.leftover = leftover
         self._stub = stub
         self._channel = channel
-        self._descriptor = find_socket(channel.address)
+        self._descriptor = channel.descriptor
         self._breakpoints = GdbBreakpoints(self._on_entry)
         self._breakpoints.insert(leftover.bp_entry)
 
@@ -51,8 +51,7 @@ class Guard:
 
     def rescue(self) -> None:
         """Put the text back over a connection of our own."""
-        if self._descriptor is not None:
-            cut(self._descriptor)
+        cut(self._descriptor)
         print(rescue_leftover(self.leftover, self._stub, self._channel.address), file=sys.stderr, flush=True)
 
     def _on_entry(self) -> bool:

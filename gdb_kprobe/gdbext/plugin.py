@@ -16,7 +16,7 @@ from gdb_kprobe.config.profile import KernelKind, Profile, SharedMemory
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
-from gdb_kprobe.gdbext.channel import GdbChannel, find_socket, flush_registers, is_monitoring, is_running, selected_cpu
+from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers, is_running, selected_cpu
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
@@ -50,7 +50,7 @@ class Link:
         self.channel = GdbChannel()
         self.stub = QemuStub(self.channel)
         self.address = self.channel.address or profile.gdbstub
-        self.descriptor = find_socket(self.channel.address)
+        self.descriptor = self.channel.descriptor
         self.breakpoints = GdbBreakpoints(on_entry_stop)
         self.interrupts = InterruptWatch(self.descriptor)
         self.watchdog = Watchdog(None)
@@ -70,7 +70,7 @@ class Link:
 
     def peers(self) -> tuple[int, ...]:
         """The processes that may be the QEMU behind the connection."""
-        return () if self.descriptor is None else peer_processes(self.descriptor)
+        return peer_processes(self.descriptor)
 
     def open_data_plane(self) -> None:
         """Find a way to read the region while the machine runs. It must be stopped now.
@@ -404,7 +404,7 @@ class Plugin:
 
     def after_monitor(self) -> None:
         """The user has given QEMU a command, which may have been ``loadvm`` or ``system_reset``."""
-        if is_monitoring() or self._settling or gdb.selected_thread() is None or is_running():
+        if self._settling or gdb.selected_thread() is None or is_running():
             return
         if self.link is None and self._guard is None:
             self._look_for_leftovers(again=True)
@@ -490,8 +490,7 @@ class Plugin:
         """Restore the guest over a connection of our own."""
         link, self.link = self.link, None
         assert link is not None
-        if link.descriptor is not None:
-            cut(link.descriptor)
+        cut(link.descriptor)
         message = rescue(link.session, link.stub, link.address)
         print(message, file=sys.stderr, flush=True)
         link.close()

@@ -54,6 +54,21 @@ def interruptible() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def ctrl_c_is_pending() -> bool:
+    """Whether a SIGINT is held back by :func:`uninterrupted`."""
+    return signal.SIGINT in signal.sigpending()
+
+
+def raise_ctrl_c() -> None:
+    """Deliver a SIGINT that is held back.
+
+    :raises KeyboardInterrupt: there is one.
+    """
+    if ctrl_c_is_pending():
+        with interruptible():
+            pass
+
+
 def uninterruptible(function: Callable[[bool], None]) -> Callable[[object], object]:
     """Return a callback that calls *function* also when a KeyboardInterrupt comes, and tells it whether one did.
 

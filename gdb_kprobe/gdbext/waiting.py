@@ -17,7 +17,10 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.stub import QemuStub
 
 SLICE = 0.25
-"""Seconds that the guest runs between two looks."""
+"""Seconds that the guest runs between two looks; more where a look takes longer, so that half of the time is its own."""
+
+MOST = 5.0
+"""Seconds that it runs at the most. Ctrl-C ends each slice."""
 
 PATIENCE = 300.0
 """Seconds after which a kernel that is still not up is not waited for any more."""
@@ -36,6 +39,7 @@ def wait_for_kernel(profile: Profile) -> None:
     last = ""
     try:
         while True:
+            started = time.monotonic()
             try:
                 _look(stub, memory, profile)
                 return
@@ -46,7 +50,8 @@ def wait_for_kernel(profile: Profile) -> None:
                     write(f"waiting: {error.message}")
                     gdb.flush()
                 last = error.message
-            channel.run_for(SLICE)
+            looked = time.monotonic() - started
+            channel.run_for(min(max(SLICE, looked), MOST))
             stub.forget_selection()
     finally:
         flush_registers()

@@ -30,6 +30,8 @@ from gdb_kprobe.x86.decode import iter_insns
 
 _PATIENCE: Final = 5.0
 """Seconds in which a vCPU comes to where a call may be made. An idle one is woken by timers."""
+_CALL_SECONDS: Final = 2.0
+"""Seconds in which a call returns, unless the host is very busy."""
 _CALL_PATIENCE: Final = 30.0
 """Seconds in which a call returns that has nothing to wait for."""
 
@@ -82,7 +84,11 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
         registers = dict(zip(_ARGUMENTS, arguments, strict=False))
         inside = True
         machine.write_registers(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
-        if machine.run_to((ret,), _CALL_PATIENCE) != cpu:
+        # Whoever presses Ctrl-C gets it when the call is over, with its result in our hands; but not of one that hangs.
+        reached = machine.run_to((ret,), _CALL_SECONDS, heed=False)
+        if reached is None:
+            reached = machine.run_to((ret,), _CALL_PATIENCE - _CALL_SECONDS)
+        if reached != cpu:
             raise _not_back()
         inside = False
         where = ret, offset(stack, 8)

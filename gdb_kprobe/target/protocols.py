@@ -29,10 +29,11 @@ class PacketChannel(Protocol):
         :raises GuestStateError: it would not let the machine run.
         """
 
-    def run_for(self, seconds: float) -> None:
+    def run_for(self, seconds: float, *, heed: bool = True) -> None:
         """Let all vCPUs run until one stops by itself, but no longer than *seconds*; then the machine is stopped.
 
         :raises ConnectionLostError: the other end is gone.
+        :raises KeyboardInterrupt: the user pressed Ctrl-C; the machine is stopped. Not unless it is to *heed* that.
         """
 
     def monitor(self, command: str) -> str:
@@ -128,10 +129,12 @@ class Cpus(Protocol):
         :raises GuestStateError: it would not let the machine run.
         """
 
-    def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
+    def run_to(self, addrs: Collection[VirtAddr], seconds: float, *, heed: bool = True) -> CpuId | None:
         """Let all vCPUs run until one is about to execute one of *addrs*; which one, or ``None`` after *seconds*.
 
         Others may have got there in the same moment. All are stopped then.
+
+        :raises KeyboardInterrupt: the user pressed Ctrl-C; all are stopped. Not unless it is to *heed* that.
         """
 
     def drop_breakpoints(self) -> None:

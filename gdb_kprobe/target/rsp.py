@@ -1,24 +1,21 @@
-"""A small client of the gdb remote serial protocol over a socket.
+"""A small client of the gdb remote serial protocol with a connection of its own.
 
 For what must work when gdb's own connection does not: the rescue after a lost connection, and tests that drive a
-guest without gdb. Framing is section "Overview" of gdb's manual, appendix "Remote Protocol".
+guest without gdb.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from pathlib import Path
 from types import TracebackType
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.target.packets import INTERRUPT, RUN, PacketStream
 
 DEFAULT_TIMEOUT = 10.0
 """Seconds to wait for one reply."""
-
-_RESUMES = (b"c", b"s", b"vCont;", b"?")
-"""Requests whose reply is a stop reply. For all others a stop reply in between is news, not the answer."""
 
 
 def open_socket(address: str, timeout: float) -> socket.socket:
@@ -89,7 +86,8 @@ class RspSocket:
         self.address = address
         self._timeout = timeout
         self._sock = open_socket(address, timeout)
-        self._buffer = bytearray()
+        self._sock.settimeout(None)
+        self._stream = PacketStream(self._sock.fileno(), address)
         try:
             # QEMU 7.2 answers register packets with nothing until the description was read once (and with it the
             # initial, unasked stop reply is behind us).
@@ -107,6 +105,7 @@ class RspSocket:
 
     def close(self) -> None:
         """Close the socket. The machine stays as it is (stopped, when it was)."""
+        self._stream.close()
         self._sock.close()
 
     def detach(self) -> None:
@@ -120,114 +119,32 @@ class RspSocket:
             raise TargetError(f"the gdbstub at {self.address} would not detach: it answered {reply!r}")
 
     def send(self, packet: bytes) -> bytes:
-        self._put(packet)
-        reply = self._reply()
-        while reply[:1] in (b"T", b"S") and not packet.startswith(_RESUMES):
-            reply = self._reply()
-        return reply
+        return self._stream.ask(packet, self._timeout)
 
     def monitor(self, command: str) -> str:
-        self._put(b"qRcmd," + command.encode().hex().encode())
-        output: list[str] = []
-        while True:
-            reply = self._reply()
-            if reply == b"OK" or not reply:
-                return "".join(output)
-            if reply[:1] == b"E":
-                raise TargetError(f"monitor command {command!r} failed: {reply.decode()}")
-            if reply[:1] == b"O":
-                output.append(bytes.fromhex(reply[1:].decode()).decode(errors="replace"))
+        return self._stream.monitor(command, self._timeout)
 
     def check_can_run(self) -> None:
         """It always can."""
 
-    def run_for(self, seconds: float) -> None:
+    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+        """Nobody has asked this client for anything: a Ctrl-C (*heed*) is a KeyboardInterrupt as everywhere."""
         self.resume()
         if self.wait_stop(seconds) is None:
             self.interrupt()
-            self._reply()
+            self._stream.reply(self._timeout)
 
     def resume(self) -> None:
         """Let all vCPUs run; :meth:`wait_stop` or :meth:`interrupt` ends it."""
-        self._put(b"vCont;c")
+        self._stream.write(RUN)
 
     def interrupt(self) -> None:
         """Ask the running machine to stop (the stop reply is for :meth:`wait_stop`)."""
-        self._raw(b"\x03")
+        self._stream.write_raw(INTERRUPT)
 
     def wait_stop(self, timeout: float) -> bytes | None:
         """Return the stop reply of a resumed machine, or ``None`` after *timeout* seconds."""
         try:
-            return self._get(timeout)
+            return self._stream.read(timeout)
         except TimeoutError:
             return None
-
-    def _reply(self) -> bytes:
-        """:raises ConnectionLostError: there is none in time; one that comes later would be taken for another's."""
-        try:
-            return self._get(self._timeout)
-        except TimeoutError as error:
-            raise ConnectionLostError(
-                f"no answer from the gdbstub at {self.address} within {self._timeout:g} s",
-                "is another gdb connected (the stub serves one client), or QEMU itself stopped?",
-            ) from error
-
-    def _raw(self, data: bytes) -> None:
-        try:
-            self._sock.sendall(data)
-        except OSError as error:
-            raise ConnectionLostError(f"the connection to {self.address} is lost: {error}") from error
-
-    def _put(self, packet: bytes) -> None:
-        escaped = bytearray()
-        for byte in packet:
-            if byte in b"#$}*":
-                escaped += bytes((0x7D, byte ^ 0x20))
-            else:
-                escaped.append(byte)
-        self._raw(b"$%b#%02x" % (bytes(escaped), sum(escaped) & 0xFF))
-
-    def _get(self, timeout: float) -> bytes:
-        deadline = time.monotonic() + timeout
-        while True:
-            start = self._buffer.find(b"$")
-            end = self._buffer.find(b"#", start + 1) if start >= 0 else -1
-            if end >= 0 and len(self._buffer) >= end + 3:
-                body = bytes(self._buffer[start + 1 : end])
-                del self._buffer[: end + 3]
-                self._raw(b"+")
-                return _unescape(body)
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            self._sock.settimeout(remaining)
-            with contextlib.suppress(TimeoutError):
-                try:
-                    data = self._sock.recv(1 << 16)
-                except TimeoutError:
-                    raise
-                except OSError as error:
-                    raise ConnectionLostError(f"the connection to {self.address} is lost: {error}") from error
-                if not data:
-                    raise ConnectionLostError(f"the gdbstub at {self.address} closed the connection")
-                self._buffer += data
-
-
-def _unescape(body: bytes) -> bytes:
-    """Undo ``}`` escapes and ``*`` run lengths."""
-    if b"}" not in body and b"*" not in body:
-        return body
-    out = bytearray()
-    index = 0
-    while index < len(body):
-        byte = body[index]
-        if byte == 0x7D:
-            index += 1
-            out.append(body[index] ^ 0x20)
-        elif byte == 0x2A:
-            index += 1
-            out += out[-1:] * (body[index] - 29)
-        else:
-            out.append(byte)
-        index += 1
-    return bytes(out)

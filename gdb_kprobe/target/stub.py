@@ -22,8 +22,8 @@ _READ_CHUNK = 2048
 _WRITE_CHUNK = 1024
 _XML_CHUNK = 0xFFB
 
-_RUN_SLICE = 1.0
-"""Seconds that the machine runs for one packet: gdb waits no longer than two for the answer (``remotetimeout``)."""
+_RUN_SLICE = 0.25
+"""Seconds between two looks at where the vCPUs are, should a stop have told of another one than the one wanted."""
 
 
 class QemuStub:
@@ -136,7 +136,7 @@ class QemuStub:
     def check_can_run(self) -> None:
         self._channel.check_can_run()
 
-    def run_to(self, addrs: Collection[VirtAddr], seconds: float) -> CpuId | None:
+    def run_to(self, addrs: Collection[VirtAddr], seconds: float, *, heed: bool = True) -> CpuId | None:
         deadline = time.monotonic() + seconds
         with contextlib.ExitStack() as undo:
             for addr in addrs:
@@ -144,7 +144,7 @@ class QemuStub:
                 undo.callback(self._channel.send, b"z1,%x,1" % addr)
                 self._expect_ok(b"Z1,%x,1" % addr, f"set a breakpoint at {addr:#x}")
             while (left := deadline - time.monotonic()) > 0:
-                self._channel.run_for(min(left, _RUN_SLICE))
+                self._channel.run_for(min(left, _RUN_SLICE), heed=heed)
                 self._selected = None
                 self.forget_cpus()
                 for cpu in self.cpus():

@@ -36,7 +36,7 @@ COUNTING = (("p:boosted __x64_sys_getpriority", "boosted"), ("p:inner __do_sys_g
 
 CUT = (
     "python import os, socket; from gdb_kprobe.gdbext.channel import *; "
-    "socket.socket(fileno=os.dup(find_socket(GdbChannel().address))).shutdown(socket.SHUT_RDWR)"
+    "socket.socket(fileno=os.dup(GdbChannel().descriptor)).shutdown(socket.SHUT_RDWR)"
 )
 """What a network that goes away does to gdb's connection."""
 

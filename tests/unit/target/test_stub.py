@@ -232,7 +232,7 @@ def test_one_register_is_written_without_reading_it_before(described: Any) -> No
 def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> CpuId | None:
     """The machine has one vCPU, which stops at *stops*, one after another."""
 
-    def run_for(seconds: float) -> None:
+    def run_for(seconds: float, *, heed: bool = True) -> None:
         channel.packets.append(b"run")
         channel.answers[b"p1"] = stops.pop(0).to_bytes(8, "little").hex().encode()
 
