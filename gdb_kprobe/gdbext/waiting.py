@@ -17,7 +17,7 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.stub import QemuStub
 
 SLICE = 0.25
-"""Seconds that the guest runs between two looks; more where a look takes longer, so that half of the time is its own."""
+"""Seconds that the guest runs between two looks; as long as a look takes, if that is more."""
 
 MOST = 5.0
 """Seconds that it runs at the most. Ctrl-C ends each slice."""
