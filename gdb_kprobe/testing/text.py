@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 _GUESTS_OWN = frozenset({Reason.JUMP_LABEL, Reason.STATIC_CALL, Reason.STATIC_CALL_TRAMPOLINE, Reason.ALTERNATIVE})
 _FENTRY_NOPS = (bytes.fromhex("0f1f440000"), b"\xe8")
+
+
+def _where_different(old: bytes, new: bytes) -> list[int]:
+    """Indices of the bytes that are not the same; the two are as long as each other."""
+    different = np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8)
+    return [int(index) for index in np.flatnonzero(different)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,7 @@ class TextSnapshot:
             self._difference(VirtAddr(window.start + index), old[index], new[index])
             for window, old in self._texts.items()
             if (new := self._read(window)) != old
-            for index in range(len(old))
-            if old[index] != new[index]
+            for index in _where_different(old, new)
         )
 
     def leftovers(self, touched: Iterable[int] = ()) -> list[str]:

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import argparse
 
-from gdb_kprobe.launcher.torture import all_functions, boundaries, hotplug, kill9, matrix, modules, reset, snapshot
+from gdb_kprobe.launcher.torture import (
+    all_functions,
+    boundaries,
+    hotplug,
+    kill9,
+    matrix,
+    modules,
+    owners,
+    reset,
+    snapshot,
+)
 from kprobe_guest import cli as guest_cli
 
 KINDS = (
@@ -24,6 +34,7 @@ KINDS = (
     guest_cli.Subcommand("matrix", "one run each on guests of all kinds", matrix.arguments, matrix.run),
     guest_cli.Subcommand("reset", "reset the guest under probes", reset.arguments, reset.run),
     guest_cli.Subcommand("snapshot", "save and load snapshots under probes", snapshot.arguments, snapshot.run),
+    guest_cli.Subcommand("owners", "the guest's own kprobes and tracers at our places", owners.arguments, owners.run),
     guest_cli.Subcommand("kill9", "kill gdb at random moments, and go on", kill9.arguments, kill9.run),
 )
 
