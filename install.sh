@@ -8,7 +8,10 @@ usage: ./install.sh [COMMAND]
 
   (none)        set up; a second run only looks whether everything is there
   demo          set up, then put kprobes on a live Debian guest
-  test          set up, then run everything that CI runs
+  matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
+                --list names them, --only REGEX chooses, --markdown FILE writes the table; other releases of Debian
+                are made in chroots, which needs root and debootstrap
+  test          set up, then run everything that CI runs: about 20 minutes on two idle cores
   bench         set up, then run the benchmarks
   --uninstall   remove the virtual environment, the cache and what builds and tests left here
   --help        this text
@@ -43,6 +46,29 @@ fail() {
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_ROOT
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
+exec {told}>&1 # also for what is said while a command's output goes elsewhere
+
+# The command stays in the foreground: bash would have it ignore SIGINT in the background, and gdb with it.
+patiently() { # WHAT COMMAND...: run a command that may be silent for minutes, and say twice a minute that it is at work
+    local what=$1 status=0 ticker
+    shift
+    tell_time "$what" &
+    ticker=$!
+    "$@" || status=$?
+    kill "$ticker" 2>/dev/null
+    wait "$ticker" 2>/dev/null || :
+    return "$status"
+}
+
+tell_time() { # WHAT
+    local never begin=$SECONDS
+    exec {never}<> <(:) # a pipe that nobody writes to: a sleep would stay behind when this is ended
+    while :; do
+        read -r -t 30 -u "$never" || :
+        say "$1: for $((SECONDS - begin)) s" >&"$told"
+    done
+}
+
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 install_packages() { # PACKAGE...
@@ -53,8 +79,9 @@ install_packages() { # PACKAGE...
     fi
     say "installing Debian packages: $*"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq || fail "apt-get update failed: is there a network?"
-    apt-get install -y -qq --no-install-recommends "$@" >"$cache/apt.log" 2>&1 ||
+    patiently "fetching Debian's package lists" apt-get update -qq || fail "apt-get update failed: is there a network?"
+    patiently "installing Debian packages" \
+        apt-get install -y -qq --no-install-recommends "$@" >"$cache/apt.log" 2>&1 ||
         { tail -n 20 "$cache/apt.log" >&2; fail "apt-get install failed; the whole output is in $cache/apt.log"; }
     printf '%s\n' "$@" >>"$cache/installed-packages"
 }
@@ -70,7 +97,7 @@ debian_packages() {
     # The kernels are fetched by name: that needs package lists.
     if [ "$(id -u)" = 0 ] && ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
         say "fetching Debian's package lists"
-        apt-get update -qq || fail "apt-get update failed: is there a network?"
+        patiently "fetching Debian's package lists" apt-get update -qq || fail "apt-get update failed: is there a network?"
     fi
 }
 
@@ -95,8 +122,8 @@ virtual_environment() {
     rm -f "$venv/.stamp"
     [ -x "$venv/bin/python" ] && [ "$("$venv/bin/python" --version)" = "$("$python" --version)" ] ||
         "$python" -m venv --clear "$venv"
-    "$venv/bin/python" -m pip install --quiet --editable "$here[dev]" ||
-        fail "pip could not install the Python packages; its message is above (no network?)"
+    patiently "installing Python packages" "$venv/bin/python" -m pip install --quiet --editable "$here[dev]" ||
+        fail "pip could not install the Python packages; its message is above"
     printf '%s\n' "$stamp" >"$venv/.stamp"
 }
 
@@ -131,7 +158,7 @@ run_tests() {
     check 'mypy' "$bin/mypy"
     check 'import layers' "$bin/lint-imports"
     # Two at a time: each has guests of its own, of up to two vCPUs. A file's tests share theirs.
-    check 'tests' "$bin/python" -m pytest --numprocesses 2 --dist loadfile --durations 40
+    check 'tests' patiently tests "$bin/python" -m pytest --numprocesses 2 --dist loadfile --durations 40
     local seconds=$((SECONDS - begin))
     printf '\n=== %d min %02d s\n' $((seconds / 60)) $((seconds % 60))
     [ ${#failed[@]} = 0 ] || fail "failed: $(printf '%s; ' "${failed[@]}")"
@@ -159,6 +186,11 @@ case "${1:-}" in
     test)
         set_up
         run_tests
+        ;;
+    matrix)
+        set_up
+        cd "$here"
+        exec "$venv/bin/gdb-kprobe" matrix "${@:2}"
         ;;
     bench)
         set_up

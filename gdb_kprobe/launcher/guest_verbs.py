@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.launcher import bench, check, demo, torture
+from gdb_kprobe.launcher import bench, check, demo, matrix, torture
 from gdb_kprobe.launcher.verb import OF_GUESTS, Verb
 from kprobe_guest import cli as guest_cli
 from kprobe_guest.errors import GuestError
@@ -30,5 +30,6 @@ VERBS = {
     "demo": _verb("demo", demo.arguments, demo.run),
     "bench": _verb("bench", bench.arguments, bench.run),
     "check": _verb("check", check.arguments, check.run),
+    "matrix": _verb("matrix", matrix.arguments, matrix.run),
     "torture": _verb("torture", torture.arguments, torture.run),
 }

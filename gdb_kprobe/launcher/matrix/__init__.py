@@ -1,0 +1,127 @@
+"""``gdb-kprobe matrix``: cells of userland, kernel, accelerator and kind of guest, each run where it belongs.
+
+A cell is a program of its own, in the cell's userland. Whatever becomes of it is its row: the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.launcher.matrix.cells import DEMO, Cell, all_cells
+from gdb_kprobe.launcher.matrix.processes import last_line, run_logged
+from gdb_kprobe.launcher.matrix.rows import Result, Row, markdown, summary
+from gdb_kprobe.launcher.matrix.userland import Chroot, Here, Userland, UserlandMissingError, own_name
+from kprobe_guest.build.cache import cache_directory
+
+_CELL_TIMEOUT = 3600.0
+"""Seconds: a cell may build a kernel first."""
+
+_STATUS = {0: Result.PASSED, 77: Result.SKIPPED}
+
+_VERSIONS = """
+v=$(qemu-system-x86_64 --version | sed -nE '1s/.*version ([0-9.]+).*/\\1/p'); printf 'QEMU %s, ' "$v"
+v=$(gdb --version | sed -nE '1s/.* ([0-9.]+).*/\\1/p'); printf 'gdb %s, ' "$v"
+gdb -batch -nx -ex 'python import platform; print("Python", platform.python_version())'
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--list", action="store_true", help="print the names of the cells")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose name matches")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to a file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; returns the exit status: 0 if no cell failed.
+
+    :raises KprobeError: no cell's name matches.
+    """
+    try:
+        cells = [cell for cell in all_cells() if re.search(options.only, str(cell))]
+    except re.error as error:
+        raise KprobeError(f"--only {options.only}: {error}", "it is a regular expression of Python's") from error
+    if not cells:
+        raise KprobeError(f"no cell's name matches {options.only!r}", "gdb-kprobe matrix --list has the names")
+    if options.list:
+        print("\n".join(map(str, cells)))
+        return 0
+    versions: dict[str, str] = {}
+    rows: list[Row] = []
+    try:
+        for userland in dict.fromkeys(cell.userland for cell in cells):
+            rows += _run_userland(userland, [cell for cell in cells if cell.userland == userland], versions)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    if options.markdown is not None:
+        only = f" --only '{options.only}'" if options.only else ""
+        options.markdown.write_text(markdown(rows, versions, f"./install.sh matrix{only}"))
+    print(summary(rows))
+    return 1 if len(rows) < len(cells) or any(row.result is Result.FAILED for row in rows) else 0
+
+
+def _run_userland(name: str, cells: Sequence[Cell], versions: dict[str, str]) -> list[Row]:
+    logs = cache_directory() / "matrix"
+    userland = _userland(name)
+    print(f"{name}: {len(cells)} cells", flush=True)
+    try:
+        userland.prepare()
+        versions[name] = _versions(userland, logs / f"{name}.versions")
+    except KprobeError as error:
+        result = Result.SKIPPED if isinstance(error, UserlandMissingError) else Result.FAILED
+        rows = [Row(cell, result, _one_line(error)) for cell in cells]
+        print(*rows, sep="\n", flush=True)
+        return rows
+    print(f"{name}: {versions[name]}", flush=True)
+    return list(_run_cells(userland, cells, logs))
+
+
+def _userland(name: str) -> Userland:
+    if name == own_name():
+        return Here()
+    suite, _, more = name.partition("-")
+    suites = {"debian12": "bookworm", "debian13": "trixie"}
+    return Chroot(suites.get(suite, suite), cache_directory() / "userlands" / name, backports=more == "backports")
+
+
+def _versions(userland: Userland, log: Path) -> str:
+    log.unlink(missing_ok=True)
+    run_logged(userland.command("sh", "-c", _VERSIONS), log, "asking for versions", 120)
+    return last_line(log)
+
+
+def _run_cells(userland: Userland, cells: Sequence[Cell], logs: Path) -> Iterator[Row]:
+    for cell in cells:
+        log = logs / f"{str(cell).replace('/', '_')}.log"
+        log.unlink(missing_ok=True)
+        started = time.monotonic()
+        try:
+            words = userland.command(userland.program("gdb-kprobe"), *cell.arguments())
+            status = run_logged(words, log, str(cell), _CELL_TIMEOUT)
+            result, detail = _STATUS.get(status, Result.FAILED), _said(cell, log, status)
+        except KprobeError as error:
+            result, detail = Result.FAILED, _one_line(error)
+        row = Row(cell, result, detail, time.monotonic() - started)
+        print(row, flush=True)
+        if result is Result.FAILED:
+            print(f"    the whole output is in {log}", flush=True)
+        yield row
+
+
+def _said(cell: Cell, log: Path, status: int) -> str:
+    """What a cell has printed last, without the result that its line begins with."""
+    line = last_line(log)
+    if cell.options == DEMO:
+        failed = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("FAILED: ")]
+        return "; ".join(failed) or line
+    word, _, detail = line.partition(" ")
+    return detail if word in set(Result) else f"ended with status {status}: {line}"
+
+
+def _one_line(error: KprobeError) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,85 @@
+"""The cells of the matrix: which userland runs which kernel, with which accelerator, in which kind of guest.
+
+A name is ``USERLAND/KERNEL/ACCELERATOR/OPTIONS``. The kernels ``debian`` and ``newest`` are the userland's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DEMO = "demo"
+"""The kind of cell that is ``gdb-kprobe demo``."""
+
+_UNPREPARED = ("--region", "none", "--machine", "pc", "--cpu", "default", "--private-ram", "--tcp")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "2cpu": ("--vcpus", "2"),
+    "4cpu": ("--vcpus", "4"),
+    "default-cpu": ("--cpu", "default"),
+    "4level": ("--qemu=-cpu max,-cx16,la57=off",),
+    "pti": ("--append", "pti=on", "--vcpus", "2"),
+    "no-mitigations": ("--append", "mitigations=off", "--vcpus", "2"),
+    "preempt-full": ("--append", "preempt=full", "--vcpus", "2"),
+    "preempt-none": ("--append", "preempt=none"),
+    "no-kaslr": ("--no-kaslr",),
+    "pc": ("--machine", "pc"),
+    "one-thread": ("--tcg-thread", "single", "--vcpus", "2"),
+    "5g": ("--memory", "5120"),
+    "private-ram": ("--private-ram", "--vcpus", "2"),
+    "ivshmem": ("--region", "ivshmem", "--vcpus", "2"),
+    "tcp": ("--tcp",),
+    "borrowed": _UNPREPARED,
+    "borrowed-2cpu": (*_UNPREPARED, "--vcpus", "2"),
+}
+"""The kinds of guest, as arguments of ``gdb-kprobe torture cell``."""
+
+KERNELS = {"6.1-nomodules": "small", "6.1-nobtf": "small-nobtf"}
+"""Kernels that a cell calls by what they are, and ``gdb-kprobe torture cell`` by another name."""
+
+_USERLANDS = ("debian12", "debian13", "debian13-backports", "sid")
+_SERIES = ("6.1", "6.12", "6.16", "6.17", "6.18", "6.19", "7.0", "7.1", "7.2", "7.3")
+_FLAVOURS = ("6.1-generic", "6.12-generic", "7.3-generic", "6.1-rt", "6.12-rt", "7.3-rt", *KERNELS)
+_NEWEST = "7.3-cloud"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell; ``str()`` is its name."""
+
+    userland: str
+    kernel: str
+    accelerator: str
+    options: str
+
+    def __str__(self) -> str:
+        return f"{self.userland}/{self.kernel}/{self.accelerator}/{self.options}"
+
+    def arguments(self) -> list[str]:
+        """Return the words behind ``gdb-kprobe`` that run this cell in its userland."""
+        if self.options == DEMO:
+            return ["demo", "--kernel", self.kernel]
+        return ["torture", "cell", "--kernel", KERNELS.get(self.kernel, self.kernel), *OPTIONS[self.options]]
+
+
+def all_cells() -> list[Cell]:
+    """Return every cell once, those of one userland together."""
+    return sorted(dict.fromkeys(_cells()), key=lambda cell: _USERLANDS.index(cell.userland))
+
+
+def _cells() -> Iterator[Cell]:
+    # Each userland with its own kernels.
+    for userland in _USERLANDS:
+        for kernel in ("debian", "newest"):
+            for options in (DEMO, "default", "2cpu", "borrowed"):
+                yield Cell(userland, kernel, "tcg", options)
+    # Each kernel on one userland.
+    for series in _SERIES:
+        yield Cell("debian12", f"{series}-cloud", "tcg", "default")
+    for kernel in _FLAVOURS:
+        for options in ("default", "borrowed"):
+            yield Cell("debian12", kernel, "tcg", options)
+    # Each kind of guest with the oldest and the newest kernel.
+    for kernel in ("6.1-cloud", _NEWEST):
+        for options in OPTIONS:
+            yield Cell("debian12", kernel, "tcg", options)
