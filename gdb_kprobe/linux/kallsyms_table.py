@@ -29,9 +29,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import accumulate, pairwise
-
-import numpy as np
+from itertools import accumulate, count, pairwise
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.image import KernelImage
@@ -211,16 +209,26 @@ def _find_markers(data: bytearray, token_table: int) -> Iterator[tuple[int, arra
 
     Markers are the offset of every 256th name.
     """
-    words = np.frombuffer(bytes(data[: token_table & ~3]), dtype="<u4").astype(np.int64)
-    steps = np.diff(words)
-    fits = (steps >= _SMALLEST_MARKER_STEP) & (steps <= _LARGEST_MARKER_STEP)
-    starts = words[: -_FEWEST_MARKERS + 1] == 0
-    for ahead in range(_FEWEST_MARKERS - 1):
-        starts &= fits[ahead : ahead + len(starts)]
-    for start in reversed(np.flatnonzero(starts).tolist()):
-        wrong = np.flatnonzero(~fits[start:])
-        end = start + int(wrong[0]) + 1 if len(wrong) else len(words)
-        yield 4 * start, array("I", words[start:end].tolist())
+    at = token_table + 3
+    while (at := data.rfind(b"\0\0\0\0", 0, at + 3)) >= 0:
+        # The first marker is a zero of 4 bytes; zero bytes may be before it, and, of the next marker, behind it.
+        at &= ~3
+        for start in (at, at + 4):
+            markers = _markers_at(data, start, token_table)
+            if len(markers) >= _FEWEST_MARKERS:
+                yield start, markers
+
+
+def _markers_at(data: bytearray, at: int, end: int) -> array[int]:
+    """What may be markers from offset *at* on, at most to *end*."""
+    markers = array("I")
+    while at + 4 <= end:
+        value = int.from_bytes(data[at : at + 4], "little")
+        if not (_SMALLEST_MARKER_STEP <= value - markers[-1] <= _LARGEST_MARKER_STEP if markers else value == 0):
+            break
+        markers.append(value)
+        at += 4
+    return markers
 
 
 def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array[int]) -> bool:
@@ -303,9 +311,7 @@ def _decode_places(data: bytearray, place: int) -> array[int]:
 
     ``kallsyms_sym_address()`` since v7.0.
     """
-    offsets = np.frombuffer(bytes(data), dtype="<i4").astype(np.int64)
-    places = place - (1 << 64) + 4 * np.arange(len(offsets), dtype=np.int64)  # as signed: the kernel is at the top
-    return array("Q", (places + offsets).astype(np.uint64).tolist())
+    return array("Q", [at + offset for at, offset in zip(count(place, 4), array("i", bytes(data)))])
 
 
 def _fit(addrs: array[int], names: list[str], image: KernelImage) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -226,3 +228,10 @@ def test_image_without_a_table_says_what_the_kernel_needs(memory: Any) -> None:
     memory.add(RODATA, bytes(0x4000))
     with pytest.raises(GuestStateError, match="the kernel needs CONFIG_KALLSYMS"):
         read_core_symbols(memory, image(0x4000))
+
+
+def test_an_attach_does_not_import_numpy() -> None:
+    """Its library starts threads, and what they are started in takes signals: gdb's Ctrl-C went there and was lost."""
+    code = "import sys; import gdb_kprobe.session.attach; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
