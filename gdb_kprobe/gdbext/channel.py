@@ -133,13 +133,13 @@ class GdbChannel:
             gdb.selected_frame().pc()
         except gdb.error as error:
             raise _translated(error) from error
-        stub.forget_selection()
+        stub.forget()
         stub.shown = cpu
         try:
             yield cpu
         finally:
             with contextlib.suppress(TargetError):
-                stub.forget_selection()
+                stub.forget()
                 stub.select(cpu)
             flush_registers()
 

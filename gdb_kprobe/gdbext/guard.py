@@ -55,12 +55,12 @@ class Guard:
         print(rescue_leftover(self.leftover, self._stub, self._channel.address), file=sys.stderr, flush=True)
 
     def _on_entry(self) -> bool:
-        self._stub.forget_selection()
+        self._stub.forget()
         cpu = selected_cpu()
         try:
             hit = self.leftover.is_hit(self._stub, cpu)
         finally:
-            self._stub.forget_selection()
+            self._stub.forget()
             self._stub.select(cpu)
         if hit:
             gdb.write(f"kprobe: the guest ran into a probe of an earlier session; {_ATTACH}.\n")

@@ -123,9 +123,17 @@ class Link:
         finally:
             self.breakpoints.tidy()
 
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Around a user's handler, which may be interrupted, and may use gdb: select a vCPU, write registers."""
+        try:
+            with interruptible():
+                yield
+        finally:
+            self.stub.forget()
+
     def settle(self) -> None:
         """The machine stopped for the user: show it as it would be without probes."""
-        self.stub.forget_cpus()
         with self.stopped():
             try:
                 self.session.settle()
@@ -140,12 +148,12 @@ class Link:
 
     def lower(self) -> tuple[str, ...]:
         """The machine is about to run for the user. gdb calls its threads running already."""
-        self.stub.forget_selection()
+        self.stub.forget()
         try:
             return self.session.lower()
         finally:
             with contextlib.suppress(TargetError):
-                self.stub.forget_selection()
+                self.stub.forget()
                 self.stub.select(selected_cpu())
 
 
@@ -200,7 +208,7 @@ class Plugin:
             if settings.settings().watchdog and profile.kernel.kind is KernelKind.LINUX:
                 link.watchdog = Watchdog(link.address)
             with link.stopped():
-                link.attached = attach(link.stub, profile, link.breakpoints, interruptible, dispatch, link.peers())
+                link.attached = attach(link.stub, profile, link.breakpoints, link.handed_over, dispatch, link.peers())
                 link.open_data_plane()
                 link.session.lift()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
@@ -283,8 +291,7 @@ class Plugin:
         link = self.link
         if link is None:
             return False
-        link.stub.forget_selection()
-        link.stub.forget_cpus()
+        link.stub.forget()
         cpu = selected_cpu()
         try:
             stop = link.session.on_breakpoint(cpu)
@@ -292,7 +299,7 @@ class Plugin:
         except GuestResetError:
             stop = True  # it is told of, and let go, when the machine is settled
         finally:
-            link.stub.forget_selection()
+            link.stub.forget()
             link.stub.select(cpu)
             flush_registers()
         return stop or self.stop_requested or link.interrupts.overdue

@@ -52,7 +52,7 @@ def wait_for_kernel(profile: Profile) -> None:
                 last = error.message
             looked = time.monotonic() - started
             channel.run_for(min(max(SLICE, looked), MOST))
-            stub.forget_selection()
+            stub.forget()
     finally:
         flush_registers()
 

@@ -2,6 +2,11 @@
 
 Memory is addressed physically (``Qqemu.PhyMemMode``), because a memory packet is translated with the CR3 of the
 stopped vCPU, which under page-table isolation often is the user's and has no kernel text.
+
+Registers are read all at once, by ``g``, once for each vCPU after each run, and all questions are answered from that.
+An accelerator keeps a vCPU's registers to itself while it runs: QEMU's handlers of ``g`` and ``G`` fetch them first
+(``cpu_synchronize_state``), those of ``p`` and ``P`` do not. Under KVM a ``p`` without a ``g`` since the last run tells
+the registers of an earlier stop, and what such a ``P`` writes is lost.
 """
 
 from __future__ import annotations
@@ -38,19 +43,29 @@ class QemuStub:
         self._selected: CpuId | None = None
         self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
         self._cpus: tuple[CpuId, ...] = ()
+        self._states: dict[CpuId, bytes] = {}  # what `g` has told since the machine last ran
 
     def use_channel(self, channel: PacketChannel) -> None:
         """Go on over another connection to the same machine (after the first was lost)."""
         self._channel = channel
         self._physical_depth = 0
         self._is_virtual = False
-        self._selected = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Ask the stub anew for its vCPUs, which of them is selected, and their registers.
+
+        To be called by whoever hands the machine to others, or takes it back: gdb selects vCPUs and writes registers
+        itself, and the machine runs, resets or loads a snapshot.
+        """
         self._cpus = ()
+        self._selected = None
+        self._states.clear()
 
     # -- Cpus ---------------------------------------------------------------------------------------------------
 
     def cpus(self) -> tuple[CpuId, ...]:
-        """All vCPUs. Asked once a stop (:meth:`forget_cpus`): the guest may get a CPU while it runs (hot-plug)."""
+        """All vCPUs. Asked once a stop (:meth:`forget`): the guest may get a CPU while it runs (hot-plug)."""
         if not self._cpus:
             ids: list[CpuId] = []
             reply = self._channel.send(b"qfThreadInfo")
@@ -60,52 +75,51 @@ class QemuStub:
             self._cpus = tuple(sorted(ids))
         return self._cpus
 
-    def forget_cpus(self) -> None:
-        """Ask the stub for its vCPUs anew the next time."""
-        self._cpus = ()
-
     def select(self, cpu: CpuId) -> None:
         """Make *cpu* the one that register and memory packets speak of."""
         if self._selected != cpu:
             self._expect_ok(b"Hgp1.%x" % cpu, f"select vCPU {cpu}")
             self._selected = cpu
 
-    def forget_selection(self) -> None:
-        """Somebody else may have selected a vCPU since (gdb itself, or a stop, which selects the stopped one)."""
-        self._selected = None
-
     def read_registers(self, cpu: CpuId) -> dict[str, int]:
         layout = self._register_layout()
-        self.select(cpu)
-        data = _unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}")
+        state = self._state(cpu)
         return {
-            name: int.from_bytes(data[start : start + size], "little")
+            name: int.from_bytes(state[start : start + size], "little")
             for name, (_, start, size) in layout.items()
-            if start + size <= len(data)
+            if start + size <= len(state)
         }
 
     def read_register(self, cpu: CpuId, name: str) -> int:
-        number, _, _ = self._register_layout()[name]
+        number, start, size = self._register_layout()[name]
+        state = self._state(cpu)
+        if start + size <= len(state):
+            return int.from_bytes(state[start : start + size], "little")
+        # `g` leaves out what QEMU adds to the core registers; but it has fetched them.
         self.select(cpu)
         return int.from_bytes(_unhex(self._channel.send(b"p%x" % number), f"{name} of vCPU {cpu}"), "little")
 
     def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
-        layout = self._register_layout()
-        self.select(cpu)
-        if len(values) <= 1:
-            for name, value in values.items():
-                number, _, size = layout[name]
-                raw = value.to_bytes(size, "little").hex().encode()
-                self._expect_ok(b"P%x=%b" % (number, raw), f"write {name} of vCPU {cpu}")
+        if not values:
             return
-        data = bytearray(_unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}"))
+        layout = self._register_layout()
+        state = bytearray(self._state(cpu))
+        self.select(cpu)
+        # QEMU makes of some values what the processor would: the registers are read again when they are asked for.
+        del self._states[cpu]
+        if len(values) == 1:
+            ((name, value),) = values.items()
+            number, _, size = layout[name]
+            raw = value.to_bytes(size, "little").hex().encode()
+            self._expect_ok(b"P%x=%b" % (number, raw), f"write {name} of vCPU {cpu}")
+            return
         end = 0
         for name, value in values.items():
             _, start, size = layout[name]
-            data[start : start + size] = value.to_bytes(size, "little")
+            state[start : start + size] = value.to_bytes(size, "little")
             end = max(end, start + size)
         # Only as many as that: QEMU 8.0 and later give x87 registers in another order than they take them.
-        self._expect_ok(b"G" + data[:end].hex().encode(), f"write the registers of vCPU {cpu}")
+        self._expect_ok(b"G" + state[:end].hex().encode(), f"write the registers of vCPU {cpu}")
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         self._be_virtual()
@@ -128,8 +142,9 @@ class QemuStub:
         return True
 
     def step(self, cpu: CpuId) -> None:
-        reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
         self._selected = None
+        self._states.clear()
+        reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
         if reply[:1] not in (b"T", b"S"):
             raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
 
@@ -144,9 +159,8 @@ class QemuStub:
                 undo.callback(self._channel.send, b"z1,%x,1" % addr)
                 self._expect_ok(b"Z1,%x,1" % addr, f"set a breakpoint at {addr:#x}")
             while (left := deadline - time.monotonic()) > 0:
+                self.forget()
                 self._channel.run_for(min(left, _RUN_SLICE), heed=heed)
-                self._selected = None
-                self.forget_cpus()
                 for cpu in self.cpus():
                     if self.read_register(cpu, "rip") in addrs:
                         return cpu
@@ -212,6 +226,13 @@ class QemuStub:
         return self._channel.monitor(command)
 
     # -- private ------------------------------------------------------------------------------------------------
+
+    def _state(self, cpu: CpuId) -> bytes:
+        """All registers of *cpu*, as ``g`` gives them."""
+        if cpu not in self._states:
+            self.select(cpu)
+            self._states[cpu] = _unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}")
+        return self._states[cpu]
 
     def _expect_ok(self, packet: bytes, what: str) -> None:
         reply = self._channel.send(packet)

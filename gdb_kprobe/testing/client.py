@@ -32,6 +32,6 @@ class StubClient:
         """Wait until the resumed machine stops; which vCPU did."""
         reply = self._channel.wait_stop(seconds)
         assert reply is not None, "no stop"
-        self.stub.forget_selection()
+        self.stub.forget()
         thread = re.search(rb"thread:p[0-9a-f]+\.([0-9a-f]+)", reply)
         return CpuId(int(thread[1], 16) if thread else 1)

@@ -116,7 +116,7 @@ class PathTracer:
             channel.wait_stop(self._timeout)
             raise TargetError(f"{addr:#x} was not reached within {self._timeout:g} s")
         channel.send(b"z1,%x,1" % addr)
-        stub.forget_selection()
+        stub.forget()
         cpu = next((cpu for cpu in stub.cpus() if stub.read_register(cpu, "rip") == addr), None)
         if cpu is None:
             raise TargetError(f"the machine stopped somewhere else than at {addr:#x}: {stopped!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import struct
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from gdb_kprobe.session.moment import MARK_OFFSET, MARK_SIZE
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.region import Region, create_mapped
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.target.protocols import Machine
+from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.testing.kvm_stub import KvmStub
 
 RAM_SIZE = 8 << 20
 TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000
@@ -94,6 +98,26 @@ def link(program: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     return bytes(text).ljust(0x1000, b"\xcc"), symbols
 
 
+class _Registers(dict[str, int]):
+    """The registers of a vCPU of *machine*, which notes that they were changed."""
+
+    def __init__(self, machine: ToyMachine, values: dict[str, int]) -> None:
+        super().__init__(values)
+        self._machine = machine
+
+    def __setitem__(self, name: str, value: int) -> None:
+        self._machine.changed()
+        super().__setitem__(name, value)
+
+    def update(self, *args: Any, **values: int) -> None:
+        self._machine.changed()
+        super().update(*args, **values)
+
+    def __ior__(self, values: Any) -> Any:
+        self.update(values)
+        return self
+
+
 class ToyMachine:
     """RAM, vCPUs 1 and 2, and what QEMU's stub does with them."""
 
@@ -108,7 +132,12 @@ class ToyMachine:
         self._pool = TABLE_POOL
         self.text, self.symbols = link(PROGRAM)
         self._load()
-        self.registers = {cpu: self._reset(cpu) for cpu in (1, 2)}
+        self.runs = 0
+        """Grows with each change of registers, whoever makes it."""
+        self.others_runs = 0
+        """The same, but for what comes through :class:`ToyWire`."""
+        self.is_on_wire = False
+        self.registers = {cpu: _Registers(self, self._reset(cpu)) for cpu in (1, 2)}
 
         self.breakpoints: set[int] = set()
         self.users_breakpoints: set[int] = set()
@@ -131,6 +160,11 @@ class ToyMachine:
         """Pages at LAZY that the guest maps when they are touched."""
         self.own_int3: list[tuple[int, int]] = []
         """(address, CS) of each #BP that the guest's own handler saw."""
+
+    def changed(self) -> None:
+        """Registers have changed: a vCPU has run, or was written to."""
+        self.runs += 1
+        self.others_runs += not self.is_on_wire
 
     # -- the guest's memory -----------------------------------------------------------------------------------------
 
@@ -364,6 +398,38 @@ class ToyMachine:
         return addr in self.users_breakpoints
 
 
+class ToyWire(KvmStub):
+    """What QEMU's stub is for :class:`ToyMachine` under KVM. A packet that speaks of stale registers is an error."""
+
+    strict = True
+
+    def __init__(self, machine: ToyMachine) -> None:
+        super().__init__(machine)
+        self._toy = machine
+
+    def send(self, packet: bytes) -> bytes:
+        self._toy.is_on_wire = True
+        try:
+            return super().send(packet)
+        finally:
+            self._toy.is_on_wire = False
+
+
+class WiredStub(QemuStub):
+    """The project's stub over that, and what an adapter does: it forgets when others have had the machine."""
+
+    def __init__(self, machine: ToyMachine) -> None:
+        super().__init__(ToyWire(machine))
+        self._toy = machine
+        self._seen = machine.others_runs
+
+    def _state(self, cpu: CpuId) -> bytes:
+        if self._seen != self._toy.others_runs:
+            self._seen = self._toy.others_runs
+            self.forget()
+        return super()._state(cpu)
+
+
 class ToyGuest(BareGuest):
     """The software of the machine, with an exception table and stacks that can be found."""
 
@@ -399,7 +465,7 @@ class Toy:
 
     def again(self) -> Toy:
         """A new session on the same machine, after this one has ended."""
-        return make_toy(self.machine)
+        return make_toy(self.machine, wired=isinstance(self.session.machine, WiredStub))
 
     def addr(self, name: str, offset: int = 0) -> VirtAddr:
         return VirtAddr(self.machine.symbols[name] + offset)
@@ -511,10 +577,14 @@ class Toy:
         assert self.region.slots.used == sum(slot.size for slot in self.region.slots.quarantined)
 
 
-def make_toy(machine: ToyMachine, rungs: tuple[Rung, ...] = (Rung.BOOSTED, Rung.SINGLE_STEP)) -> Toy:
+def make_toy(
+    machine: ToyMachine, rungs: tuple[Rung, ...] = (Rung.BOOSTED, Rung.SINGLE_STEP), *, wired: bool = False
+) -> Toy:
+    """A session on *machine*; *wired*: by packets, under KVM's rules."""
     guest = ToyGuest(machine)
+    by: Machine = WiredStub(machine) if wired else machine
     region = create_mapped(machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
-    session = Session(machine, guest, region, machine, rungs)
+    session = Session(by, guest, region, machine, rungs)
     toy = Toy(machine, guest, region, session, [])
     session.listen(toy.hits.append)
     machine.log.clear()
@@ -526,12 +596,18 @@ def machine() -> ToyMachine:
     return ToyMachine()
 
 
-@pytest.fixture
-def toy(machine: ToyMachine) -> Toy:
-    return make_toy(machine)
+@pytest.fixture(params=["direct", "kvm"])
+def wired(request: pytest.FixtureRequest) -> bool:
+    """Whether the session reaches the machine by packets, to a stub over KVM."""
+    return bool(request.param == "kvm")
 
 
 @pytest.fixture
-def toy_with() -> Callable[..., Toy]:
+def toy(machine: ToyMachine, wired: bool) -> Toy:
+    return make_toy(machine, wired=wired)
+
+
+@pytest.fixture
+def toy_with(wired: bool) -> Callable[..., Toy]:
     """A function from a machine (and rungs) to a :class:`Toy`: also a second session on the same machine."""
-    return make_toy
+    return functools.partial(make_toy, wired=wired)

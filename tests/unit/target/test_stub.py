@@ -9,6 +9,7 @@ import pytest
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
 from gdb_kprobe.target.stub import QemuStub
+from gdb_kprobe.testing.kvm_stub import LAYOUT, KvmStub
 
 CPU = CpuId(1)
 
@@ -66,22 +67,37 @@ def test_registers_that_the_stub_does_not_send_are_left_out(stub: QemuStub, desc
 def test_the_description_is_read_once(stub: QemuStub, described: Any) -> None:
     stub.read_registers(CPU)
     described.packets.clear()
+    stub.forget()
     stub.read_registers(CPU)
-    assert described.packets == [b"g"]
+    assert described.packets == [b"Hgp1.1", b"g"]
 
 
-def test_one_register_is_read_by_its_number(stub: QemuStub, described: Any) -> None:
-    described.answers[b"p6"] = b"00500100000000ff"
-    assert stub.read_register(CPU, "cr3") == 0xFF00_0000_0001_5000
+def test_all_registers_of_a_vcpu_are_read_once_a_stop(stub: QemuStub, described: Any) -> None:
+    stub.read_registers(CPU)
+    described.packets.clear()
+    assert stub.read_register(CPU, "rip") == stub.read_registers(CPU)["rip"] == 0x2222_2222_2222_2222
+    assert described.packets == []
+    assert stub.read_register(CpuId(2), "cr3") == 0x1000
+    assert described.packets == [b"Hgp1.2", b"g"]
+
+
+def test_a_register_that_g_leaves_out_is_read_by_its_number_after_it(stub: QemuStub, described: Any) -> None:
+    described.answers |= {b"g": G_PACKET[:-8].hex().encode(), b"p7": b"00500100000000ff"}
+    assert stub.read_register(CPU, "k_gs_base") == 0xFF00_0000_0001_5000
+    assert described.packets[-2:] == [b"g", b"p7"]
 
 
 @pytest.mark.parametrize("answer", [b"", b"E22"])
 def test_a_register_that_is_not_told_is_an_error_and_never_zero(stub: QemuStub, described: Any, answer: bytes) -> None:
-    described.answers |= {b"g": answer, b"p1": answer}
-    with pytest.raises(TargetError, match="does not tell rip of vCPU 1"):
-        stub.read_register(CPU, "rip")
-    with pytest.raises(TargetError, match="does not tell the registers of vCPU 1"):
-        stub.read_registers(CPU)
+    described.answers |= {b"g": answer, b"p7": answer}
+    for _ in range(2):
+        with pytest.raises(TargetError, match="does not tell the registers of vCPU 1"):
+            stub.read_register(CPU, "rip")
+        with pytest.raises(TargetError, match="does not tell the registers of vCPU 1"):
+            stub.read_registers(CPU)
+    described.answers[b"g"] = G_PACKET[:-8].hex().encode()
+    with pytest.raises(TargetError, match="does not tell k_gs_base of vCPU 1"):
+        stub.read_register(CPU, "k_gs_base")
 
 
 @pytest.mark.parametrize("answer", [b"", b"E22"])
@@ -105,7 +121,7 @@ def test_the_vcpus_come_in_several_packets(stub: QemuStub, described: Any) -> No
     assert stub.cpus() == (1, 10)
     described.answers[b"qfThreadInfo"] = b"mp01.01"
     assert stub.cpus() == (1, 10), "asked once"
-    stub.forget_cpus()
+    stub.forget()
     assert stub.cpus() == (1,)
 
 
@@ -113,7 +129,7 @@ def test_a_vcpu_is_selected_only_when_another_one_was(stub: QemuStub, described:
     for cpu in (1, 1, 2, 2):
         stub.read_current(CpuId(cpu), VirtAddr(0), 1)
     assert [packet for packet in described.packets if packet[:1] == b"H"] == [b"Hgp1.1", b"Hgp1.2"]
-    stub.forget_selection()
+    stub.forget()
     stub.read_current(CpuId(2), VirtAddr(0), 1)
     assert described.packets[-2:] == [b"Hgp1.2", b"m0,1"]
 
@@ -219,14 +235,18 @@ def test_several_registers_are_written_by_one_packet_that_ends_with_the_last_of_
     assert described.packets[-2:] == [b"g", packet]
 
 
-def test_one_register_is_written_without_reading_it_before(described: Any) -> None:
+def test_one_register_is_written_after_all_were_fetched_and_read_again_after_it(described: Any) -> None:
     packet = b"P1=" + (0x1234).to_bytes(8, "little").hex().encode()
     described.answers[packet] = b"OK"
     stub = QemuStub(described)
-    stub.write_registers(CPU, {"rip": 0x1234})
     stub.write_registers(CPU, {})
-    assert described.packets[-1] == packet
-    assert b"g" not in described.packets
+    assert described.packets == []
+    stub.write_registers(CPU, {"rip": 0x1234})
+    assert described.packets[-2:] == [b"g", packet]
+    stub.read_register(CPU, "rip")
+    assert described.packets[-1] == b"g"
+    stub.write_registers(CPU, {"rip": 0x1234})
+    assert described.packets[-2:] == [b"g", packet]
 
 
 def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> CpuId | None:
@@ -234,7 +254,7 @@ def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> 
 
     def run_for(seconds: float, *, heed: bool = True) -> None:
         channel.packets.append(b"run")
-        channel.answers[b"p1"] = stops.pop(0).to_bytes(8, "little").hex().encode()
+        channel.answers[b"g"] = (bytes(8) + stops.pop(0).to_bytes(8, "little")).hex().encode()
 
     channel.run_for = run_for
     channel.answers |= {b"qfThreadInfo": b"mp01.01", b"qsThreadInfo": b"l"}
@@ -251,3 +271,117 @@ def test_run_to_an_address_leaves_no_breakpoint(described: Any) -> None:
 def test_run_to_an_address_that_nobody_comes_to_ends(described: Any) -> None:
     assert run_to(described, [0x5000] * 100_000, [0x1000], 0.01) is None
     assert described.packets[-1] == b"z1,1000,1"
+
+
+# -- who holds the registers --------------------------------------------------------------------------------------
+
+
+class Vcpus:
+    """Two vCPUs whose registers are what a test says."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.registers = {cpu: dict.fromkeys((name for name, _ in LAYOUT), 0x100 * cpu) for cpu in (CPU, CpuId(2))}
+        self.breakpoints: list[str] = []
+
+    def run(self) -> None:
+        """Execute something on each vCPU."""
+        self.runs += 1
+        for registers in self.registers.values():
+            registers["rip"] += 1
+
+    def cpus(self) -> tuple[CpuId, ...]:
+        return CPU, CpuId(2)
+
+    def read_registers(self, cpu: CpuId) -> dict[str, int]:
+        return dict(self.registers[cpu])
+
+    def write_registers(self, cpu: CpuId, values: dict[str, int]) -> None:
+        self.registers[cpu] |= values
+
+    def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
+        return None
+
+    def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
+        return False
+
+    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        return bytes(size)
+
+    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
+        pass
+
+    def step(self, cpu: CpuId) -> None:
+        self.runs += 1
+        self.registers[cpu]["rip"] += 1
+
+    def monitor(self, command: str) -> str:
+        return ""
+
+    def drop_breakpoints(self) -> None:
+        pass
+
+
+class RunningStub(KvmStub):
+    """A stub whose machine runs when it is told to."""
+
+    def __init__(self, machine: Vcpus) -> None:
+        super().__init__(machine)
+        self._vcpus = machine
+
+    def send(self, packet: bytes) -> bytes:
+        return b"OK" if packet[:1] in b"Zz" else super().send(packet)
+
+    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+        self._vcpus.run()
+
+
+def test_under_kvm_p_tells_an_earlier_stop_and_p_without_g_is_lost() -> None:
+    """What the machine of these tests is for: it does as QEMU does."""
+    vcpus = Vcpus()
+    channel = RunningStub(vcpus)
+    rip = b"%x" % [name for name, _ in LAYOUT].index("rip")
+    vcpus.run()
+    assert channel.send(b"p" + rip) == b"0001000000000000"
+    assert channel.send(b"P" + rip + b"=7777000000000000") == b"OK"
+    assert vcpus.registers[CPU]["rip"] == 0x101
+    channel.send(b"g")
+    assert channel.send(b"p" + rip) == b"0101000000000000"
+    assert channel.send(b"P" + rip + b"=7777000000000000") == b"OK"
+    assert vcpus.registers[CPU]["rip"] == 0x7777
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_under_kvm_registers_are_those_of_now(strict: bool) -> None:
+    vcpus = Vcpus()
+    channel = RunningStub(vcpus)
+    channel.strict = strict
+    stub = QemuStub(channel)
+    for _ in range(3):
+        vcpus.run()
+        stub.forget()
+        for cpu in reversed(stub.cpus()):
+            assert stub.read_register(cpu, "rip") == vcpus.registers[cpu]["rip"]
+            assert stub.read_registers(cpu) == vcpus.registers[cpu]
+        stub.step(CPU)
+        assert stub.read_register(CPU, "rip") == vcpus.registers[CPU]["rip"]
+        reached = vcpus.registers[CpuId(2)]["rip"] + 1
+        assert stub.run_to((VirtAddr(reached),), 1) == 2
+        assert stub.read_register(CPU, "rip") == vcpus.registers[CPU]["rip"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("values", [{"rip": 0x5000}, {"rip": 0x5000, "rbx": 7}, {"cr3": 0x9000}])
+def test_under_kvm_no_write_is_lost(strict: bool, values: dict[str, int]) -> None:
+    vcpus = Vcpus()
+    channel = RunningStub(vcpus)
+    channel.strict = strict
+    stub = QemuStub(channel)
+    for run in (vcpus.run, lambda: stub.step(CpuId(2)), lambda: None):
+        run()
+        stub.forget()
+        for cpu in stub.cpus():
+            expected = vcpus.registers[cpu] | values
+            stub.write_registers(cpu, values)
+            assert vcpus.registers[cpu] == stub.read_registers(cpu) == expected
+        vcpus.registers[CPU] |= dict.fromkeys(values, 1)
