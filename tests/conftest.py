@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,11 @@ from hypothesis import settings
 
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.cli import boot_command
+
+# A shell has its background jobs ignore SIGINT, and what they start inherits that: the tests send Ctrl-C to themselves,
+# to gdb and to the launcher, as from a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that is busy with guests is slow at times; how long an example takes proves nothing.
 settings.register_profile("guests", deadline=None)

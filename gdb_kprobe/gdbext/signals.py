@@ -77,22 +77,29 @@ def uninterruptible(function: Callable[[bool], None]) -> Callable[[object], obje
     callback is printed by gdb and forgotten, and with it the event and the Ctrl-C. So this is a generator, which is
     resumed inside of its ``try`` and goes to sleep there; it calls nothing else.
 
-    One that comes within *function* ends that call and makes another one.
+    One that comes within *function*, or while an exception of it is printed, ends that and makes another call. The
+    interpreter looks for signals where it calls, jumps back or resumes (``CHECK_PERIODIC`` in Python/bytecodes.c): so
+    nothing is called outside of the ``try``.
     """
 
     def run() -> Generator[None, object, None]:
         interrupted = False
+        problem: Exception | None = None
         while True:
             try:
                 while True:
+                    if problem is not None:  # one that left the generator would end it
+                        printed = [problem]
+                        problem = None
+                        traceback.print_exception(printed.pop())
                     if not interrupted:
                         yield
                     now, interrupted = interrupted, False
                     function(now)
             except KeyboardInterrupt:
                 interrupted = True
-            except Exception:
-                traceback.print_exc()  # one that left the generator would end it
+            except Exception as error:
+                problem = error
 
     generator = run()
     next(generator)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import _thread
+import dis
 import sys
+import traceback
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.gdbext.signals import uninterruptible
+
+NOWHERE = ("NOP", "NOT_TAKEN")
+"""Instructions that do nothing: no signal is looked for there, and some are in no row of the exception table."""
 
 
 class InterruptAt:
@@ -22,7 +27,7 @@ class InterruptAt:
         if frame.f_code.co_name != "run":
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event == "opcode" and dis.opname[frame.f_code.co_code[frame.f_lasti]] not in NOWHERE:
             if not self.left:
                 self.left = -1
                 raise KeyboardInterrupt
@@ -80,3 +85,22 @@ def test_an_exception_is_printed_and_the_next_event_served(capsys: pytest.Captur
     printed = capsys.readouterr().err
     assert "ValueError: once" in printed
     assert "ValueError: again" in printed
+
+
+def test_an_interrupt_while_an_exception_is_printed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def fail(interrupted: bool) -> None:
+        told.append(interrupted)
+        if len(told) == 1:
+            raise ValueError("once")
+
+    def interrupted_print(error: Exception) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(traceback, "print_exception", interrupted_print)
+    callback = uninterruptible(fail)
+    callback("event")
+    assert told == [False, True]
+    callback("another one")
+    assert told == [False, True, False]
