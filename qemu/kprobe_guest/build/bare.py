@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +70,12 @@ def _assemble(source: str) -> tuple[bytes, dict[str, int]]:
     from pwnlib.elf import ELF
     from pwnlib.exception import PwnlibException
 
-    context.cache_dir = None  # it would make a directory of its own in the user's cache
     try:
-        path = make_elf_from_assembly(
-            source, vma=BASE + LOAD_ADDRESS, extract=False, arch="amd64", log_level="critical"
-        )
+        with tempfile.TemporaryDirectory(prefix="gdb-kprobe-as-") as cache:
+            context.cache_dir = cache  # it would make a directory of its own in the user's cache
+            path = make_elf_from_assembly(
+                source, vma=BASE + LOAD_ADDRESS, extract=False, arch="amd64", log_level="critical"
+            )
     except (PwnlibException, OSError) as error:
         raise BuildError(
             f"pwntools cannot assemble {SOURCE.name}: {error}\nrun: sudo apt-get install binutils cpp"
