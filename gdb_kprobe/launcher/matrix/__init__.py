@@ -68,17 +68,18 @@ def run(options: argparse.Namespace) -> int:
 def _run_userland(name: str, cells: Sequence[Cell], versions: dict[str, str]) -> list[Row]:
     logs = cache_directory() / "matrix"
     userland = _userland(name)
-    print(f"{name}: {len(cells)} cells", flush=True)
-    try:
-        userland.prepare()
-        versions[name] = _versions(userland, logs / f"{name}.versions")
-    except KprobeError as error:
-        result = Result.SKIPPED if isinstance(error, UserlandMissingError) else Result.FAILED
-        rows = [Row(cell, result, _one_line(error)) for cell in cells]
-        print(*rows, sep="\n", flush=True)
-        return rows
-    print(f"{name}: {versions[name]}", flush=True)
-    return list(_run_cells(userland, cells, logs))
+    print(f"{name}: {len(cells)} {'cell' if len(cells) == 1 else 'cells'}", flush=True)
+    with userland.reserved():
+        try:
+            userland.prepare()
+            versions[name] = _versions(userland, logs / f"{name}.versions")
+        except KprobeError as error:
+            result = Result.SKIPPED if isinstance(error, UserlandMissingError) else Result.FAILED
+            rows = [Row(cell, result, _one_line(error)) for cell in cells]
+            print(*rows, sep="\n", flush=True)
+            return rows
+        print(f"{name}: {versions[name]}", flush=True)
+        return list(_run_cells(userland, cells, logs))
 
 
 def _userland(name: str) -> Userland:

@@ -7,13 +7,16 @@ the program.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +27,8 @@ from gdb_kprobe.launcher.matrix.processes import last_line, run_logged
 CHECKOUT = Path(__file__).resolve().parents[3]
 _MIRROR = "http://deb.debian.org/debian"
 _INSTALL_TIMEOUT = 3600.0
+_KEPT_FOR = 30 * 86400
+"""Seconds after which a chroot is made anew: its package lists name packages that a mirror has no more."""
 _HOME = "/root/gdb_kprobe"
 """The checkout, in a chroot."""
 
@@ -35,7 +40,7 @@ mount --bind /dev "$root/dev"
 mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
 mount --bind "$root/dev/pts/ptmx" "$root/dev/ptmx"
 mount -t tmpfs -o size=90% shm "$root/dev/shm"
-exec chroot "$root" /usr/bin/env -i "$@"
+exec chroot "$root" /usr/bin/env --ignore-environment --chdir=/root/gdb_kprobe "$@"
 """
 """What a shell in new name spaces does: the guests' memory is in the chroot's own /dev/shm."""
 
@@ -58,6 +63,9 @@ class UserlandMissingError(KprobeError):
 class Userland(Protocol):
     """Where the programs of a cell run."""
 
+    def reserved(self) -> contextlib.AbstractContextManager[None]:
+        """Have no other run of the matrix use it meanwhile; waits for one that does."""
+
     def prepare(self) -> None:
         """Install everything, unless it is installed.
 
@@ -75,6 +83,9 @@ class Userland(Protocol):
 @dataclass(frozen=True, slots=True)
 class Here:
     """This machine's own userland: set up already, for this runs in it."""
+
+    def reserved(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -108,20 +119,36 @@ class Chroot:
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
         # SIGINT as at a terminal: gdb and the tests use it, and a background job of a script would ignore it.
         enter = ["env", "--default-signal=INT", "sh", "-ec", _ENTER, "enter", str(self.root)]
-        return [*namespaces, *enter, *_ENVIRONMENT, *passed, "--chdir", _HOME, *words]
+        return [*namespaces, *enter, *_ENVIRONMENT, *passed, *words]
 
     def program(self, name: str) -> str:
         return f"{_HOME}/.venv/bin/{name}"
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        self.kept.mkdir(parents=True, exist_ok=True)
+        with (self.kept / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.kept.name}: waiting for another run", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def prepare(self) -> None:
         self._need_tools()
         self.log.unlink(missing_ok=True)
         made = self.kept / "made"
-        if not made.exists():
+        if not made.exists() or made.stat().st_mtime < time.time() - _KEPT_FOR:
+            made.unlink(missing_ok=True)
             self._make()
             made.touch()
         self._copy_checkout()
-        self._run(self.command("./install.sh"), "./install.sh")
+        try:
+            self._run(self.command("./install.sh"), "./install.sh")
+        except KprobeError:
+            made.unlink()  # what is half installed may stand in the way of the next try
+            raise
 
     def _need_tools(self) -> None:
         if os.geteuid() != 0:
@@ -137,7 +164,6 @@ class Chroot:
 
     def _make(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
-        self.kept.mkdir(parents=True, exist_ok=True)
         mirror, script = mirror_of(apt_sites()), Path("/usr/share/debootstrap/scripts") / self.suite
         # A release that is younger than this debootstrap is made as sid is.
         script = script if script.exists() else script.with_name("sid")

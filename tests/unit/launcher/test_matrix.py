@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ class Scripted:
 
     scripts: list[str]
     problem: KprobeError | None = None
+
+    def reserved(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def prepare(self) -> None:
         if self.problem is not None:
