@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from gdb_kprobe.linux.arrays import np
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
