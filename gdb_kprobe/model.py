@@ -50,6 +50,10 @@ class AddressRange:
         return f"{self.start:#x}-{self.end:#x}"
 
 
+TEXT_TYPES = "tTwW"
+"""The types of symbols that are code."""
+
+
 @dataclass(frozen=True, slots=True)
 class Symbol:
     """One line of the guest's symbol table.
@@ -65,7 +69,7 @@ class Symbol:
 
     @property
     def is_text(self) -> bool:
-        return self.type in "tTwW"
+        return self.type in TEXT_TYPES
 
     def __str__(self) -> str:
         return f"{self.name} [{self.module}]" if self.module else self.name

@@ -43,7 +43,7 @@ class _Text(gdb.Parameter):
     def __init__(self, name: str, doc: str) -> None:
         self.__doc__ = self.set_doc = self.show_doc = doc
         self.name = name
-        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, gdb.PARAM_STRING)
+        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, gdb.PARAM_OPTIONAL_FILENAME)
         self.value = ""
 
     def get_set_string(self) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
-from gdb_kprobe.model import AddressRange, Symbol, VirtAddr
+from gdb_kprobe.model import TEXT_TYPES, AddressRange, Symbol, VirtAddr
 
 
 class _Sorted:
@@ -114,6 +114,17 @@ class Kallsyms:
     def complete(self, prefix: str) -> list[str]:
         """Return the sorted names that begin with *prefix*, each once."""
         return sorted({name for table in self.tables for name in table.names if name.startswith(prefix)})
+
+    def complete_text(self, prefix: str) -> list[str]:
+        """Return the names of text symbols that begin with *prefix*, sorted; ``MODULE:`` leads to a module's."""
+        module, colon, start = prefix.rpartition(":")
+        front = module + colon
+        found = {f"{table.module}:" for table in self.tables if table.module and not colon}
+        for table in self.tables:
+            if not colon or table.module == module:
+                names = zip(table.names, table.types, strict=True)
+                found.update(front + name for name, kind in names if kind in TEXT_TYPES and name.startswith(start))
+        return sorted(name for name in found if name.startswith(prefix))
 
     def match(self, glob: str) -> Iterator[Symbol]:
         """Yield the symbols whose names match the shell pattern *glob*, in table order."""

@@ -113,7 +113,7 @@ class Guest(Protocol):
         """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""
 
     def match(self, prefix: str) -> Iterable[str]:
-        """Names of functions that begin with *prefix*, for completion."""
+        """Functions that begin with *prefix*, as a definition names them, for completion; nothing is read for it."""
 
     def functions(self, pattern: str) -> Iterable[Place]:
         """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""

@@ -229,7 +229,7 @@ class LinuxGuest:
         return self._facts.fixup_of(addr)
 
     def match(self, prefix: str) -> Iterable[str]:
-        return self.kallsyms.complete(prefix)
+        return self.kallsyms.complete_text(prefix)
 
     def functions(self, pattern: str) -> Iterator[Place]:
         module, colon, glob = pattern.rpartition(":")

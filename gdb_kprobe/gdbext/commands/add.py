@@ -13,6 +13,7 @@ from gdb_kprobe.gdbext.commands.base import Command, Progress, write
 from gdb_kprobe.gdbext.signals import interruptible
 
 _PATTERN = re.compile(r"(?:\w+:)?[\w.]*[*?\[][\w.*?\[\]!-]*")
+_DISABLED, _ALL = "--disabled", "--all-functions"
 _MANY = 2000
 """From that many functions on, progress is shown."""
 _HEAR_EVERY = 64
@@ -41,13 +42,13 @@ class Add(Command):
 
     def run(self, argument: str) -> None:
         enabled = True
-        if argument.split(maxsplit=1)[:1] == ["--disabled"]:
+        if argument.split(maxsplit=1)[:1] == [_DISABLED]:
             enabled, argument = False, argument.split(maxsplit=1)[1] if " " in argument else ""
         if not argument:
             raise KprobeError("kprobe add: where? nothing was given", "'help kprobe add' has an example")
-        pattern = "*" if argument == "--all-functions" else argument.strip("'\"")
+        pattern = "*" if argument == _ALL else argument.strip("'\"")
         if pattern.startswith("--"):
-            hint = "--disabled and --all-functions are known, one of them"
+            hint = f"{_DISABLED} and {_ALL} are known, one of them"
             raise KprobeError(f"kprobe add: unknown option {argument.split()[0]}", hint)
         if _PATTERN.fullmatch(pattern):
             if not enabled:
@@ -56,8 +57,12 @@ class Add(Command):
             return
         add_definition(argument, enabled=enabled)
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.symbols(word)
+    def candidates(self, text: str) -> list[str]:
+        first, *rest = text.split(maxsplit=1) or [""]
+        if first == _DISABLED and text[len(first) :]:
+            return complete.definition(rest[0] if rest else "")
+        options = [_DISABLED, _ALL] if text == first else []
+        return [*options, *complete.definition(text)]
 
 
 def add_definition(text: str, *, enabled: bool = True) -> None:

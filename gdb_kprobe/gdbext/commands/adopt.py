@@ -5,7 +5,8 @@ from __future__ import annotations
 import gdb
 
 from gdb_kprobe.gdbext import plugin
-from gdb_kprobe.gdbext.commands.attach import add_arguments, attach, profiles
+from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.attach import add_arguments, attach
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.definitions import Definition
@@ -26,9 +27,7 @@ class Adopt(Command):
       kprobe adopt debian"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("adopt")
-        add_arguments(parser)
-        args = parser.parse_args(gdb.string_to_argv(argument))
+        args = _adopt_parser().parse_args(gdb.string_to_argv(argument))
         attached, pending = attach(plugin.the_plugin().profile(args.profile), Dispatch(args.dispatch))
         probes, refused = plugin.the_plugin().adopt(attached)
         write(f"Attached to {attached.guest.description}; {len(probes)} probe(s) taken over.")
@@ -43,8 +42,8 @@ class Adopt(Command):
         for probe, reason in pending:
             write(f"{probe.name}: not armed, still noted: {reason}")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return profiles(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_adopt_parser(), complete.profiles, text)
 
 
 _SHOWN = 20
@@ -68,9 +67,7 @@ class Restore(Command):
       kprobe restore debian"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("restore")
-        parser.add_argument("profile", nargs="?")
-        args = parser.parse_args(gdb.string_to_argv(argument))
+        args = _restore_parser().parse_args(gdb.string_to_argv(argument))
         the_plugin = plugin.the_plugin()
         pending, the_plugin.pending = the_plugin.pending, []
         try:
@@ -87,8 +84,20 @@ class Restore(Command):
         gdb.execute("detach", to_string=True)
         write("Detached; the guest runs.")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return profiles(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_restore_parser(), complete.profiles, text)
+
+
+def _adopt_parser() -> ArgumentParser:
+    parser = ArgumentParser("adopt")
+    add_arguments(parser)
+    return parser
+
+
+def _restore_parser() -> ArgumentParser:
+    parser = ArgumentParser("restore")
+    parser.add_argument("profile", nargs="?")
+    return parser
 
 
 def register() -> None:

@@ -6,10 +6,9 @@ import time
 
 import gdb
 
-from gdb_kprobe.config.installation import CONFIGS
-from gdb_kprobe.config.load import profile_names
 from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
@@ -38,10 +37,7 @@ class Attach(Command):
       kprobe attach debian"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("attach")
-        parser.add_argument("--wait", action="store_true")
-        add_arguments(parser)
-        args = parser.parse_args(gdb.string_to_argv(argument))
+        args = _parser().parse_args(gdb.string_to_argv(argument))
         profile = plugin.the_plugin().profile(args.profile)
         started = time.monotonic()
         if args.wait:
@@ -63,8 +59,15 @@ class Attach(Command):
             write("Names: 'kprobe symbols' gives gdb the guest's own kallsyms.")
         write(f"Attached in {time.monotonic() - started:.2f} s.")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return profiles(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_parser(), complete.profiles, text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("attach")
+    parser.add_argument("--wait", action="store_true")
+    add_arguments(parser)
+    return parser
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -79,11 +82,6 @@ def attach(profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[P
     for message in attached.messages:
         write(f"kprobe: {message}.")
     return attached, refused
-
-
-def profiles(word: str) -> list[str]:
-    """The names of profiles that begin with *word*."""
-    return [name for name in profile_names((CONFIGS,)) if name.startswith(word)]
 
 
 def register() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import gdb
 
 from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.errors import user_errors
 
 _TENTH = 10
@@ -28,11 +29,8 @@ class ArgumentParser(argparse.ArgumentParser):
 class Command(gdb.Command):
     """One sub-command; a subclass's docstring is its help, its :meth:`run` does the work."""
 
-    def __init__(self, name: str, completion: int | None = None) -> None:
-        if completion is None:
-            super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS)
-        else:
-            super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS, completion)
+    def __init__(self, name: str) -> None:
+        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS)
 
     def invoke(self, argument: str, from_tty: bool) -> None:
         with user_errors():
@@ -41,6 +39,13 @@ class Command(gdb.Command):
     def run(self, argument: str) -> None:
         """Do the work; errors are :class:`~gdb_kprobe.errors.KprobeError`."""
         raise NotImplementedError
+
+    def complete(self, text: str, word: str | None) -> list[str]:
+        return complete.answer(self.candidates, text, word)
+
+    def candidates(self, text: str) -> Iterable[str]:
+        """What the last word of *text* may become: whole words, which need not begin with what there is of it."""
+        return ()
 
 
 class Progress:

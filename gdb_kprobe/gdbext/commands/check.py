@@ -37,11 +37,7 @@ class Check(Command):
       kprobe check vfs_read+5"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("check")
-        parser.add_argument("place", nargs="?")
-        parser.add_argument("--all", action="store_true")
-        parser.add_argument("--json", type=Path)
-        options = parser.parse_args(gdb.string_to_argv(argument))
+        options = _parser().parse_args(gdb.string_to_argv(argument))
         if options.all == (options.place is not None):
             raise KprobeError("kprobe check: one place, or --all?", "for example: kprobe check vfs_read+5")
         if options.json is not None and not options.all:
@@ -51,8 +47,16 @@ class Check(Command):
         else:
             _one(options.place)
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.symbols(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_parser(), complete.places, text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("check")
+    parser.add_argument("place", nargs="?")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return parser
 
 
 def _one(place: str) -> None:

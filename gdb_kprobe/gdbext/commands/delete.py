@@ -21,8 +21,8 @@ class Delete(Command):
     def run(self, argument: str) -> None:
         delete_named(argument)
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.probes(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.probes(text)
 
 
 def delete_named(argument: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gdb
 
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 
 
@@ -21,9 +22,7 @@ class Detach(Command):
       kprobe detach"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("detach")
-        parser.add_argument("--stay", action="store_true")
-        args = parser.parse_args(gdb.string_to_argv(argument))
+        args = _parser().parse_args(gdb.string_to_argv(argument))
         done = plugin.the_plugin().detach()
         write(f"{done.restored} site(s) restored; the region is {'unmapped' if done.unmapped else 'still mapped'}.")
         for note in done.notes:
@@ -33,6 +32,15 @@ class Detach(Command):
         if not args.stay:
             gdb.execute("detach", to_string=True)
             write("Detached; the guest runs.")
+
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_parser(), lambda token: (), text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("detach")
+    parser.add_argument("--stay", action="store_true")
+    return parser
 
 
 def register() -> None:

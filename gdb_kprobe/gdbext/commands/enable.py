@@ -16,8 +16,8 @@ class _Switch(Command):
             api.set_enabled(probe, self.enabled)
             write(f"{probe.name}: {self.verb}d.")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.probes(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.probes(text)
 
 
 class Enable(_Switch):

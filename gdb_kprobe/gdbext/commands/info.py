@@ -54,8 +54,8 @@ class Info(Command):
         write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
         write(f"probes:     {len(session.probes)}, {len(session.sites.armed())} site(s) armed")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.probes(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.probes(text)
 
 
 def register() -> None:

@@ -25,8 +25,8 @@ class Plan(Command):
             raise KprobeError("kprobe plan: where? nothing was given", "for example: kprobe plan vfs_read+5")
         write(render_plan(plan_view(*api.plan(argument))))
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.symbols(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.definition(text)
 
 
 def register() -> None:

@@ -39,8 +39,8 @@ class KprobePrefix(gdb.Command):
                     f"kprobe has no command {word!r}", "'help kprobe' lists them; a definition begins with p: or p"
                 )
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.symbols(word)
+    def complete(self, text: str, word: str | None) -> list[str]:
+        return complete.answer(lambda text: (f"-:{name}" for name in complete.probes(text)), text, word)
 
 
 class ShortForm(Command):
@@ -60,8 +60,11 @@ class ShortForm(Command):
         joined = argument.startswith(":")
         add.add_definition(f"{self.letter}{'' if joined else ' '}{argument}")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.symbols(word)
+    def candidates(self, text: str) -> list[str]:
+        if not text.startswith(":"):
+            return complete.definition(text)
+        _, blank, rest = text.partition(" ")
+        return complete.definition(rest) if blank else []
 
 
 class ReturnForm(ShortForm):

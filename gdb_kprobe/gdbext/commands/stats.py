@@ -13,7 +13,7 @@ from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands import complete
-from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.sampling import check_arguments, need_live, parser, read, samples, totals, wanted
 from gdb_kprobe.gdbext.signals import uninterrupted
@@ -43,10 +43,7 @@ class Stats(Command):
       kprobe stats --live --interval 0.5 --count 10"""
 
     def run(self, argument: str) -> None:
-        made = parser("stats")
-        made.add_argument("--live", action="store_true")
-        made.add_argument("--json", action="store_true")
-        args = made.parse_args(gdb.string_to_argv(argument))
+        args = _parser().parse_args(gdb.string_to_argv(argument))
         check_arguments(args, live=args.live)
         link = plugin.the_plugin().need_link()
         probes = wanted(args.names)
@@ -65,8 +62,15 @@ class Stats(Command):
             except KeyboardInterrupt:
                 write("Ended; the guest runs on.")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.probes(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_parser(), complete.probes, text)
+
+
+def _parser() -> ArgumentParser:
+    made = parser("stats")
+    made.add_argument("--live", action="store_true")
+    made.add_argument("--json", action="store_true")
+    return made
 
 
 def _show(view: StatsView, as_json: bool) -> None:

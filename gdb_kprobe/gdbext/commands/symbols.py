@@ -9,6 +9,7 @@ import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.linux.symbol_file import symbol_file
 from gdb_kprobe.model import AddressRange
@@ -27,8 +28,8 @@ class Symbols(Command):
     Example:
       kprobe symbols"""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, gdb.COMPLETE_FILENAME)
+    def candidates(self, text: str) -> list[str]:
+        return complete.paths(text)
 
     def run(self, argument: str) -> None:
         link = plugin.the_plugin().need_link()

@@ -27,10 +27,7 @@ class Trace(Command):
       kprobe trace -n 10 open"""
 
     def run(self, argument: str) -> None:
-        parser = ArgumentParser("trace")
-        parser.add_argument("-n", dest="count", type=int)
-        parser.add_argument("names", nargs="*")
-        args = parser.parse_args(gdb.string_to_argv(argument))
+        args = _parser().parse_args(gdb.string_to_argv(argument))
         if args.count is not None and args.count < 1:
             raise KprobeError(f"kprobe trace: -n {args.count} is not a count", "give a number from 1")
         link = plugin.the_plugin().need_link()
@@ -53,8 +50,15 @@ class Trace(Command):
         if plugin.the_plugin().link is not link:
             raise KprobeError("the connection to the guest was lost while tracing", "'kprobe attach' again")
 
-    def complete(self, text: str, word: str) -> list[str]:
-        return complete.probes(word)
+    def candidates(self, text: str) -> list[str]:
+        return complete.arguments(_parser(), complete.probes, text)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("trace")
+    parser.add_argument("-n", dest="count", type=int)
+    parser.add_argument("names", nargs="*")
+    return parser
 
 
 class _Trace:

@@ -1,0 +1,50 @@
+"""TAB on the guest's symbols: functions and nothing else, as /proc/kallsyms has them; also while the guest runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+BEGINNING = "cpu_"
+"""Functions, data and both kinds of per-CPU symbols begin so."""
+
+Boot = Callable[[GuestSpec], Any]
+
+
+def functions(kallsyms: str, module: str = "") -> set[str]:
+    lines = (line.split() for line in kallsyms.splitlines())
+    suffix = [f"[{module}]"] if module else []
+    return {line[2] for line in lines if line[1] in "tTwW" and line[3:] == suffix}
+
+
+def test_functions_of_kernel_and_modules(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    module = guest.guest.check_output("cat /proc/modules").split()[0]
+    kallsyms = guest.guest.check_output(rf"grep -e ' {BEGINNING}' -e '\[{module}\]' /proc/kallsyms")
+    core = {name for name in functions(kallsyms) if name.startswith(BEGINNING)}
+    data = {line.split()[2] for line in kallsyms.splitlines()} - functions(kallsyms) - functions(kallsyms, module)
+    with guest.gdb() as gdb:
+        gdb.console("set max-completions unlimited")
+
+        def offered(begun: str) -> set[str]:
+            return {line.split()[-1] for line in gdb.console(f"complete kprobe {begun}").splitlines() if line}
+
+        def check() -> None:
+            for command in ("add", "plan", "check", "p"):
+                assert offered(f"{command} {BEGINNING}") == core
+                assert offered(f"{command} {module}:") == {f"{module}:{name}" for name in functions(kallsyms, module)}
+                assert f"{module}:" in offered(f"{command} {module[:-1]}")
+            assert any(name.startswith(BEGINNING) for name in data)
+
+        check()
+        gdb.cont()
+        check()
+        assert guest.guest.qmp("query-status")["running"]
+        gdb.interrupt()
+        gdb.console("kprobe detach")
