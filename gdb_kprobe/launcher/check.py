@@ -17,13 +17,14 @@ from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.spec import KERNEL_NAMES
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("--all", action="store_true", required=True, help="every instruction of the guest's live text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts to this file")
-    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--kernel", default="debian", metavar="NAME", help=KERNEL_NAMES)
     parser.add_argument("--vcpus", type=int, default=1)
     parser.add_argument("--append", default="", help="more words for the kernel's command line")
     parser.add_argument("--boost", choices=[str(boost) for boost in Boost], default=str(Boost.RELOCATE))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.model import Rung
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.spec import KernelKind
+from kprobe_guest.spec import KERNEL_NAMES
 
 FCHOWNAT = 260
 PROBE = "p:{name} do_fchownat dfd=%di:s32 uid=%dx:u32 gid=%cx:u32"
@@ -29,19 +29,19 @@ _TIMEOUT = 600
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--kernel", default="debian", metavar="NAME", help=KERNEL_NAMES)
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--calls", type=int, default=500, metavar="N", help="system calls of each workload")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do the demo; returns the exit status."""
-    kernel: KernelKind = options.kernel
+    kernel: str = options.kernel
     started = time.monotonic()
     print(f"Booting a guest ({kernel} kernel, {options.vcpus} vCPUs, KASLR on) ...", flush=True)
     with GuestVm(GuestSpec(kernel=kernel, vcpus=options.vcpus)) as guest:
         print(f"Up after {time.monotonic() - started:.1f} s.\n", flush=True)
-        before = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        before = text_of(guest)
         failures: list[str] = []
         with GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
             _attach(gdb)

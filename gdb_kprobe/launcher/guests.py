@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.spec import PROFILES, KernelKind
+from kprobe_guest.spec import PROFILES
 
 
 def environment(guest: GuestVm) -> dict[str, str]:
@@ -18,7 +18,7 @@ def profile(guest: GuestVm) -> str:
     return PROFILES[guest.spec.region]
 
 
-def unprepared(kernel: KernelKind = "debian", vcpus: int = 1, extra_cmdline: Sequence[str] = ()) -> GuestSpec:
+def unprepared(kernel: str = "debian", vcpus: int = 1, extra_cmdline: Sequence[str] = ()) -> GuestSpec:
     """A guest as of ``qemu-system-x86_64 -s -kernel ...``: all else is QEMU's default, but for 128 MiB of memory."""
     return GuestSpec(
         kernel=kernel,

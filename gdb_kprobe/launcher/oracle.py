@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import TextSnapshot
 from kprobe_guest import GuestVm
 
 
@@ -39,3 +41,13 @@ class GuestMonitor:
 
     def monitor(self, command: str) -> str:
         return self._guest.hmp(command)
+
+
+def text_of(guest: GuestVm, known: LinuxGuest | None = None) -> TextSnapshot:
+    """The guest's text as it is now; no gdb is connected.
+
+    The guest is held meanwhile: where its kernel is, is found by the page table that a vCPU uses, which may be gone in
+    the next moment. *known*: what was found out before.
+    """
+    with guest.held():
+        return TextSnapshot(GuestMonitor(guest), GuestRam(guest), known)

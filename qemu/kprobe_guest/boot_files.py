@@ -16,5 +16,5 @@ def boot_files(spec: GuestSpec) -> BootFiles:
     """
     if spec.kernel == "bare":
         return BootFiles(build_bare_image().path)
-    kernel = find_kernel(spec.kernel)
+    kernel = find_kernel(spec.kernel, spec.modules)
     return BootFiles(kernel.vmlinuz, build_initramfs(kernel))

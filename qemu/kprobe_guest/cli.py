@@ -12,9 +12,9 @@ from pathlib import Path
 
 from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
-from kprobe_guest.build.kernel import LinuxKind, fetch_kernel
+from kprobe_guest.build.kernel import fetch_kernel
 from kprobe_guest.errors import GuestError
-from kprobe_guest.spec import PROFILES, GuestSpec
+from kprobe_guest.spec import KERNEL_NAMES, PROFILES, GuestSpec
 from kprobe_guest.terminal import held_interrupts, how_to_end, join_console, open_console
 from kprobe_guest.vm import GuestVm
 
@@ -50,23 +50,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", choices=["debian", "newest", "bare", "all"], default="all")
+    parser.add_argument("--kernel", default="all", metavar="NAME", help=f"bare, all, {KERNEL_NAMES}")
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    kinds: tuple[LinuxKind, ...] = ("debian", "newest")
-    for kind in kinds:
-        if arguments.kernel in (kind, "all"):
-            kernel = fetch_kernel(kind)
-            build_initramfs(kernel)
-            print(f"{kind}: {kernel.release}")
+    names = {"all": ("debian", "newest"), "bare": ()}.get(arguments.kernel, (arguments.kernel,))
+    for name in names:
+        kernel = fetch_kernel(name)
+        build_initramfs(kernel)
+        print(f"{name}: {kernel.release}")
     if arguments.kernel in ("bare", "all"):
         print(f"bare: {build_bare_image().path}")
     return 0
 
 
 def _boot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", choices=["debian", "newest", "bare"], default="debian")
+    parser.add_argument("--kernel", default="debian", metavar="NAME", help=f"bare, {KERNEL_NAMES}")
+    parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE of a kernel given by its path")
     parser.add_argument("--vcpus", type=int, default=1)
     parser.add_argument("--memory", type=int, default=512, metavar="MIB")
     parser.add_argument("--cpu", choices=["max", "default"], default="max")
@@ -87,6 +87,7 @@ def _boot(arguments: argparse.Namespace) -> int:
         kaslr=not arguments.no_kaslr,
         region=arguments.region,
         extra_cmdline=tuple(arguments.append.split()),
+        modules=arguments.modules,
     )
     guest = GuestVm(spec, arguments.directory)
     try:
@@ -112,6 +113,8 @@ def boot_command(spec: GuestSpec) -> str:
     """The shell command that boots a guest like *spec*, for messages."""
     default = GuestSpec()
     words = ["gdb-kprobe", "boot", "--kernel", spec.kernel, "--vcpus", str(spec.vcpus)]
+    if spec.modules is not None:
+        words += ["--modules", str(spec.modules)]
     if spec.memory_mb != default.memory_mb:
         words += ["--memory", str(spec.memory_mb)]
     if spec.cpu != default.cpu:

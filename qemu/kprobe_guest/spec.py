@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-KernelKind = Literal["debian", "newest", "bare"]
 CpuModel = Literal["max", "default"]
 RegionSource = Literal["reserved", "ivshmem", "none"]
 Machine = Literal["q35", "pc"]
@@ -20,19 +20,27 @@ MIB = 1 << 20
 LOWEST_BASE = 64 * MIB
 """Below, the firmware, the boot loader and an unrandomized kernel have their things."""
 
+KERNEL_NAMES = (
+    "debian, newest, a series such as 6.12 or 6.12-rt or 7.3-generic@trixie-backports, small, small-nobtf, or the path"
+    " of a vmlinuz"
+)
+"""What names a Linux kernel, for messages; :mod:`kprobe_guest.build.names` says what they mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
     """A guest machine.
 
-    *kernel*: ``debian`` is Debian's current cloud kernel, ``newest`` the newest cloud kernel its package lists serve,
-    ``bare`` our own bare-metal image. *cpu*: ``max`` or QEMU's default model. *region*: where the physical memory for
-    a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone), ``ivshmem`` (BAR 2 of an
-    ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map. *tcg_thread*: a thread
-    of QEMU for each vCPU, or one for all.
+    *kernel*: ``bare`` is our own bare-metal image, all else names a Linux kernel: ``debian`` is Debian's current cloud
+    kernel, ``newest`` the newest cloud kernel that this machine's package lists serve, ``6.12`` or ``7.3-rt`` one of a
+    series that some suite of Debian's serves, ``small`` and ``small-nobtf`` are built here with as little as a guest
+    needs, ``/a/path/vmlinuz`` is any other, with its *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max``
+    or QEMU's default model. *region*: where the physical memory for a debugger comes from: ``reserved`` (a ``memmap=``
+    range that the guest leaves alone), ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest
+    RAM is a file that the host can map. *tcg_thread*: a thread of QEMU for each vCPU, or one for all.
     """
 
-    kernel: KernelKind = "debian"
+    kernel: str = "debian"
     vcpus: int = 1
     memory_mb: int = 512
     cpu: CpuModel = "max"
@@ -45,8 +53,13 @@ class GuestSpec:
     gdb: GdbTransport = "unix"
     tcg_thread: TcgThread = "multi"
     extra_args: tuple[str, ...] = ()
+    modules: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.modules is not None and "/" not in self.kernel:
+            raise ValueError(
+                f"kernel {self.kernel} has modules of its own; only one given by its path needs to be told"
+            )
         if self.vcpus < 1:
             raise ValueError(f"vcpus must be at least 1, not {self.vcpus}")
         if self.region_mb < 1 or self.region_mb & (self.region_mb - 1):
@@ -75,4 +88,28 @@ class GuestSpec:
 
     def label(self) -> str:
         """Short name for test ids and directories, e.g. ``debian-2cpu``."""
-        return f"{self.kernel}-{self.vcpus}cpu"
+        return f"{self.kernel.strip('/').replace('/', '-')}-{self.vcpus}cpu"
+
+    def describe(self) -> str:
+        """All that is not as it is by default, for people: ``6.12-rt, 2 vCPUs, pti=on``."""
+        default = GuestSpec()
+        words = [self.kernel]
+        if self.vcpus != default.vcpus:
+            words.append(f"{self.vcpus} vCPUs")
+        if self.memory_mb != default.memory_mb:
+            words.append(f"{self.memory_mb} MiB")
+        if self.cpu != default.cpu:
+            words.append(f"{self.cpu} CPU")
+        if self.machine != default.machine:
+            words.append(f"-M {self.machine}")
+        if self.region != default.region:
+            words.append("unprepared" if self.region == "none" else self.region)
+        if not self.shared_ram:
+            words.append("private RAM")
+        if self.gdb != default.gdb:
+            words.append("gdbstub by TCP")
+        if not self.kaslr:
+            words.append("no KASLR")
+        if self.tcg_thread != default.tcg_thread:
+            words.append("one thread for all vCPUs")
+        return ", ".join([*words, *self.extra_cmdline, *self.extra_args])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -407,6 +408,20 @@ class GuestVm(GuestCommands):
 
     def cont(self) -> None:
         self.qmp("cont")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the machine stopped during the block; one that is stopped already stays so. No gdb may be connected."""
+        status = self.qmp("query-status")
+        assert isinstance(status, dict)
+        if not status["running"]:
+            yield
+            return
+        self.stop()
+        try:
+            yield
+        finally:
+            self.cont()
 
     def reset(self, timeout: float = 120, *, wait: bool = True) -> None:
         """Reset the machine, as its button would; with *wait* until the guest is up again."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
 from kprobe_guest import GuestSpec, GuestVm
@@ -102,7 +102,7 @@ def make_probed(kernels: dict[GuestVm, LinuxGuest]) -> Callable[[GuestVm], Probe
             del kernels[ended]
         # Without KASLR one boot is not told from another.
         known = kernels.get(guest) if guest.spec.kaslr else None
-        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest), known)
+        snapshot = text_of(guest, known)
         kernels[guest] = snapshot.guest
         return Probed(guest, snapshot)
 

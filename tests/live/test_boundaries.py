@@ -19,7 +19,6 @@ from gdb_kprobe.testing.functions import Function, Kind, Limits
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
 from kprobe_guest.execution_log import KERNEL_TEXT
-from kprobe_guest.spec import KernelKind
 
 pytestmark = pytest.mark.live
 
@@ -36,7 +35,7 @@ RUNTIME = 1800 if FULL else 900
 
 
 @contextmanager
-def tortured(booted_guest: BootedGuest, kernel: KernelKind, vcpus: int) -> Iterator[tuple[BoundaryCheck, GdbMi]]:
+def tortured(booted_guest: BootedGuest, kernel: str, vcpus: int) -> Iterator[tuple[BoundaryCheck, GdbMi]]:
     """A guest with its workload, and a gdb that is not attached yet; afterwards, the proof that nothing is left."""
     guest = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=KERNEL_TEXT))
     with boundary_check(guest) as found, GdbMi({"KPROBE_GUEST": str(guest.directory)}) as gdb:
@@ -58,7 +57,7 @@ def check(
 @pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hits_in_the_guest_are_what_was_executed(
-    booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int
+    booted_guest: BootedGuest, record_property: Record, kernel: str, vcpus: int
 ) -> None:
     with tortured(booted_guest, kernel, vcpus) as (found, gdb):
         functions = found.choose(IN_GUEST, Limits(), SOME_PARTS)
@@ -76,7 +75,7 @@ def test_hits_in_the_guest_are_what_was_executed(
 @pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_hits_by_the_stub_are_what_was_executed(
-    booted_guest: BootedGuest, record_property: Record, kernel: KernelKind, vcpus: int, strategy: str
+    booted_guest: BootedGuest, record_property: Record, kernel: str, vcpus: int, strategy: str
 ) -> None:
     with tortured(booted_guest, kernel, vcpus) as (found, gdb):
         functions = found.choose(BY_STUB, STUB_LIMITS, SOME_PARTS)

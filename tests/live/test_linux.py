@@ -448,10 +448,12 @@ def test_text_tables_name_instructions_of_the_kind_they_are_for(kernel: Kernel) 
     assert {decode(addr) for addr in tables.jump_labels if live(addr)} == {
         ("nop", 2), ("nop", 5), ("jmp", 2), ("jmp", 5)
     }  # fmt: skip
+    # A tail call to nothing is a ret; one to "return 0" is the 5-byte xor; a WARN() of 6.19 and later is a ud1, whose
+    # operand capstone leaves out.
+    kinds = {("call", 5), ("nop", 5), ("jmp", 5), ("ret", 1), ("xor", 5), ("ud1", 4)}
     for addr in tables.static_calls:
         if live(addr):
-            # A tail call to nothing is a ret; one to "return 0" is the 5-byte xor.
-            assert decode(addr) in {("call", 5), ("nop", 5), ("jmp", 5), ("ret", 1), ("xor", 5)}, f"{addr:#x}"
+            assert decode(addr) in kinds, f"{addr:#x}"
     assert {decode(addr)[0] for addr in tables.bugs if live(addr)} == {"ud2"}
     assert len(tables.jump_labels) == len(tables.jump_targets) > 5000
     assert len(tables.ex_table) == len(tables.ex_fixups) > 400

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from gdb_kprobe.launcher.oracle import GuestRam
-from gdb_kprobe.launcher.torture.matrix import CELLS, check
+from gdb_kprobe.launcher.torture.cell import check
+from gdb_kprobe.launcher.torture.matrix import CELLS
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.testing import GdbMi, PathTracer
 from gdb_kprobe.x86.families import Family, classify

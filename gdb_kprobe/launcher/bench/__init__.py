@@ -26,6 +26,7 @@ from gdb_kprobe.launcher.bench.ways import CHEAP, DEAR, Measured, measure, measu
 from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.spec import KERNEL_NAMES
 
 NUMBERS = (0, 8, 32)
 FEW, MANY = 8, 512
@@ -52,7 +53,7 @@ class _Places:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("--kernel", choices=["debian", "newest"], default="debian")
+    parser.add_argument("--kernel", default="debian", metavar="NAME", help=KERNEL_NAMES)
     parser.add_argument("--repetitions", type=_at_least_one, default=3, metavar="N", help="of each row (3)")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
 

@@ -12,6 +12,7 @@ import argparse
 from gdb_kprobe.launcher.torture import (
     all_functions,
     boundaries,
+    cell,
     hotplug,
     kill9,
     matrix,
@@ -32,6 +33,7 @@ KINDS = (
     guest_cli.Subcommand("modules", "load and unload a module under load", modules.arguments, modules.run),
     guest_cli.Subcommand("hotplug", "take a CPU offline and online under load", hotplug.arguments, hotplug.run),
     guest_cli.Subcommand("matrix", "one run each on guests of all kinds", matrix.arguments, matrix.run),
+    guest_cli.Subcommand("cell", "one of these runs, on a guest of your choice", cell.arguments, cell.run),
     guest_cli.Subcommand("reset", "reset the guest under probes", reset.arguments, reset.run),
     guest_cli.Subcommand("snapshot", "save and load snapshots under probes", snapshot.arguments, snapshot.run),
     guest_cli.Subcommand("owners", "the guest's own kprobes and tracers at our places", owners.arguments, owners.run),

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from gdb_kprobe.model import Rung
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 def _check(spec: GuestSpec, seconds: float) -> list[str]:
     """Do it, and tell what happens; returns what went wrong."""
     with GuestVm(spec) as guest:
-        snapshot = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        snapshot = text_of(guest)
         with GdbMi(environment(guest)) as gdb:
             print(gdb.console(f"kprobe attach {profile(guest)}"), end="")
             print(gdb.console("kprobe add --all-functions", timeout=_TIMEOUT), end="", flush=True)

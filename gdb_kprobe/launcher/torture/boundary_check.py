@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.testing import GdbMi, TextSnapshot, boundaries
+from gdb_kprobe.testing import GdbMi, boundaries
 from gdb_kprobe.testing.functions import Function, Limits, choose_functions
 from kprobe_guest import GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
@@ -67,7 +67,7 @@ class BoundaryCheck:
 
     def __init__(self, guest: GuestVm, ask: Ask) -> None:
         self.guest = guest
-        self.before = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self.before = text_of(guest)
         self.touched: set[int] = set()
         self._ask = ask
         self._log = ExecutionLog(guest)

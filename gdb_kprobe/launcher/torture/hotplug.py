@@ -11,9 +11,9 @@ import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestVm
 
 GETPRIORITY, CALLS = 140, 20_000
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     passed, problems = 0, []
     try:
         with GuestVm(spec) as guest:
-            text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+            text = text_of(guest)
             with GdbMi(environment(guest)) as gdb:
                 gdb.console(f"kprobe attach {profile(guest)}")
                 gdb.console(f"kprobe p:jump {FUNCTION}")

@@ -24,11 +24,11 @@ from typing import assert_never
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.render.text import table
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestVm
 
 GETPRIORITY = 140
@@ -116,7 +116,7 @@ class Kill9:
     def __init__(self, guest: GuestVm, chosen: random.Random) -> None:
         self._guest = guest
         self._random = chosen
-        self._text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self._text = text_of(guest)
         self._environment = environment(guest)
         self._profile = profile(guest)
         self._job: int | None = None

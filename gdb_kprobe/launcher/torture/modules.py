@@ -12,9 +12,9 @@ import time
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestVm
 
 LOAD, UNLOAD = "insmod /modules/loop.ko", "rmmod loop"
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with GuestVm(spec) as guest:
             guest.check_output(UNLOAD)
-            text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+            text = text_of(guest)
             with GdbMi(environment(guest)) as gdb:
                 gdb.console(f"kprobe attach {profile(guest)}")
                 for definition in PROBES:

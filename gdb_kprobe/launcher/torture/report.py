@@ -13,9 +13,7 @@ from gdb_kprobe.launcher.guests import unprepared
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbTimeoutError
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.errors import GuestError
-from kprobe_guest.spec import KernelKind
-
-KERNELS: tuple[KernelKind, ...] = ("debian", "newest")
+from kprobe_guest.spec import KERNEL_NAMES
 
 FAILURES = (GuestError, GdbCommandError, GdbDiedError, GdbTimeoutError, AssertionError)
 """What a guest or a gdb that does not do as it should raises; anything else is a mistake of ours, and ends the run."""
@@ -34,7 +32,7 @@ R = TypeVar("R", bound=Round)
 
 def guest_arguments(parser: argparse.ArgumentParser, *, cpus: int = 1) -> None:
     """Declare which guest is tortured."""
-    parser.add_argument("--kernel", choices=KERNELS, default="debian")
+    parser.add_argument("--kernel", default="debian", metavar="NAME", help=KERNEL_NAMES)
     parser.add_argument("--cpus", type=int, default=cpus, metavar="N", help=f"vCPUs ({cpus})")
     parser.add_argument("--unprepared", action="store_true", help="a guest as of 'qemu -s', with a borrowed region")
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
-from gdb_kprobe.testing import GdbMi, TextSnapshot
+from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.wire import Wire
 from kprobe_guest import GuestVm, Snapshots
 
@@ -93,7 +93,7 @@ class SnapshotTorture:
         self._guest = guest
         self._random = chosen
         self._snapshots = Snapshots(guest)
-        self._text = TextSnapshot(GuestMonitor(guest), GuestRam(guest))
+        self._text = text_of(guest)
         self._touched: set[int] = set()
 
     def rounds(self) -> Iterator[Round]:

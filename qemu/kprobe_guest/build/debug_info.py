@@ -11,7 +11,7 @@ from typing import Final
 
 from kprobe_guest.build.apt import Apt
 from kprobe_guest.build.cache import atomic_directory, build_lock, progress
-from kprobe_guest.build.kernel import Kernel
+from kprobe_guest.build.kernel_files import Kernel, kernels_directory
 from kprobe_guest.errors import BuildError
 
 _NAME: Final = "vmlinux"
@@ -22,7 +22,7 @@ def fetch_debug_info(kernel: Kernel) -> Path:
 
     :raises BuildError: it cannot be fetched, or the package has none.
     """
-    directory = kernel.directory.with_name(f"{kernel.release}-debug")
+    directory = kernels_directory() / f"{kernel.release}-debug"
     with build_lock():
         if not (directory / _NAME).exists():
             package = f"linux-image-{kernel.release}-dbg"

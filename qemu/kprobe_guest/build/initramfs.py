@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kprobe_guest.build.cache import build_lock, cache_directory, progress, read_tool, run_tool, write_atomically
-from kprobe_guest.build.kernel import Kernel
+from kprobe_guest.build.kernel_files import Kernel
 from kprobe_guest.build.workload import build_workload
 from kprobe_guest.errors import BuildError
 
@@ -38,14 +38,14 @@ class _Entry:
 def build_initramfs(kernel: Kernel) -> Path:
     """Make (or find) the initramfs of *kernel* and return its path.
 
-    :raises BuildError: busybox is missing or not static, or a module is not there.
+    :raises BuildError: busybox is missing or not static, or a module is compressed in an unknown way.
     """
     busybox = _busybox()
     workload = build_workload().read_bytes()
     init = (DATA / "init").read_bytes()
     # By what goes in, not by what comes out: this is asked at every start of a guest, and unpacking modules takes long.
     ingredients = (
-        (kernel.directory / "package.json").read_bytes(),
+        kernel.origin,
         Path(__file__).read_bytes(),
         busybox,
         workload,
@@ -96,10 +96,10 @@ def module_order(kernel: Kernel, names: tuple[str, ...]) -> list[Path]:
     """Files of the modules *names* and of all they depend on, in an order in which they can be loaded.
 
     ``modules.dep`` lists for each module all that it needs, nearest last to be loaded first when read backwards
-    (depmod(8)). What the kernel has built in is left out, and all of them where it has no modules.
-
-    :raises BuildError: the kernel has modules, and not this one.
+    (depmod(8)). What the kernel has built in, or does not have, is left out.
     """
+    if kernel.modules is None:
+        return []
     built_in = kernel.modules / "modules.builtin"
     inside = {_module_name(line) for line in built_in.read_text().splitlines()} if built_in.exists() else set()
     dependencies: dict[str, list[str]] = {}
@@ -109,13 +109,12 @@ def module_order(kernel: Kernel, names: tuple[str, ...]) -> list[Path]:
         paths[_module_name(path)] = path
         dependencies[path] = needs.split()
     order: list[str] = []
-    if not paths:
-        return []
     for name in names:
         if name in inside:
             continue
         if name not in paths:
-            raise BuildError(f"kernel {kernel.release} has no module {name}")
+            progress(f"kernel {kernel.release} has no module {name}: the guest goes without")
+            continue
         order += [path for path in [*reversed(dependencies[paths[name]]), paths[name]] if path not in order]
     return [kernel.modules / path for path in order]
 

@@ -24,8 +24,8 @@ def unpack(archive: Path, directory: Path) -> None:
 def arrange(unpacked: Path, release: str, directory: Path) -> None:
     """Move what the unpacked packages of kernel *release* hold to *directory*.
 
-    That is ``vmlinuz``, ``lib/modules/RELEASE`` with ``modules.dep`` (an empty directory, if there are no modules), and
-    ``config`` and ``System.map`` if the packages have them.
+    That is ``vmlinuz``, and, as far as the packages have them, ``lib/modules/RELEASE`` with ``modules.dep``, ``config``
+    and ``System.map``.
 
     :raises BuildError: there is no vmlinuz, or depmod fails.
     """
@@ -38,11 +38,9 @@ def arrange(unpacked: Path, release: str, directory: Path) -> None:
             found.rename(directory / name)
         elif name == "vmlinuz":
             raise BuildError(_no_vmlinuz(unpacked, places))
-    final = directory / "lib" / "modules" / release
     if modules is None:
-        final.mkdir(parents=True)
-        (final / "modules.dep").touch()
         return
+    final = directory / "lib" / "modules" / release
     final.parent.mkdir(parents=True)
     modules.rename(final)
     # The package's installation would run this; busybox and the initramfs need modules.dep.
