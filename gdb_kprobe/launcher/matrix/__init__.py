@@ -21,6 +21,9 @@ from kprobe_guest.build.cache import cache_directory
 _CELL_TIMEOUT = 3600.0
 """Seconds: a cell may build a kernel first."""
 
+_SUITES = {"debian12": "bookworm", "debian13": "trixie"}
+"""The suites of userlands that have another name."""
+
 _STATUS = {0: Result.PASSED, 77: Result.SKIPPED}
 
 _VERSIONS = """
@@ -86,8 +89,7 @@ def _userland(name: str) -> Userland:
     if name == own_name():
         return Here()
     suite, _, more = name.partition("-")
-    suites = {"debian12": "bookworm", "debian13": "trixie"}
-    return Chroot(suites.get(suite, suite), cache_directory() / "userlands" / name, backports=more == "backports")
+    return Chroot(_SUITES.get(suite, suite), cache_directory() / "userlands" / name, backports=more == "backports")
 
 
 def _versions(userland: Userland, log: Path) -> str:
