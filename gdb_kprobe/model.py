@@ -103,6 +103,15 @@ class Boost(StrEnum):
     """Only those that the guest's own kernel would boost, to compare."""
 
 
+class Entry(StrEnum):
+    """Where a probe on a function goes whose entry has a nop of the guest's ftrace."""
+
+    BEHIND = "behind"
+    """Behind the nop: the guest's tracers, kprobes and live patches of the function do not notice."""
+    BORROW = "borrow"
+    """On the nop, which the guest's ftrace leaves alone meanwhile."""
+
+
 class Reason(StrEnum):
     """Why a probe, or a better rung of one, was refused. One member per rule."""
 
@@ -126,6 +135,7 @@ class Reason(StrEnum):
     BUG_TABLE = "BUG or WARN site"
     ALTERNATIVE = "SMP alternative site"
     EX_TABLE = "exception table instruction"
+    LANDING_PAD = "where indirect branches land"
     FOREIGN_INT3 = "an int3 that is not ours"
     GUEST_KPROBE = "a kprobe of the guest's own"
     PADDING = "padding between functions"
@@ -147,6 +157,7 @@ class Reason(StrEnum):
     WINDOW_TARGET = "a branch goes into the jump's 5 bytes"
     WINDOW_CALL = "a call returns into the jump's 5 bytes"
     WINDOW_UNREACHED = "instructions of unknown use behind a jump"
+    LOOP_HEAD = "a loop goes back to where a probe on the function would be"
     INDIRECT_JUMP = "an indirect jump may go into the jump's 5 bytes"
     WINDOW_UNKNOWN = "nobody says what else goes into the jump's 5 bytes"
     WINDOW_BUSY = "somebody is within the jump's 5 bytes"
@@ -168,7 +179,14 @@ class Reason(StrEnum):
 
 
 _PASSING = frozenset(
-    {Reason.WINDOW_BUSY, Reason.PROBED_INSIDE, Reason.BREAKPOINT_INSIDE, Reason.TOLD, Reason.FTRACE_BUSY}
+    {
+        Reason.WINDOW_BUSY,
+        Reason.PROBED_INSIDE,
+        Reason.BREAKPOINT_INSIDE,
+        Reason.TOLD,
+        Reason.FTRACE_BUSY,
+        Reason.GUEST_KPROBE,
+    }
 )
 
 

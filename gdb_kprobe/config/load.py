@@ -43,10 +43,10 @@ from gdb_kprobe.config.profile import (
 )
 from gdb_kprobe.config.scalars import as_choice, as_endpoint, as_file, as_path
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import Boost, Rung
+from gdb_kprobe.model import Boost, Entry, Rung
 
 _PROFILE_KEYS = ("gdbstub", "qmp", "kernel", "region", "policy", "shared_memory")
-_POLICY_KEYS = ("rungs", "boost")
+_POLICY_KEYS = ("rungs", "boost", "entry")
 _KERNEL_KEYS = ("kind", "symbols", "vmlinux")
 _REGION_KEYS = ("source", "physical", "virtual", "size")
 _SUFFIXES = (".yaml", ".yml")
@@ -165,9 +165,11 @@ def _policy(section: Section | None) -> PolicyConfig:
         return PolicyConfig()
     boost_value = section.value("boost")
     boost = Boost.RELOCATE if boost_value is None else as_choice(boost_value, Boost)
+    entry_value = section.value("entry")
+    entry = Entry.BEHIND if entry_value is None else as_choice(entry_value, Entry)
     values = section.values("rungs")
     if values is None:
-        return PolicyConfig(boost=boost)
+        return PolicyConfig(boost=boost, entry=entry)
     rungs: list[Rung] = []
     for value in values:
         rung = as_choice(value, Rung)
@@ -176,7 +178,7 @@ def _policy(section: Section | None) -> PolicyConfig:
         rungs.append(rung)
     if not rungs:
         raise section.error("'policy.rungs' is empty: no probe could be placed", f"choose from {', '.join(ALL_RUNGS)}")
-    return PolicyConfig(tuple(rung for rung in ALL_RUNGS if rung in rungs), boost)
+    return PolicyConfig(tuple(rung for rung in ALL_RUNGS if rung in rungs), boost, entry)
 
 
 def _shared_memory(value: Value | None) -> SharedMemory | Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from gdb_kprobe.model import Boost, PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import Boost, Entry, PhysAddr, Rung, VirtAddr
 
 DEFAULT_REGION_SIZE = 16 << 20
 """Room for probes on 44,000 functions needs 4-7 MB; the rest is rings and tables."""
@@ -75,10 +75,14 @@ class RegionConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """What a probe may be; *rungs* are the allowed ones, best first, without repeats. *boost*: what may be boosted."""
+    """What a probe may be; *rungs* are the allowed ones, best first, without repeats. *boost*: what may be boosted.
+
+    *entry*: where a probe on a function goes.
+    """
 
     rungs: tuple[Rung, ...] = ALL_RUNGS
     boost: Boost = Boost.RELOCATE
+    entry: Entry = Entry.BEHIND
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ from gdb_kprobe.x86.decode import DecodeError, iter_insns
 def place_view(place: Place) -> PlaceView:
     if place.symbol is None:
         return PlaceView(place.addr)
-    return PlaceView(place.addr, place.symbol.name, place.offset, place.end - place.start, place.symbol.module)
+    size = place.end - place.start
+    return PlaceView(place.addr, place.symbol.name, place.offset, size, place.symbol.module, place.behind)
 
 
 def probe_view(probe: Probe) -> ProbeView:
@@ -46,6 +47,8 @@ def probe_view(probe: Probe) -> ProbeView:
         probe.enabled,
         probe.gone,
         str(probe.spec),
+        site is not None and site.saved,
+        "" if link is None or site is None else link.session.redirected(probe),
     )
 
 

@@ -21,7 +21,7 @@ from enum import Enum, auto
 from gdb_kprobe.bpf.frame import InDetour
 from gdb_kprobe.bpf.jit import Prepared
 from gdb_kprobe.kprobes.handler import Handler
-from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.patch import CodePatch, over
 from gdb_kprobe.kprobes.window import JUMP_SIZE, Window
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.x86.assemble import Assembler, rel32
@@ -109,7 +109,7 @@ class Detour:
         """
         start = self.window.start
         jump = b"\xe9" + rel32("jmp", start, offset(start, JUMP_SIZE), at)
-        return CodePatch(start, self.text[:JUMP_SIZE], jump)
+        return over(start, self.text, jump)
 
     def _wrap(self) -> _Wrap:
         def prepared(wrap: _Wrap) -> list[Prepared]:

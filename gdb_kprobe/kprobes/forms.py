@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
+from gdb_kprobe.kprobes.landing import is_landing_pad, landing_pad
 from gdb_kprobe.kprobes.padding import is_fill
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
@@ -16,7 +17,6 @@ from gdb_kprobe.x86.encoding import EncodingError, parse
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 from gdb_kprobe.x86.shadow import may_shadow
 
-ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
 _NOWHERE: Final = VirtAddr(0)
 _HEAD: Final = 4
 """Bytes that decide the length of most instructions."""
@@ -26,7 +26,7 @@ _HEAD: Final = 4
 class Form:
     """What the bytes of an instruction say at any address; *insn* is decoded at address 0.
 
-    *refused* is why no rung can execute it elsewhere. *is_nop*: it does nothing (``endbr64`` is told apart). *leaves*:
+    *refused* is why no rung can execute it elsewhere. *is_nop*: it does nothing (landing pads are not). *leaves*:
     execution does not go on behind it. *masks*: what follows may have to stay with it. *reach* is where what it refers
     to is, from its own address; ``None`` where it refers to nothing that must be in reach. What the kernel would do is
     asked only of :class:`Forms` that know its rules.
@@ -108,8 +108,8 @@ class Forms:
         return Form(
             insn,
             insn.length,
-            family if isinstance(family, Unhandled) else None,
-            family is Family.NOP and raw != ENDBR64,
+            landing_pad(insn) or (family if isinstance(family, Unhandled) else None),
+            family is Family.NOP and not is_landing_pad(raw),
             is_fill(insn),
             insn.is_call,
             not insn.falls_through,

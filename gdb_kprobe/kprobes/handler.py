@@ -37,10 +37,11 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """*program*, with its *data* in the region."""
+    """*program*, with its *data* in the region. *ip* is what it sees as ``ip``, if not the address that is patched."""
 
     program: Program
     data: VirtAddr
+    ip: VirtAddr | None = None
 
     def emit(self, asm: Assembler, frame: Frame) -> None:
         """Emit it in line.
@@ -48,4 +49,5 @@ class Handler:
         :raises DisplacementError: its data is out of reach.
         """
         regions: Mapping[int, VirtAddr] = {self.program.region: self.data}
-        emit(asm, self.program.prepared(frame), regions)
+        seen = frame if self.ip is None else replace(frame, ip=self.ip)
+        emit(asm, self.program.prepared(seen), regions)

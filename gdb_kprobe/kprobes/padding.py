@@ -6,13 +6,13 @@ nothing (int3, nops; zeros at the end of a module), up to the end, behind one th
 
 from __future__ import annotations
 
+from gdb_kprobe.kprobes.landing import is_landing_pad
 from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.model import Reason
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 
 _ZEROS = b"\0\0"
-_ENDBR64 = b"\xf3\x0f\x1e\xfa"
 _ENDING = (Reason.RAISES_UD, Reason.FAR_TRANSFER)
 
 
@@ -20,7 +20,7 @@ def is_fill(insn: Insn) -> bool:
     """Whether padding may consist of *insn*."""
     if insn.raw in (INT3, _ZEROS):
         return True
-    return classify(insn) is Family.NOP and insn.raw != _ENDBR64
+    return classify(insn) is Family.NOP and not is_landing_pad(insn.raw)
 
 
 def may_end(insn: Insn) -> bool:

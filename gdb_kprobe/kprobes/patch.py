@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
 
 MAX_PATCH = 16
 """Bytes of text that one patch replaces, at the most."""
+
+_NOP_DISP32 = bytes.fromhex("0f1f8400")  # nop dword ptr [rax + rax + disp32], up to its displacement
+_DISP32_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,22 @@ class CodePatch:
     @property
     def inverse(self) -> CodePatch:
         return CodePatch(self.addr, self.new, self.old)
+
+
+def over(addr: VirtAddr, text: bytes, new: bytes) -> CodePatch:
+    """Put *new* over *text*, which is whole instructions at *addr*, of which only the first is ever gone to.
+
+    The rest is filled with int3, so that what decodes the text from the function's start, as the guest's own
+    ``can_probe`` does, comes to the instruction behind *text* as before; and finds nothing in between that may be
+    probed (``__copy_instruction`` refuses an int3). The fill is never executed.
+    """
+    rest = len(text) - len(new)
+    assert rest >= 0
+    if len(text) <= MAX_PATCH:
+        return CodePatch(addr, text, new + INT3 * rest)
+    # Too long for a record: the last 4 bytes stay, as the displacement of a nop.
+    size = len(text) - _DISP32_SIZE
+    return CodePatch(addr, text[:size], (new + INT3 * rest)[: size - len(_NOP_DISP32)] + _NOP_DISP32)
 
 
 class TextMap:

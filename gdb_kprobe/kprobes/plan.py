@@ -11,7 +11,8 @@ from typing import NamedTuple, assert_never
 from gdb_kprobe.errors import KprobeError, RefusedError
 from gdb_kprobe.kprobes.detour import Detour
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal
-from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.landing import landing_pad
+from gdb_kprobe.kprobes.patch import CodePatch, over
 from gdb_kprobe.kprobes.slots import INT3, Slot, SlotAllocator, in_reach
 from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.x86 import families, relocate
@@ -62,7 +63,7 @@ class Plan:
 
 def can_handle(insn: Insn) -> families.Family | Refusal:
     """Whether any rung can execute *insn* out of line."""
-    family = families.classify(insn)
+    family = landing_pad(insn) or families.classify(insn)
     if isinstance(family, families.Unhandled):
         return Refusal(family.reason, insn.addr, f"{insn}: {family.detail}")
     return family
@@ -194,7 +195,7 @@ def _prepare_slot(rung: Rung, insn: Insn, slots: SlotAllocator) -> _Prepared | R
     except relocate.RelocateError:
         slots.discard(slot)
         raise
-    return _Prepared(slot, code, CodePatch(insn.addr, insn.raw[:1], INT3), None)
+    return _Prepared(slot, code, over(insn.addr, insn.raw, INT3), None)
 
 
 def _prepare_detour(detour: Detour, slots: SlotAllocator) -> _Prepared | Refusal:

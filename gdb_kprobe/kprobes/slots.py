@@ -84,6 +84,11 @@ class SlotAllocator:
         self._used.add(slot)
         return slot
 
+    def claim(self, slot: Slot) -> None:
+        """Have *slot*, which another session gave out and which is below :attr:`area`, in use."""
+        assert slot.end <= self.area.start
+        self._used.add(slot)
+
     def discard(self, slot: Slot) -> None:
         """Give back a slot that no CPU can ever have entered."""
         self._used.remove(slot)

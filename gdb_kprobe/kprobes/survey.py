@@ -6,7 +6,7 @@ what the place decides (sites, padding, neighbours, reach) is put on top.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,21 @@ from typing import Final
 
 from gdb_kprobe.kprobes.forms import Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.landing import landing_pad_size
 from gdb_kprobe.kprobes.padding import begins_padding
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import INT3, in_reach, reaches
-from gdb_kprobe.kprobes.window import Window, can_optimize, kernel_optimizes, kernel_optimizes_in, make_function
+from gdb_kprobe.kprobes.window import (
+    FTRACE_NOP_SIZE,
+    Function,
+    Window,
+    can_optimize,
+    kernel_optimizes,
+    kernel_optimizes_in,
+    make_function,
+)
 from gdb_kprobe.linux.branch_targets import References
-from gdb_kprobe.model import AddressRange, Reason, Rung, VirtAddr
+from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.shadow import parted
 
@@ -34,6 +43,7 @@ BY_PLACE: Final = frozenset(
         Reason.STATIC_CALL,
         Reason.STATIC_CALL_TRAMPOLINE,
         Reason.TEMPLATE,
+        Reason.LANDING_PAD,
         Reason.ALTERNATIVE,
         Reason.GUEST_KPROBE,
         Reason.BUG_TABLE,
@@ -50,8 +60,8 @@ class Jumps:
     """Of the instructions of the optimized rung, how many have the jump's window to themselves (*single*), and how many
     need a nop of the guest's ftrace (*borrowed*). *refused* says why the others that can be probed are not.
 
-    *entries* are the first instructions of functions, *entries_refused* why some of them get no jump (also those that
-    cannot be probed at all, but for forbidden text). *kernel* is how many the kernel's own rules would optimize.
+    *entries* are where probes on functions go, *entries_refused* why some of them get no jump (also those that cannot
+    be probed at all, but for forbidden text). *kernel* is how many the kernel's own rules would optimize.
     """
 
     single: int = 0
@@ -224,13 +234,29 @@ class Surveyor:
                 jumps.borrowed += window.borrowed
             else:
                 jumps.refused[window.reason] += 1
-                if not index:
-                    jumps.entries_refused[window.reason] += 1
-        entry = verdicts[0] if verdicts else Reason.PADDING
-        if entry is not Reason.PADDING:
-            jumps.entries += 1
-        if isinstance(entry, Reason) and entry is not Reason.PADDING:
-            jumps.entries_refused[entry] += 1
+        self._count_entry(references, function, piece, verdicts)
+
+    def _count_entry(
+        self, references: References, function: Function, piece: Piece, verdicts: Sequence[Rung | Reason]
+    ) -> None:
+        """Count where a probe on *function* goes: behind the landing pad and the nop of ftrace that it begins with."""
+        jumps = self.survey.jumps
+        assert jumps is not None
+        nop = function.ftrace
+        at = piece.addr + landing_pad_size(piece.code) if nop is None else nop + FTRACE_NOP_SIZE
+        index = bisect_left(function.addrs, at)
+        verdict = verdicts[index] if index < min(len(verdicts), len(function.addrs)) else Reason.PADDING
+        if verdict is Reason.PADDING:
+            return
+        jumps.entries += 1
+        if at != piece.addr and references.is_target(at, at + 1):
+            jumps.entries_refused[Reason.LOOP_HEAD] += 1
+        elif isinstance(verdict, Reason):
+            jumps.entries_refused[verdict] += 1
+        elif verdict is not Rung.OPTIMIZED:
+            window = can_optimize(function, index, lambda: references, self._area)
+            assert isinstance(window, Refusal)
+            jumps.entries_refused[window.reason] += 1
 
     def _known(self, piece: Piece, found: list[_Found], tail: int) -> list[tuple[int, Form]]:
         """The instructions up to the first place that is none, with the int3 behind them."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from gdb_kprobe.kprobes.forms import ENDBR64, Form, Forms
+from gdb_kprobe.kprobes.forms import Form, Forms
 from gdb_kprobe.kprobes.kernel_rules import Rules
+from gdb_kprobe.kprobes.landing import landing_pad_size
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.slots import in_reach, reaches
 from gdb_kprobe.linux.branch_targets import References
@@ -25,8 +26,7 @@ from gdb_kprobe.x86.shadow import parted
 
 JUMP_SIZE: Final = 5
 _FTRACE_NOP: Final = bytes.fromhex("0f1f440000")
-_FTRACE_NOP_SIZE: Final = len(_FTRACE_NOP)
-_BEFORE_FTRACE_NOP: Final = (ENDBR64, bytes.fromhex("660f1f00"))
+FTRACE_NOP_SIZE: Final = len(_FTRACE_NOP)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_up_to(piece: Piece, addr: int, end: VirtAddr, forms: Forms) -> Function
 
 def _ftrace_nop(piece: Piece) -> int | None:
     """The nop that ftrace turns into a call, by its looks; also one that is a call now is a nop in *piece*."""
-    at = len(ENDBR64) if piece.code.startswith(_BEFORE_FTRACE_NOP) else 0
+    at = landing_pad_size(piece.code)
     return piece.addr + at if piece.code.startswith(_FTRACE_NOP, at) else None
 
 
@@ -172,7 +172,7 @@ def can_optimize(
         known = references()
         if known is None:
             return _no(Reason.WINDOW_UNKNOWN, start, "one instruction of 5 bytes or more has no such places")
-        if known.is_target(start + 1, jump_end) or any(forms[i].insn.raw == ENDBR64 for i in range(index + 1, last)):
+        if known.is_target(start + 1, jump_end):
             return _no(Reason.WINDOW_TARGET, start)
         if known.is_unresolved(function.range):
             return _no(Reason.INDIRECT_JUMP, start)
@@ -217,7 +217,7 @@ def _parted(forms: Sequence[Form], index: int, last: int) -> Unhandled | None:
 
 
 def _has_ftrace_nop(function: Function, start: int, end: int) -> bool:
-    return function.ftrace is not None and function.ftrace < end and start < function.ftrace + _FTRACE_NOP_SIZE
+    return function.ftrace is not None and function.ftrace < end and start < function.ftrace + FTRACE_NOP_SIZE
 
 
 def kernel_optimizes_in(function: Function, references: References, rules: Rules) -> bool:

@@ -187,8 +187,8 @@ def _reference(encoding: Encoding) -> _Reference | None:
     if encoding.space or encoding.map:
         return None
     modrm = encoding.modrm
-    if opcode == 0xFF and modrm is not None and modrm >> 3 & 7 in (4, 5):
-        return _Reference(0, 0, False, True, True)  # jmp r/m, jmpf
+    if opcode == 0xFF and modrm is not None and (modrm >> 3 & 7 == 4 or (modrm >> 3 & 7 == 5 and modrm < 0xC0)):
+        return _Reference(0, 0, False, True, True)  # jmp r/m, jmpf m
     if opcode == 0x8D and modrm is not None and modrm & 0xC7 == _RIP_RELATIVE:
         return _Reference(encoding.disp_offset, 4, True, False, False)  # lea r, [rip + d]
     wide = bool(encoding.rex & _REX_W)

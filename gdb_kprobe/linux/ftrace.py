@@ -259,21 +259,32 @@ def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceT
     """
     lock = read_struct(memory, btf, "mutex", kallsyms.address("ftrace_lock"))
     changing = bool(lock.uint("owner"))
+    tracers: list[_Tracer] = []
+    for ops in for_each_ops(memory, kallsyms, btf):
+        hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))
+        only, never = (read_hash(memory, btf, hashes.pointer(f"{name}_hash")) for name in ("filter", "notrace"))
+        tracers.append(_Tracer(only or None, never))
+    return FtraceTracers(tuple(tracers), changing)
+
+
+def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[Struct]:
+    """Yield each ``struct ftrace_ops`` that is registered.
+
+    :raises GuestStateError: the list cannot be found, or has no end.
+    :raises UnmappedError: it leads to unmapped memory.
+    """
     end = kallsyms.address("ftrace_list_end")
     at = read_pointer(memory, kallsyms.address("ftrace_ops_list"))
-    tracers: list[_Tracer] = []
     for _ in range(_MOST_OPS):
         if at in (0, end):
-            return FtraceTracers(tuple(tracers), changing)
+            return
         ops = read_struct(memory, btf, "ftrace_ops", at)
-        hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))
-        only, never = (_read_hash(memory, btf, hashes.pointer(f"{name}_hash")) for name in ("filter", "notrace"))
-        tracers.append(_Tracer(only or None, never))
+        yield ops
         at = ops.pointer("next")
     raise _endless("ftrace_ops_list")
 
 
-def _read_hash(memory: Memory, btf: Btf, addr: VirtAddr) -> frozenset[int]:
+def read_hash(memory: Memory, btf: Btf, addr: VirtAddr) -> frozenset[int]:
     """Return the addresses in the ``struct ftrace_hash`` at *addr*; none for a null pointer."""
     if not addr:
         return frozenset()

@@ -1,13 +1,20 @@
-"""The kprobes that the guest itself has registered, and what they have overwritten.
+"""The kprobes that the guest itself has registered, and which text is theirs.
 
-``kprobe_table`` (kernel/kprobes.c) is a hash of all of them, by address. Whoever decodes text must see it without them,
-as the kernel's ``recover_probed_instruction`` does.
+``kprobe_table`` (kernel/kprobes.c) is a hash of all of them, by address, the disabled ones too. Code that decodes text
+must see it without them, as the kernel's ``recover_probed_instruction`` does.
+
+Whether a kprobe may become a jump is decided when it is registered, enabled or not: ``try_to_optimize_kprobe`` decodes
+the instructions that the jump would displace, and copies them (``arch_prepare_optimized_kprobe``). Nothing is decoded
+again when the jump is written, some ticks after the kprobe was enabled (``arch_optimize_kprobes``): the 4 bytes behind
+the int3 are saved as they are then, and written back later. So all bytes that were copied belong to such a kprobe from
+its registration on.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +22,7 @@ from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_struct
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import AddressRange, VirtAddr, offset
 from gdb_kprobe.target.protocols import Memory
 
 _BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
@@ -23,17 +30,60 @@ _MOST: Final = 1 << 16
 _OPTIMIZED: Final = 4  # KPROBE_FLAG_OPTIMIZED
 _ON_FTRACE: Final = 8  # KPROBE_FLAG_FTRACE
 _JMP_REL32: Final = b"\xe9"
+_JMP_REL32_SIZE: Final = 5
+_INT3_SIZE: Final = 1
+_MAX_RESERVED: Final = 4 + 15
+"""MAX_OPTIMIZED_LENGTH, arch/x86/include/asm/kprobes.h: a jump's bytes but for one, and the longest instruction."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestKprobe:
-    """*original* is what was at *addr* before the guest's int3 or jump; empty where it has patched nothing there."""
+    """One kprobe of the guest's own.
+
+    *original* is what was at *addr* before its int3 or jump; empty where it patches nothing itself (ftrace calls it).
+    *size*: bytes of text from *addr* on that it has patched, or may patch at any time. *leads_to* is where the jump
+    goes, rel32, that was there when it was registered; ``None`` where another instruction was.
+    """
 
     addr: VirtAddr
-    original: bytes
+    original: bytes = b""
+    size: int = _INT3_SIZE
+    leads_to: VirtAddr | None = None
+
+    @property
+    def range(self) -> AddressRange:
+        return AddressRange(self.addr, offset(self.addr, self.size))
 
 
-def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[GuestKprobe, ...]:
+class GuestKprobes:
+    """All of them at one moment."""
+
+    def __init__(self, kprobes: Iterable[GuestKprobe] = ()) -> None:
+        self._all = sorted(kprobes, key=lambda kprobe: kprobe.addr)
+        self._addrs = [kprobe.addr for kprobe in self._all]
+
+    def __iter__(self) -> Iterator[GuestKprobe]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def at(self, addr: VirtAddr) -> GuestKprobe | None:
+        """The one that is exactly at *addr*."""
+        index = bisect_left(self._addrs, addr)
+        return self._all[index] if index < len(self._addrs) and self._addrs[index] == addr else None
+
+    def within(self, text: AddressRange) -> Iterator[GuestKprobe]:
+        """Those to which a byte of *text* belongs, the lowest first."""
+        if not self._all:
+            return
+        first = bisect_left(self._addrs, text.start - _MAX_RESERVED + 1)
+        for kprobe in self._all[first : bisect_left(self._addrs, text.end)]:
+            if kprobe.range.overlaps(text):
+                yield kprobe
+
+
+def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> GuestKprobes:
     """Read all of them, as they are now. Without CONFIG_KPROBES there are none.
 
     :raises UnmappedError: the table leads to unmapped memory.
@@ -41,11 +91,16 @@ def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Gu
     """
     table = kallsyms.find("kprobe_table")
     if table is None or not btf.has_member("kprobe", "hlist"):
-        return ()
+        return GuestKprobes()
     link = btf.offset_of("kprobe", "hlist")
+    # An aggregate (kprobe_aggrprobe()), which is part of a struct optimized_kprobe, is known by its handler.
+    aggregate = kallsyms.find("aggr_pre_handler") if btf.has_member("optimized_kprobe", "optinsn") else None
     heads = struct.unpack(f"<{_BUCKETS}Q", memory.read(table, 8 * _BUCKETS))
-    return tuple(
-        _kprobe(memory, probe) for head in heads if head for probe in _chain(memory, btf, VirtAddr(head), link)
+    return GuestKprobes(
+        _kprobe(memory, probe, aggregate)
+        for head in heads
+        if head
+        for probe in _chain(memory, btf, VirtAddr(head), link)
     )
 
 
@@ -59,14 +114,27 @@ def _chain(memory: Memory, btf: Btf, node: VirtAddr, link: int) -> Iterator[Stru
     raise GuestStateError("a chain of kprobe_table has no end", "the guest's memory is damaged")
 
 
-def _kprobe(memory: Memory, probe: Struct) -> GuestKprobe:
-    flags = probe.uint("flags")
+def _kprobe(memory: Memory, probe: Struct, aggregate: VirtAddr | None) -> GuestKprobe:
+    flags, addr = probe.uint("flags"), probe.pointer("addr")
     if flags & _ON_FTRACE:
-        return GuestKprobe(probe.pointer("addr"), b"")
-    addr, original = probe.pointer("addr"), bytes((probe.uint("opcode"),))
+        return GuestKprobe(addr)
+    original = bytes((probe.uint("opcode"),))
+    leads_to = _leads_to(memory, probe, addr) if original == _JMP_REL32 else None
+    if aggregate is None or probe.pointer("pre_handler") != aggregate:
+        return GuestKprobe(addr, original, leads_to=leads_to)
+    optimized = VirtAddr(probe.addr - probe.btf.offset_of("optimized_kprobe", "kp"))
+    # 0: it was not prepared (arch_prepared_optinsn()), and stays an int3.
+    prepared = read_struct(memory, probe.btf, "optimized_kprobe", optimized).uint("optinsn.size")
     # The flag comes first: the bytes are saved when the jump is written, up to some ticks later.
-    if flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
+    if prepared and flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
         member = probe.btf.member("optimized_kprobe", "optinsn.copied_insn")
-        start = probe.addr - probe.btf.offset_of("optimized_kprobe", "kp") + member.offset
-        original += memory.read(VirtAddr(start), member.size)
-    return GuestKprobe(addr, original)
+        original += memory.read(offset(optimized, member.offset), member.size)
+    return GuestKprobe(addr, original, min(max(prepared, len(original)), _MAX_RESERVED), leads_to)
+
+
+def _leads_to(memory: Memory, probe: Struct, addr: VirtAddr) -> VirtAddr | None:
+    """Where the jump goes that the slot of *probe* has a copy of; its displacement counts from the original."""
+    copy = memory.read(probe.pointer("ainsn.insn"), _JMP_REL32_SIZE)
+    if not copy.startswith(_JMP_REL32):
+        return None
+    return offset(addr, _JMP_REL32_SIZE + int.from_bytes(copy[1:], "little", signed=True))

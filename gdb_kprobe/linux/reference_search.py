@@ -1,8 +1,9 @@
 """The references to a few places, without decoding all text.
 
 However an instruction refers to an address, but for a branch of one byte: 4 bytes of it, its last ones, count from its
-end to there, or are the low half of that address. So one pass finds all places where such 4 bytes could be, whatever
-they are, and only the functions around those that lead to the place in question are decoded. The answers are those of
+end to there, or are the low half of that address. A branch of one byte ends in its opcode and that byte. So one pass
+finds all places where such bytes could be, whatever they are, and only the functions around those that lead to the
+place in question are decoded. The same for indirect jumps, which have few opcodes. The answers are those of
 :func:`~gdb_kprobe.linux.branch_targets.find_references`, after some tenths of a second instead of seconds.
 """
 
@@ -23,8 +24,9 @@ _FIELD: Final = 4
 _MASK: Final = (1 << 32) - 1
 _BLOCK: Final = 1 << 18
 """Bytes of text that are looked at together: what is computed of them stays in the processor's cache."""
-_NEAR: Final = 128 + MAX_LENGTH
-"""No branch of one byte is farther away."""
+_INT3: Final = b"\xcc"
+_SHORT_OPCODES: Final = (*range(0x70, 0x80), *range(0xE0, 0xE4), 0xEB)
+"""jcc, loop, jrcxz, jmp with a displacement of one byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,27 @@ def _find_fields(addr: int, code: bytes, window: AddressRange) -> _Fields:
     return _Fields(window, np.concatenate(places)[order], all_leads[order])
 
 
+def _find_short(code: bytes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Where in *code* a branch of one byte may be, and to which offset it leads, sorted by the latter."""
+    data = np.frombuffer(code or _INT3, np.uint8)
+    is_short = np.zeros(256, np.bool_)
+    is_short[list(_SHORT_OPCODES)] = True
+    at = np.flatnonzero(is_short[data[:-1]]).astype(np.int32)
+    leads = at + 2 + data[at + 1].view(np.int8)
+    order = np.argsort(leads, kind="stable")
+    return at[order], leads[order]
+
+
+def _find_indirect(code: bytes) -> npt.NDArray[np.int64]:
+    """Where in *code* the opcode of an indirect jump may be: ``ff /4``, and ``ff /5``, which has a memory operand."""
+    data = np.frombuffer(code or _INT3, np.uint8)
+    at = np.flatnonzero(data[:-1] == 0xFF)
+    modrm = data[at + 1]
+    reg = modrm >> 3 & 7
+    found: npt.NDArray[np.int64] = at[(reg == 4) | ((reg == 5) & (modrm < 0xC0))].astype(np.int64)
+    return found
+
+
 class Run:
     """One run of live text, *code* at *start*, of which what is asked for is decoded.
 
@@ -77,7 +100,10 @@ class Run:
         self._cuts = cuts(self.window, starts)
         self._scanner = Scanner(thunks)
         self._scans: dict[int, Scan] = {}
+        self._thunks = thunks
         self._own: _Fields | None = None
+        self._short: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
+        self._jumps: npt.NDArray[np.int64] | None = None
 
     def fields_into(self, window: AddressRange) -> _Fields:
         """What may lead into *window*; what leads into the run itself is remembered."""
@@ -86,6 +112,32 @@ class Run:
         if self._own is None:
             self._own = _find_fields(self.window.start, self._code, window)
         return self._own
+
+    def short_into(self, start: int, end: int) -> list[int]:
+        """The offsets of what may be branches of one byte to *start* or above it, below *end*."""
+        if self._short is None:
+            self._short = _find_short(self._code)
+        places, leads = self._short
+        first, last = np.searchsorted(leads, [start - self.window.start, end - self.window.start])
+        found: list[int] = places[first:last].tolist()
+        return found
+
+    def may_jump_indirectly(self, start: int, end: int) -> bool:
+        """Whether an indirect jump may begin at *start* or above it, below *end*; if not, none does."""
+        first, last = max(start, self.window.start), min(end, self.window.end)
+        if first >= last:
+            return False
+        if self._jumps is None:
+            self._jumps = np.sort(np.concatenate([_find_indirect(self._code), *self._into_thunks()]))
+        # What is found of an instruction is not its first byte.
+        low, high = first - self.window.start, last - self.window.start + MAX_LENGTH
+        return bool(np.searchsorted(self._jumps, low) < np.searchsorted(self._jumps, high))
+
+    def _into_thunks(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Where branches may be that lead to the thunks: each is an indirect jump."""
+        if self._thunks is not None:
+            yield _find_fields(self.window.start, self._code, self._thunks).places.astype(np.int64)
+            yield np.array(self.short_into(self._thunks.start, self._thunks.end), np.int64)
 
     def scan_at(self, offset: int) -> Scan:
         """The references of the piece that has the byte at *offset*."""
@@ -131,7 +183,8 @@ class ReferenceSearch(References):
         return any(self._takes(scan, start, end) for scan in self._leading(start, end))
 
     def has_indirect_jump(self, start: int, end: int) -> bool:
-        pieces = (scan for run in self._runs for scan in run.scans_within(start, end))
+        runs = (run for run in self._runs if run.may_jump_indirectly(start, end))
+        pieces = (scan for run in runs for scan in run.scans_within(start, end))
         return any(start <= addr < end for scan in pieces for addr in scan.indirect)
 
     def _takes(self, scan: Scan, start: int, end: int) -> bool:
@@ -141,7 +194,8 @@ class ReferenceSearch(References):
     def _leading(self, start: int, end: int) -> Iterator[Scan]:
         """The pieces that may lead there, the nearest first."""
         for run in self._runs:
-            yield from run.scans_within(start - _NEAR, end + _NEAR)
+            for offset in run.short_into(start, end):
+                yield run.scan_at(offset)
         area = next((area for area in self._areas if start in area), None)
         if area is None:
             return

@@ -24,8 +24,14 @@ def listing(insns: Sequence[InsnView]) -> str:
 
 
 def located(view: PlaceView) -> str:
-    """``0xffffffff81234567 (vfs_read+0x17)``"""
-    return address(view.addr, view.symbol, view.offset, view.module)
+    """``0xffffffff81234567 (vfs_read+0x17)``, or ``0xffffffff81234555 (vfs_read+0x0 at +0x5)``: what is patched."""
+    text = address(view.addr + view.behind, view.symbol, view.offset, view.module)
+    return text[:-1] + f"{patched_at(view)})" if view.behind else text
+
+
+def patched_at(view: PlaceView) -> str:
+    """``" at +0x5"``: which bytes of the function are patched, where those are not the ones at *view*'s own address."""
+    return f" at +{view.offset + view.behind:#x}" if view.behind else ""
 
 
 def plan(view: PlanView) -> str:

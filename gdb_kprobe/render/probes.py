@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gdb_kprobe.model import Rung
-from gdb_kprobe.render.plan import located
+from gdb_kprobe.render.plan import located, patched_at
 from gdb_kprobe.render.text import symbolic, table
 from gdb_kprobe.render.views import ProbeView
 
@@ -26,9 +26,9 @@ def probe_list(probes: Sequence[ProbeView]) -> str:
 def _row(view: ProbeView) -> tuple[str, ...]:
     place = view.place
     return (
-        "-" if place is None else f"{place.addr:016x}",
+        "-" if place is None else f"{place.addr + place.behind:016x}",
         "k",
-        symbolic(place.symbol, place.offset) if place is not None and place.symbol else "",
+        symbolic(place.symbol, place.offset) + patched_at(place) if place is not None and place.symbol else "",
         f"[{place.module}]" if place is not None and place.module else "",
         flags(view),
         str(view.hits),
@@ -39,12 +39,18 @@ def _row(view: ProbeView) -> tuple[str, ...]:
 
 
 def flags(view: ProbeView) -> str:
-    """``[GONE]``, ``[DISABLED]``, ``[OPTIMIZED]`` as the kernel has them, and ``[PENDING]`` for an unknown place."""
+    """``[GONE]``, ``[DISABLED]``, ``[OPTIMIZED]`` as the kernel has them, and ours.
+
+    ``[PENDING]``: the place is not known yet. ``[GUEST_KPROBE]``: a kprobe of the guest's own is on the jump.
+    ``[REDIRECTED]``: calls of the function go elsewhere.
+    """
     marks = (
         ("GONE", view.is_gone),
         ("DISABLED", not view.is_enabled),
         ("PENDING", view.place is None),
-        ("OPTIMIZED", view.rung is Rung.OPTIMIZED and view.is_enabled),
+        ("GUEST_KPROBE", view.is_saved),
+        ("REDIRECTED", bool(view.redirected)),
+        ("OPTIMIZED", view.rung is Rung.OPTIMIZED and view.is_enabled and not view.is_saved),
     )
     return "".join(f"[{name}]" for name, is_set in marks if is_set)
 
@@ -59,5 +65,7 @@ def probe_info(view: ProbeView) -> str:
         ("rung", view.rung or ""),
         ("hits", str(view.hits)),
         ("missed", str(view.missed)),
+        ("note", "a kprobe of the guest's own is on the jump, which stays until that is removed" * view.is_saved),
+        ("note", view.redirected),
     ]
     return "\n".join(f"{label:13}{text}" for label, text in lines if text)

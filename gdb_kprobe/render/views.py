@@ -10,13 +10,17 @@ from gdb_kprobe.model import Rung, VirtAddr
 
 @dataclass(frozen=True, slots=True)
 class PlaceView:
-    """An address and, where one covers it, its symbol. *size* is that symbol's size, 0 when it is not known."""
+    """An address and, where one covers it, its symbol. *size* is that symbol's size, 0 when it is not known.
+
+    *behind*: what is patched is so many bytes behind *addr*.
+    """
 
     addr: VirtAddr
     symbol: str = ""
     offset: int = 0
     size: int = 0
     module: str = ""
+    behind: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,10 @@ class HandlerView:
 
 @dataclass(frozen=True, slots=True)
 class ProbeView:
-    """One probe of the list; *place* is None while it is not known (the guest is not up, the module not loaded)."""
+    """One probe of the list; *place* is None while it is not known (the guest is not up, the module not loaded).
+
+    *is_saved*: a kprobe of the guest's own is on its jump. *redirected* is why the code there is not executed, if so.
+    """
 
     name: str
     place: PlaceView | None
@@ -73,6 +80,8 @@ class ProbeView:
     is_enabled: bool = True
     is_gone: bool = False
     definition: str = ""
+    is_saved: bool = False
+    redirected: str = ""
 
 
 @dataclass(frozen=True, slots=True)

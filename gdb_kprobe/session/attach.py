@@ -65,8 +65,9 @@ def attach(
     guest = _open(machine, memory, profile)
     messages: list[str] = []
     with contextlib.ExitStack() as undo:
-        region, left = _put_region(machine, memory, guest, profile.region, messages)
+        region, found = _put_region(machine, memory, guest, profile.region, messages)
         undo.callback(_take_away, region, machine)
+        left = _left(found, region)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
         session = Session(
@@ -79,7 +80,10 @@ def attach(
             in_guest,
             policy.boost,
             jumps=dispatch is not Dispatch.STUB,
+            entry=policy.entry,
         )
+        for record in found.saved:
+            session.sites.keep_saved(record)
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
 
@@ -133,8 +137,8 @@ def _put_region(
     guest: LinuxGuest | BareGuest,
     config: RegionConfig,
     messages: list[str],
-) -> tuple[Region, tuple[tuple[Definition, Counter | None], ...]]:
-    """The region in its place, and the probes that a session before had in it."""
+) -> tuple[Region, Restored]:
+    """The region in its place, and what a session before has left in it."""
     if config.source is RegionSource.PREMAPPED:
         assert config.virtual is not None, "the profile's reader asks for it"
         found = restore(machine, memory, guest, guest.memory.translate(config.virtual))
@@ -151,7 +155,7 @@ def _put_region(
         else:
             region = create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
     messages += found.messages
-    return region, _left(found, region)
+    return region, found
 
 
 def _borrowed(

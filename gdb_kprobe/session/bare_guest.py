@@ -14,7 +14,9 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
+from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.linux.paging import PageTable, loaded_table
+from gdb_kprobe.linux.redirects import Redirect
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -112,8 +114,11 @@ class BareGuest:
     def ftrace_tracers(self) -> FtraceTracers:
         return FtraceTracers((), changing=False)
 
-    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
+    def redirects(self) -> Mapping[VirtAddr, Redirect]:
         return {}
+
+    def own_kprobes(self) -> GuestKprobes:
+        return GuestKprobes()
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return None

@@ -12,7 +12,7 @@ from gdb_kprobe.kprobes.plan import Trial, can_handle, try_rungs
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAddr
-from gdb_kprobe.session.function_text import FunctionText, kprobes_in
+from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.planner import Planner
@@ -56,8 +56,11 @@ def examine(
     location: Location,
     rungs: tuple[Rung, ...],
     boost: Boost,
+    goes: Place | None = None,
 ) -> Examination:
     """Ask all rules about *location*. Nothing is written, and no slot is kept.
+
+    *goes* is where a probe that names *location* goes, if not there.
 
     :raises RefusedError: there is no such place.
     """
@@ -87,7 +90,7 @@ def examine(
         str(family) if handled else "none",
         refusal,
         try_rungs(insn, facts, slots) if handled else (),
-        tuple(_tables(guest, insn, place)),
+        (*_entry(guest, goes), *_tables(guest, insn, place)),
         _kernel_verdict(guest, insn, refusal, facts.in_extable),
     )
 
@@ -119,6 +122,11 @@ def _kernel_verdict(guest: Guest, insn: Insn, refusal: Refusal | None, in_extabl
     return KernelVerdict(rules, probe, boost)
 
 
+def _entry(guest: Guest, goes: Place | None) -> Iterator[str]:
+    if goes is not None and goes.behind:
+        yield f"entry: a probe here goes to {guest.place_of(goes.at)}, behind what the entry is for others"
+
+
 def _tables(guest: Guest, insn: Insn, place: Place) -> Iterator[str]:
     fixup = guest.fixup_of(insn.addr)
     if fixup is not None:
@@ -134,5 +142,5 @@ def _tables(guest: Guest, insn: Insn, place: Place) -> Iterator[str]:
     if place.offset in (0, _ENDBR64_SIZE) and (insn.raw == _FTRACE_NOP or insn.is_relative_call):
         # There is no table of these in memory that says more; README, "Limits".
         yield "ftrace site, by its looks: the function's entry nop or call"
-    for addr in kprobes_in(guest.own_kprobes(), window):
-        yield f"{Reason.GUEST_KPROBE} at {guest.place_of(addr)}"
+    for kprobe in guest.own_kprobes().within(window):
+        yield f"{Reason.GUEST_KPROBE} at {guest.place_of(kprobe.addr)}"

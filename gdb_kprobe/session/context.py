@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, MutableMapping
 
 from gdb_kprobe.errors import UnmappedError
@@ -64,6 +65,21 @@ class Registers(MutableMapping[str, int]):
     def changed(self) -> frozenset[str]:
         """Hardware names of the registers written so far."""
         return frozenset(self._changed)
+
+    @contextlib.contextmanager
+    def shown_at(self, ip: VirtAddr) -> Iterator[None]:
+        """Have the instruction pointer be *ip*, meanwhile, unless it was written; written as *ip*, it is as it was."""
+        real = self._values["rip"]
+        if "rip" in self._changed:
+            yield
+            return
+        self._values["rip"] = ip
+        try:
+            yield
+        finally:
+            if self._values["rip"] == ip:
+                self._values["rip"] = real
+                self._changed.discard("rip")
 
     def save(self) -> tuple[dict[str, int], frozenset[str]]:
         """All values and what was written so far, for :meth:`restore`."""

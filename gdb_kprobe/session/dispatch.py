@@ -204,15 +204,16 @@ class StubDispatcher:
         next_ip = offset(site.addr, site.plan.insn.length)
         for probe in tuple(site.probes):
             condition = probe.spec.condition
-            if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
-                continue
-            called.append(probe)
-            probe.count(hits=1)
-            self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
-            if probe.pre is not None:
-                stop |= self._call(
-                    probe, probe.pre, HitContext(probe.name, probe.hits, cpu, regs, next_ip, self._machine)
-                )
+            with regs.shown_at(site.addr if probe.place is None else probe.place.addr):
+                if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
+                    continue
+                called.append(probe)
+                probe.count(hits=1)
+                self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
+                if probe.pre is not None:
+                    stop |= self._call(
+                        probe, probe.pre, HitContext(probe.name, probe.hits, cpu, regs, next_ip, self._machine)
+                    )
         return stop, tuple(called)
 
     def _call(self, probe: Probe, handler: Handler, context: HitContext) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from gdb_kprobe.errors import UnmappedError
 from gdb_kprobe.kprobes.padding import begins_padding, is_fill
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap, recover
+from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
@@ -63,10 +62,7 @@ class FunctionText:
         return None if together is None else Refusal(together.reason, insn.addr, together.detail)
 
     def _guest_kprobe(self, insn: Insn) -> Refusal | None:
-        for addr in kprobes_in(self.kprobes, AddressRange(insn.addr, insn.end)):
-            detail = f"the guest has put one at {self._guest.place_of(addr)}"
-            return Refusal(Reason.GUEST_KPROBE, insn.addr, detail)
-        return None
+        return guest_kprobe_in(self._guest, AddressRange(insn.addr, insn.end))
 
     def _is_padding(self, index: int) -> bool:
         if not is_fill(self._insns[index]):
@@ -114,18 +110,23 @@ class FunctionText:
             data = self._guest.memory.read(place.start, min(most, place.offset + _AHEAD))
         except UnmappedError:
             data = self._guest.memory.read(place.start, least)
-        return without_kprobes(place.start, text.original(place.start, data), self.kprobes)
+        # Where both have patched a byte, the guest's kprobe came later.
+        return text.original(place.start, without_kprobes(place.start, data, self.kprobes))
 
 
-def kprobes_in(kprobes: Mapping[VirtAddr, bytes], window: AddressRange) -> Iterator[VirtAddr]:
-    """The addresses of those of the guest's own *kprobes* that share a byte with *window*."""
-    for addr, original in kprobes.items():
-        if addr < window.end and window.start < addr + max(len(original), 1):
-            yield addr
+def guest_kprobe_in(guest: Guest, text: AddressRange) -> Refusal | None:
+    """Why *text* must not be patched: a kprobe of the guest's own has patched a byte of it, or may at any time."""
+    for kprobe in guest.own_kprobes().within(text):
+        place = guest.place_of(kprobe.addr)
+        detail = f"the guest has put one at {place}"
+        if kprobe.size > 1:
+            detail += f", which may become a jump over {kprobe.size} bytes"
+        return Refusal(Reason.GUEST_KPROBE, text.start, detail, "remove it in the guest, or probe another instruction")
+    return None
 
 
-def without_kprobes(addr: VirtAddr, data: bytes, kprobes: Mapping[VirtAddr, bytes]) -> bytes:
+def without_kprobes(addr: VirtAddr, data: bytes, kprobes: GuestKprobes) -> bytes:
     """*data*, which was read at *addr*, without what the guest's own *kprobes* have overwritten."""
     window = AddressRange(addr, offset(addr, len(data)))
-    patches = [CodePatch(at, kprobes[at], kprobes[at]) for at in kprobes_in(kprobes, window) if kprobes[at]]
+    patches = [CodePatch(at.addr, at.original, at.original) for at in kprobes.within(window) if at.original]
     return recover(addr, data, patches) if patches else data

@@ -16,24 +16,40 @@ from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
+from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
 from gdb_kprobe.linux.paging import PageTable, Translation, loaded_table
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Refusal, Symbol, VirtAddr
+from gdb_kprobe.linux.redirects import Redirect
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An address with the function it lies in: *start* is where decoding begins, *end* where the function ends."""
+    """An address with the function it lies in: *start* is where decoding begins, *end* where the function ends.
+
+    *behind*: a probe at *addr* goes so many bytes behind it (:mod:`gdb_kprobe.session.entries`).
+    """
 
     addr: VirtAddr
     start: VirtAddr
     end: VirtAddr
     symbol: Symbol | None
+    behind: int = 0
+
+    @property
+    def at(self) -> VirtAddr:
+        """Where a probe goes: the instruction that is patched."""
+        return offset(self.addr, self.behind)
 
     @property
     def offset(self) -> int:
         return self.addr - self.start
+
+    @property
+    def in_full(self) -> str:
+        """``vfs_read+0x0 at +0x5``: with what is patched, where that is somewhere else."""
+        return f"{self} at +{self.offset + self.behind:#x}" if self.behind else str(self)
 
     def __str__(self) -> str:
         if self.symbol is None:
@@ -106,8 +122,11 @@ class Guest(Protocol):
     def ftrace_tracers(self) -> FtraceTracers:
         """Who traces in the guest now."""
 
-    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
-        """The guest's own kprobes as they are now: their addresses, and the bytes that they have overwritten there."""
+    def redirects(self) -> Mapping[VirtAddr, Redirect]:
+        """The functions whose calls go elsewhere now, by the address of the nop at their entry."""
+
+    def own_kprobes(self) -> GuestKprobes:
+        """The guest's own kprobes as they are now."""
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""

@@ -14,7 +14,7 @@ from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.window import Window
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
-from gdb_kprobe.session.guest import Guest
+from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.windows import Wish
@@ -68,12 +68,12 @@ class Jumps:
             return Refusal(Reason.NEEDS_HOST, addr, "a hit there ends a fault of another probe's instruction")
         return Wish(Action(self._programs.handlers(enabled)), partial(self.check, addr))
 
-    def preview(self, addr: VirtAddr, condition: Condition | None, counter: VirtAddr) -> Wish | Refusal:
+    def preview(self, place: Place, condition: Condition | None, counter: VirtAddr) -> Wish | Refusal:
         """The jump for a probe that there is not yet; it would count in *counter*."""
-        wish = self.wish(addr, ())
+        wish = self.wish(place.at, ())
         if isinstance(wish, Refusal):
             return wish
-        return replace(wish, action=Action((self._programs.handler(condition, counter),)))
+        return replace(wish, action=Action((self._programs.handler(condition, counter, place),)))
 
     def check(self, addr: VirtAddr, window: Window) -> Refusal | None:
         """Why the jump at *addr* must not be written now."""
@@ -96,6 +96,11 @@ class Jumps:
             if inside in words:
                 return Refusal(Reason.WINDOW_BUSY, addr, f"at {place(inside)}; it is tried again at the next stop")
         return None
+
+    def is_on_a_stack(self, addr: VirtAddr) -> bool:
+        """Whether somebody may have *addr* as a program counter or on a stack."""
+        words = self._live_words()
+        return words is None or addr in words
 
     def forget(self) -> None:
         """The machine may have run: who is where must be found out anew."""

@@ -43,7 +43,7 @@ class Leftover:
     def dispatches_itself(self) -> bool:
         """The guest has a dispatcher of its own, or needs none for jumps: it may run with nobody watching."""
         sites = [record for record in self.records if record.kind is RecordKind.SITE]
-        if all(len(site.patch.new) > 1 for site in sites):
+        if all(site.rung is Rung.OPTIMIZED for site in sites):
             return True
         hooks = (record for record in self.records if record.kind is RecordKind.HOOK)
         return any(is_armed(self.memory, hook) for hook in hooks)
@@ -71,7 +71,7 @@ class Leftover:
             record
             for record in self.records
             if record.kind is RecordKind.SITE
-            and len(record.patch.new) == 1
+            and record.rung is not Rung.OPTIMIZED
             and (record.rung is Rung.SINGLE_STEP or not by_itself)
         )
         return tuple(note for record in needing if (note := restore_site(self.memory, record)))

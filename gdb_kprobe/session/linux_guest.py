@@ -25,12 +25,13 @@ from gdb_kprobe.linux.ftrace import (
     read_ftrace_records,
     read_ftrace_tracers,
 )
-from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
+from gdb_kprobe.linux.guest_kprobes import GuestKprobes, read_guest_kprobes
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
+from gdb_kprobe.linux.redirects import Redirect, read_redirects
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
     StackKind,
@@ -219,10 +220,17 @@ class LinuxGuest:
     def ftrace_tracers(self) -> FtraceTracers:
         return read_ftrace_tracers(self.memory, self.kallsyms, self.btf)
 
-    def own_kprobes(self) -> Mapping[VirtAddr, bytes]:
+    def redirects(self) -> Mapping[VirtAddr, Redirect]:
+        if self._redirects_read is None:
+            found = {}
+            if self.btf.has_member("dyn_ftrace", "flags"):
+                found = dict(read_redirects(self.memory, self.kallsyms, self.btf))
+            self._redirects_read = found
+        return self._redirects_read
+
+    def own_kprobes(self) -> GuestKprobes:
         if self._kprobes_read is None:
-            found = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
-            self._kprobes_read = {probe.addr: probe.original for probe in found}
+            self._kprobes_read = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
         return self._kprobes_read
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
@@ -288,6 +296,7 @@ class LinuxGuest:
     def refresh(self) -> None:
         self.memory.invalidate()
         self._kprobes_read = None
+        self._redirects_read = None
         self._read_modules()
 
     # -- private ------------------------------------------------------------------------------------------------
@@ -330,7 +339,8 @@ class LinuxGuest:
     _core_runs: list[Run] | None = None
     """The core kernel's text, which stays: what is known of it is, too."""
     _ftrace_read: FtraceRecords | None = None
-    _kprobes_read: Mapping[VirtAddr, bytes] | None = None
+    _kprobes_read: GuestKprobes | None = None
+    _redirects_read: Mapping[VirtAddr, Redirect] | None = None
 
     def _symbol(self, location: Location) -> Symbol:
         what = f"cannot probe {location}"

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import ConnectionLostError, KprobeError
 from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.context import HitContext
-from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Probe, Site
 
 COMES, GOES = "do_init_module", "free_module"
@@ -31,7 +32,7 @@ class Acts:
     changes of its sites.
     """
 
-    arm: Callable[[Probe, Place], None]
+    arm: Callable[[Probe, Location], None]
     drop: Callable[[Probe], None]
     forget: Callable[[Site], None]
     act: Callable[[], AbstractContextManager[None]]
@@ -76,7 +77,7 @@ class ModuleWatch:
             for symbol, handler in ((COMES, self._on_come), (GOES, self._on_go)):
                 probe = Probe(parse_definition(f"p:watch_{symbol} {symbol}"), pre=handler, hidden=True)
                 try:
-                    self._acts.arm(probe, self._guest.resolve(probe.spec.location))
+                    self._acts.arm(probe, probe.spec.location)
                 except ConnectionLostError:
                     raise
                 except KprobeError as error:
@@ -110,9 +111,8 @@ class ModuleWatch:
         module = module_of(probe)
         self.waiting.remove(probe)
         try:
-            place = self._guest.resolve(replace(probe.spec.location, module=module))
             with self._acts.act():
-                self._acts.arm(probe, place)
+                self._acts.arm(probe, replace(probe.spec.location, module=module))
         except ConnectionLostError:
             self.waiting.append(probe)
             raise

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.linux.branch_targets import CodeReferences, cuts, find_references
+from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr
-from gdb_kprobe.session.function_text import kprobes_in, without_kprobes
+from gdb_kprobe.session.function_text import without_kprobes
 from gdb_kprobe.target.protocols import Memory
 
 _THUNK = "__x86_indirect_thunk_"
@@ -29,7 +30,7 @@ class Snapshot:
 
     facts: TextFacts
     windows: tuple[tuple[VirtAddr, bytes], ...]
-    kprobes: Mapping[VirtAddr, bytes]
+    kprobes: GuestKprobes
 
     @property
     def size(self) -> int:
@@ -42,14 +43,15 @@ class Snapshot:
         return sorted({VirtAddr(addr) for table in self.facts.kallsyms.tables for addr in table.addrs})
 
 
-def take_snapshot(memory: Memory, facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], text: TextMap) -> Snapshot:
+def take_snapshot(memory: Memory, facts: TextFacts, kprobes: GuestKprobes, text: TextMap) -> Snapshot:
     """Read the text of a stopped guest; *text* knows what of it is ours."""
     windows = []
     for window in facts.text:
         for part in _without(window, facts.init):
-            data = text.original(part.start, memory.read(part.start, part.size))
-            windows.append((part.start, without_kprobes(part.start, data, kprobes)))
-    return Snapshot(facts, tuple(windows), dict(kprobes))
+            # Where both have patched a byte, the guest's kprobe came later.
+            data = without_kprobes(part.start, memory.read(part.start, part.size), kprobes)
+            windows.append((part.start, text.original(part.start, data)))
+    return Snapshot(facts, tuple(windows), kprobes)
 
 
 def pieces(snapshot: Snapshot) -> Iterator[Piece]:
@@ -60,7 +62,7 @@ def pieces(snapshot: Snapshot) -> Iterator[Piece]:
             yield piece_at(snapshot.facts, snapshot.kprobes, VirtAddr(at), code[at - start : end - start])
 
 
-def piece_at(facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], addr: VirtAddr, code: bytes) -> Piece:
+def piece_at(facts: TextFacts, kprobes: GuestKprobes, addr: VirtAddr, code: bytes) -> Piece:
     """What the guest says of *code* at *addr*, which is of one symbol."""
     window = AddressRange(addr, VirtAddr(addr + len(code)))
     sites: list[tuple[int, int, Reason]] = []
@@ -77,7 +79,7 @@ def piece_at(facts: TextFacts, kprobes: Mapping[VirtAddr, bytes], addr: VirtAddr
     if rule is not None:
         return Piece(addr, code, rule=rule.reason)
     sites += [(site.addr, site.size, site.reason) for site in facts.sites_in(window)]
-    sites += [(at, max(len(kprobes[at]), 1), Reason.GUEST_KPROBE) for at in kprobes_in(kprobes, window)]
+    sites += [(kprobe.addr, kprobe.size, Reason.GUEST_KPROBE) for kprobe in kprobes.within(window)]
     table = facts.tables.ex_table
     return Piece(addr, code, None, sites, table[bisect_left(table, addr) : bisect_left(table, window.end)])
 

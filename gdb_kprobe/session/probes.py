@@ -120,6 +120,10 @@ class Site:
     """The module that the text belongs to (:meth:`Guest.owner_of`)."""
     watchers: set[VirtAddr] = field(default_factory=set)
     """Sites whose :attr:`fixup` this one is."""
+    saved: bool = False
+    """A kprobe of the guest's own has saved its jump, which must not change (:mod:`gdb_kprobe.session.saved_jumps`)."""
+    retired: list[Counter] = field(default_factory=list)
+    """Counters of probes that are gone, to which its jump still leads."""
     service: Service | None = None
     """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
 

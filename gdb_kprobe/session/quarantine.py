@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.moment import Moment
 from gdb_kprobe.session.region import Region
+from gdb_kprobe.session.saved_jumps import savers
 from gdb_kprobe.target.protocols import Cpus
 
 
@@ -35,6 +37,20 @@ class Quarantine:
             self._moment.change()
         return released
 
+    def is_clear(self, code: AddressRange) -> bool:
+        """Whether nobody is in *code*, which is in the region, or comes back to it, a kprobe of the guest's apart."""
+        words = self._words()
+        inside = [self._machine.read_register(cpu, "rip") for cpu in self._machine.cpus()]
+        return words is not None and not any(word in code for word in words + inside)
+
     def _stack_words(self) -> list[int] | None:
+        """Where somebody comes back to in the region; also a kprobe of the guest's own that has saved a jump there."""
+        words = self._words()
+        if words is None:
+            return None
+        saved = savers(self._guest.own_kprobes(), self._region.header.code)
+        return words + [kprobe.leads_to for kprobe in saved if kprobe.leads_to is not None]
+
+    def _words(self) -> list[int] | None:
         pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
         return self._guest.stack_words_into(self._region.header.range, pointers)

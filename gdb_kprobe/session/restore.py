@@ -15,6 +15,7 @@ from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
+from gdb_kprobe.session.saved_jumps import HINT, saved_records, why
 from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
@@ -23,13 +24,15 @@ from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 class Restored:
     """What was found and done. *kept* is the header whose slots must stay, for somebody may still be in one.
 
-    *definitions* are the probes there were, with their counts.
+    *definitions* are the probes there were, with their counts. *saved* are the jumps that must stay, for kprobes of the
+    guest's own have saved them (:mod:`gdb_kprobe.session.saved_jumps`).
     """
 
     messages: tuple[str, ...] = ()
     kept: Header | None = None
     sites: int = 0
     definitions: tuple[Definition, ...] = ()
+    saved: tuple[Record, ...] = ()
 
 
 def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr) -> Restored:
@@ -48,8 +51,14 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     records = tuple(iter_records(memory, header))
     sites = tuple(record for record in records if record.kind is RecordKind.SITE)
     bring_out(machine, guest, records, header)
+    saved = tuple(saved_records(guest.memory, guest.own_kprobes(), header.code, records))
+    sites = tuple(site for site in sites if site not in saved)
     armed = sum(is_armed(guest.memory, site) for site in sites)
-    messages = [note for record in records if (note := restore_site(guest.memory, record))]
+    messages = [note for record in records if record not in saved and (note := restore_site(guest.memory, record))]
+    messages += [
+        f"{guest.place_of(record.patch.addr)}: {why('it')}: the jump stays, and the region's mapping; {HINT}"
+        for record in saved
+    ]
     messages += _return_records(guest, sites)
     definitions = read_definitions(memory, header)
     if armed:
@@ -59,11 +68,12 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     if not header.identity.entry_addr:
         # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
         memory.write_physical(phys, bytes(8))
-        return Restored(tuple(messages), header, len(sites), definitions)
+        return Restored(tuple(messages), header, len(sites), definitions, saved)
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
         messages.append("a task is still inside the old region: its mapping is kept")
-        return Restored(tuple(messages), header, len(sites), definitions)
+    if words is None or words or saved:
+        return Restored(tuple(messages), header, len(sites), definitions, saved)
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
     memory.write_physical(phys, bytes(8))
     guest.memory.invalidate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdb_kprobe.errors import RegionError
+from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.definitions import Definitions
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.quarantine import Quarantine
@@ -39,6 +40,18 @@ class Roll:
         counter = probe.take_counter()
         if counter is not None:
             self._counters.free(counter)
+
+    def retire(self, probe: Probe) -> Counter | None:
+        """Undo that, but do not give the counter back yet: code that leads to it stays. It counts no more."""
+        self._definitions.remove(probe)
+        counter = probe.take_counter()
+        if counter is not None:
+            counter.enable(False)
+        return counter
+
+    def release(self, counter: Counter) -> None:
+        """Give the counter of a probe that was retired back."""
+        self._counters.free(counter)
 
     def clear(self) -> None:
         """Forget all definitions."""

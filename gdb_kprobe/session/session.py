@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.language.spec import ProbeSpec
-from gdb_kprobe.model import Boost, CpuId, Rung, VirtAddr
+from gdb_kprobe.language.spec import Location, ProbeSpec
+from gdb_kprobe.model import Boost, CpuId, Entry, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
+from gdb_kprobe.session.entries import Entries
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.jumps import Jumps
@@ -61,6 +62,7 @@ class Session:
         in_guest: GuestDispatch | None = None,
         boost: Boost = Boost.RELOCATE,
         jumps: bool = True,
+        entry: Entry = Entry.BEHIND,
     ) -> None:
         """*in_guest* is the dispatcher in the guest; ``None``: every int3 stops at the #BP entry for the host.
 
@@ -76,6 +78,8 @@ class Session:
         """What listeners raised that were dropped for it."""
         self.notes: list[str] = []
         """What else the user is to be told."""
+        self._redirected: dict[str, str] = {}
+        """By name of the probe, why its hits are not the calls of its function."""
         self.text = TextMap()
         """Which bytes of the guest's text are ours."""
         self._listeners: list[Callable[[Hit], None]] = []
@@ -111,8 +115,9 @@ class Session:
             self._dispatcher,
             self._roll,
             self._quarantine,
+            Entries(guest, self.text, entry, table),
         )
-        acts = Acts(self.sites.put, self.sites.take, self._forget, self._moment.act)
+        acts = Acts(self._put, self.sites.take, self._forget, self._moment.act)
         self.modules = ModuleWatch(guest, table, acts, self.notes)
 
     # -- probes -------------------------------------------------------------------------------------------------
@@ -135,6 +140,7 @@ class Session:
         self._look()
         with self._moment.act():
             self._add(probe)
+        self._tell_redirected()
         return probe
 
     def add_many(
@@ -227,6 +233,10 @@ class Session:
         if site is None:
             return State.GONE if probe.gone else State.PENDING
         return State.ARMED if site.armed and probe.enabled else State.DISABLED
+
+    def redirected(self, probe: Probe) -> str:
+        """Why the hits of *probe* are not the calls of its function, if they are not; as it was at the last stop."""
+        return self.sites.redirected(probe)
 
     def listen(self, listener: Callable[[Hit], None]) -> None:
         """Have *listener* told of every hit, which the host handles then. One that raises is dropped."""
@@ -353,8 +363,9 @@ class Session:
             pass  # what is not restored is told below, site by site
         restored = 0
         with self.region.memory.batch():
+            problems += self.sites.leave_saved()
             for site in reversed(self.sites.all()):
-                if site.armed:
+                if site.armed and not site.saved:
                     try:
                         self.sites.disarm(site, trapped=False)
                         restored += 1
@@ -397,7 +408,21 @@ class Session:
             if self.sites.is_gone(site):
                 with self._moment.act():
                     self._forget(site)
+        notes, free = self.sites.look_at_saved()
+        self.notes += notes
+        for site in free:
+            with self._moment.act():
+                self.sites.settle_saved(site)
         self.modules.look()
+        self._tell_redirected()
+
+    def _tell_redirected(self) -> None:
+        """Note what the guest has redirected since the last look."""
+        now = {}
+        if self.guest.redirects():
+            now = {probe.name: why for probe in self.probes if (why := self.redirected(probe))}
+        self.notes += [f"{name}: {why}" for name, why in now.items() if self._redirected.get(name) != why]
+        self._redirected = now
 
     def _check_boot(self) -> None:
         """:raises GuestResetError: the machine does not run what was attached to."""
@@ -465,13 +490,15 @@ class Session:
                 raise
             self.modules.wait(probe)
             return
-        place = self.sites.place_of(probe.spec.location)
         self.probes.add(probe)
         try:
-            self.sites.put(probe, place)
+            self._put(probe, probe.spec.location)
         except BaseException:
             self.probes.remove(probe)
             raise
+
+    def _put(self, probe: Probe, location: Location) -> None:
+        self.sites.put(probe, self.sites.place_of(location))
 
     def _delete(self, probe: Probe) -> None:
         if probe.gone or probe in self.modules.waiting:

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
+from gdb_kprobe.kprobes.detour import Action
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux.ftrace import SITE_SIZE
-from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.model import Reason, Refusal, Rung, VirtAddr, offset
 from gdb_kprobe.session.borrows import Borrows
 from gdb_kprobe.session.dispatch import StubDispatcher
+from gdb_kprobe.session.entries import Entries
+from gdb_kprobe.session.function_text import guest_kprobe_in
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.header import Record
 from gdb_kprobe.session.jumps import Jumps
@@ -27,6 +29,7 @@ from gdb_kprobe.session.quarantine import Quarantine
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
+from gdb_kprobe.session.saved_jumps import HINT, is_as_saved, plan_of, savers, why
 from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
 from gdb_kprobe.session.windows import Wish
 from gdb_kprobe.target.protocols import Machine
@@ -51,6 +54,7 @@ class Sites:
         dispatcher: StubDispatcher,
         roll: Roll,
         quarantine: Quarantine,
+        entries: Entries,
     ) -> None:
         """*text* is kept in step with what is armed."""
         self._machine = machine
@@ -64,6 +68,7 @@ class Sites:
         self._dispatcher = dispatcher
         self._roll = roll
         self._quarantine = quarantine
+        self._entries = entries
         self._borrows = Borrows(guest)
 
     def all(self) -> tuple[Site, ...]:
@@ -75,7 +80,7 @@ class Sites:
 
     def of(self, probe: Probe) -> Site | None:
         """The site of *probe*; ``None`` when it has none (yet, any more, or for now)."""
-        return None if probe.place is None or probe.gone else self._table[probe.place.addr]
+        return None if probe.place is None or probe.gone else self._table[probe.place.at]
 
     def need(self, probe: Probe) -> Site:
         """The site of *probe*, which must have one.
@@ -118,6 +123,79 @@ class Sites:
         self.forget_moment()
         self._borrows.retry()
 
+    def look_at_saved(self) -> tuple[list[str], list[Site]]:
+        """Which jumps have kprobes of the guest's own saved by now? What to tell of them, and the sites that are free.
+
+        The latter were saved before: they are to be :meth:`settle_saved`.
+        """
+        notes, free = [], []
+        saved = {kprobe.addr for kprobe in savers(self._guest.own_kprobes(), self._region.header.code)}
+        for addr in saved:
+            site = self._table.get(addr)
+            if site is not None and site.armed and site.is_jump and not site.saved:
+                site.saved = True
+                names = ", ".join(probe.name for probe in site.probes)
+                notes.append(
+                    f"{names}: {why(self._guest.place_of(addr))}. Both count all hits; until it is removed in the "
+                    "guest the jump stays as it is, also at stops and after a detach"
+                )
+        for site in self._table.values():
+            # A vCPU that has taken the guest's int3 may be on its way to our detour after the kprobe has gone.
+            if site.saved and site.addr not in saved and not self._jumps.is_on_a_stack(offset(site.addr, 1)):
+                free.append(site)
+        return notes, free
+
+    def redirected(self, probe: Probe) -> str:
+        """Why the hits of *probe* are not the calls of its function, if they are not."""
+        site = self.of(probe)
+        if site is None or probe.place is None:
+            return ""
+        return self._entries.redirected(probe.place, site.plan.patch.range)
+
+    def settle_saved(self, site: Site) -> None:
+        """No kprobe of the guest's has the jump of *site* saved any more: have it as its probes want."""
+        site.saved = False
+        self.match(site)
+        self._drop_unused(site)
+
+    def keep_saved(self, record: Record) -> None:
+        """Have the jump of *record*, which another session has left because a kprobe of the guest's has saved it."""
+        plan = plan_of(self._guest.memory, record)
+        if plan is None:
+            return
+        site = Site(plan, armed=True, owner=self._guest.owner_of(plan.insn.addr), saved=True)
+        self._region.slots.claim(record.slot)
+        self._region.store.add(record, self._region.slots.high_water)
+        self._table[site.addr] = site
+        self._text.add(plan.patch)
+        self._jumps.add(site)
+        self._quieten(site)
+
+    def leave_saved(self) -> list[str]:
+        """The session ends: have the jumps that are saved do nothing but what they replace. Returns what to tell."""
+        problems = []
+        for site in self._table.values():
+            if site.saved and site.armed:
+                self._quieten(site)
+                problems.append(
+                    f"{self._guest.place_of(site.addr)}: {why('it')}: the jump stays, and with it the region; {HINT}, "
+                    "then 'kprobe attach' and 'kprobe detach' take both away"
+                )
+        return problems
+
+    def _quieten(self, site: Site) -> None:
+        """Have the detour of *site* count nothing, if nobody is in it; what it counts in may become somebody else's."""
+        assert site.plan.detour is not None
+        if self._quarantine.is_clear(site.plan.slot.range):
+            code = replace(site.plan.detour, action=Action(())).emit(site.plan.slot.code)
+            write_verified(self._guest.memory, site.plan.slot.code, code)
+
+    def _check_not_saved(self, site: Site | None, addr: VirtAddr) -> None:
+        """:raises RefusedError: *site* cannot change for a probe at *addr*, for its jump is saved."""
+        if site is not None and site.saved:
+            refusal = Refusal(Reason.GUEST_KPROBE, addr, why(self._guest.place_of(site.addr)), HINT)
+            raise RefusedError(f"cannot probe {self._guest.place_of(addr)}", refusal)
+
     def is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
         if not site.owner:
@@ -125,9 +203,14 @@ class Sites:
         if self._guest.owner_of(site.addr) != site.owner:
             return True
         patch = site.plan.patch
+        if site.saved:
+            return not is_as_saved(self._guest.memory, site.addr, patch.new)
         return site.armed and not holds(self._guest.memory, site.addr, patch.old if self._routes.lifted else patch.new)
 
     def holds_ours(self, site: Site) -> bool:
+        """Whether the text of *site* is ours, and the guest must not run without us."""
+        if site.saved:
+            return False
         return holds(self._guest.memory, site.addr, site.plan.patch.new)
 
     def shape(self) -> list[object]:
@@ -137,27 +220,33 @@ class Sites:
     # -- plans ----------------------------------------------------------------------------------------------------
 
     def place_of(self, location: Location) -> Place:
-        """Where the user wants a probe: of a function whose entry calls a tracer now, behind that call."""
-        place = self._guest.resolve(location)
-        if location.offset or place.symbol is None or place.addr in self._table:
-            return place
-        for site in self._guest.ftrace_sites(AddressRange(place.addr, offset(place.addr, 1))):
-            if site.is_enabled and site.ip == place.addr:
-                return self._guest.resolve(replace(location, offset=SITE_SIZE))
-        return place
+        """Where the user wants a probe, and where it goes.
+
+        :raises RefusedError: there is no such place.
+        """
+        return self._entries.place_of(location)
 
     def preview(self, place: Place, condition: Condition | None, strategy: Rung | None) -> Plan:
         """What a probe at *place* would be; nothing is changed.
 
         :raises RefusedError: a rule says no.
         """
-        site = self._table.get(place.addr)
+        site = self._table.get(place.at)
+        self._check_not_saved(site, place.at)
         if site is not None:
             return site.plan
-        wish = self._jumps.preview(place.addr, condition, self._region.header.counters.start)
-        plan = self._plan(place, False, strategy, wish)
+        self._check_entry(place)
+        wish = self._jumps.preview(place, condition, self._region.header.counters.start)
+        with self._entries.explained(place):
+            plan = self._plan(self._guest.place_of(place.at), False, strategy, wish)
         self._region.slots.discard(plan.slot)
         return plan
+
+    def _check_entry(self, place: Place) -> None:
+        """:raises RefusedError: hits there would not be the calls of the function that the user named."""
+        refusal = self._entries.refusal(place)
+        if refusal is not None:
+            raise RefusedError(f"cannot probe {place}", refusal)
 
     def _plan(self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal | None = None) -> Plan:
         """Plan *place*. Where a jump is asked for and must wait, it is planned for an int3 until then."""
@@ -187,23 +276,27 @@ class Sites:
         :raises RefusedError: a rule says no.
         :raises KprobeError: the site is of another rung than *probe* asks for, or the guest does not hold what it must.
         """
-        site, strategy = self._table.get(place.addr), probe.strategy
+        site, strategy = self._table.get(place.at), probe.strategy
+        at = self._guest.place_of(place.at)
+        self._check_entry(place)
+        self._check_not_saved(site, at.addr)
         if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
-            self._replan(site, self._plan(place, True, None))
+            self._replan(site, self._plan(at, True, None))
         elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
             # It is only a fixup that is watched: any rung will do.
-            self._replan(site, self._plan(place, False, strategy))
-        self._show(place.addr)
+            self._replan(site, self._plan(at, False, strategy))
+        self._show(at.addr)
         probe.place = place
         try:
             self._roll.enter(probe)
             if site is None:
-                wish = self._jumps.wish(place.addr, [probe])
-                plan = self._plan(place, probe.post is not None, strategy, wish)
-                site = self._table[place.addr] = self._new_site(plan)
+                wish = self._jumps.wish(at.addr, [probe])
+                with self._entries.explained(place):
+                    plan = self._plan(at, probe.post is not None, strategy, wish)
+                site = self._table[at.addr] = self._new_site(plan)
             elif strategy not in (None, site.strategy, site.plan.rung):
                 raise KprobeError(
-                    f"{place} is probed already, as {site.plan.rung}",
+                    f"{at} is probed already, as {site.plan.rung}",
                     f"'set kprobe strategy auto', or delete {', '.join(other.name for other in site.probes)} first",
                 )
             site.probes.append(probe)
@@ -230,7 +323,11 @@ class Sites:
         except BaseException:
             site.probes.insert(at, probe)
             raise
-        self._roll.strike(probe)
+        if site.saved:
+            counter = self._roll.retire(probe)
+            site.retired += [] if counter is None else [counter]
+        else:
+            self._roll.strike(probe)
         self._drop_unused(site)
 
     def _new_site(self, plan: Plan) -> Site:
@@ -240,13 +337,15 @@ class Sites:
         return Site(plan, fixup=None if fixup == addr else fixup, owner=self._guest.owner_of(addr))
 
     def _drop_unused(self, site: Site) -> None:
-        if not site.in_use:
+        if not site.in_use and not site.saved:
             del self._table[site.addr]
             self._free_slots(site)
 
     def _free_slots(self, site: Site) -> None:
         self._region.slots.free(site.plan.slot)
         self._routes.free(site)
+        while site.retired:
+            self._roll.release(site.retired.pop())
 
     def forget(self, site: Site) -> tuple[Probe, ...]:
         """Drop *site* and write nothing to its text: it belongs to somebody else now. Returns its probes.
@@ -265,7 +364,9 @@ class Sites:
     # -- rungs ----------------------------------------------------------------------------------------------------
 
     def match(self, site: Site) -> None:
-        """Arm or disarm *site*, as its probes want."""
+        """Arm or disarm *site*, as its probes want; one that is saved stays, and its counters do what they are told."""
+        if site.saved:
+            return
         if site.wanted:
             self._fit(site)
         if site.wanted and not site.armed:
@@ -290,9 +391,9 @@ class Sites:
         Returns what went wrong.
         """
         self._jumps.forget()
-        for site, why in tuple(self._jumps.disturbed()):
-            if site.is_jump:
-                self._lower_rung(site, why)
+        for site, refusal in tuple(self._jumps.disturbed()):
+            if site.is_jump and not site.saved:
+                self._lower_rung(site, refusal)
         problems: list[str] = []
         for site in self.armed():
             declined = site.plan.not_optimized
@@ -307,7 +408,7 @@ class Sites:
 
     def _fit(self, site: Site) -> None:
         """Have *site* on the rung that its probes want now, and that the moment allows."""
-        if site.needs_post or not site.probes:
+        if site.needs_post or not site.probes or site.saved:
             return
         wish = self._jumps.wish(site.addr, site.probes, bool(site.watchers))
         detour, declined = site.plan.detour, site.plan.not_optimized
@@ -324,6 +425,7 @@ class Sites:
     def _show(self, addr: VirtAddr) -> None:
         """Take away the jump that hides the instruction at *addr*; it comes back when nobody needs that any more."""
         site = self._jumps.hiding(addr)
+        self._check_not_saved(site, addr)
         if site is not None:
             self._lower_rung(site, Refusal(Reason.PROBED_INSIDE, site.addr, f"at {self._guest.place_of(addr)}"))
 
@@ -364,6 +466,8 @@ class Sites:
         problems = []
         with self._region.memory.batch():
             for site in self.armed():
+                if site.saved:
+                    continue  # it was never taken away
                 try:
                     apply(self._guest.memory, [site.plan.patch])
                 except ConnectionLostError:
@@ -379,12 +483,16 @@ class Sites:
         """Restore the text of all armed sites; they stay armed."""
         with self._region.memory.batch():
             for site in self.armed():
-                if self.holds_ours(site):
+                if not site.saved and self.holds_ours(site):
                     apply(self._guest.memory, [site.plan.patch.inverse])
 
     def _arm(self, site: Site) -> None:
         """Record first, then the slot, the breakpoint, and the text last: at no moment is an int3 without a way out."""
         plan = site.plan
+        # What the guest has put there since the plan was made.
+        refusal = guest_kprobe_in(self._guest, plan.patch.range)
+        if refusal is not None:
+            raise RefusedError(f"cannot probe {self._guest.place_of(site.addr)}", refusal)
         with contextlib.ExitStack() as undo:
             self._watch_fixup(site)
             undo.callback(self._unwatch_fixup, site)

@@ -52,7 +52,7 @@ class Windows:
             return refusal
         text = code[window.start - place.start : window.end - place.start]
         flags = self._flags(known, insn.addr)
-        return Detour(window, _executed(window.start, text), text, wish.action, flags)
+        return Detour(window, executed(window.start, text), text, wish.action, flags)
 
     def _flags(self, function: Function, addr: VirtAddr) -> Flags:
         if are_flags_dead(addr, function.settled, as_processors_do=True):
@@ -60,7 +60,7 @@ class Windows:
         return Flags.LAHF if self._guest.has_lahf else Flags.PUSHF
 
 
-def _executed(start: VirtAddr, text: bytes) -> tuple[Insn, ...]:
+def executed(start: VirtAddr, text: bytes) -> tuple[Insn, ...]:
     """The instructions of *text* up to the one behind which execution does not go on."""
     insns: list[Insn] = []
     at = 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.session.linux_guest import LinuxGuest
@@ -32,16 +34,27 @@ class Probed:
     def profile(self) -> str:
         return profile(self.guest)
 
+    @property
+    def borrowing(self) -> Path:
+        """A profile that borrows the nops at the entries of functions."""
+        text = (CONFIGS / f"{self.profile}.yaml").read_text()
+        path = self.guest.directory / "borrow.yaml"
+        path.write_text(text.replace("policy:\n", "policy:\n  entry: borrow\n"))
+        return path
+
     @contextlib.contextmanager
-    def gdb(self, *, attach: bool = True, dispatch: str = "auto", watchdog: bool = True) -> Iterator[GdbMi]:
+    def gdb(
+        self, *, attach: bool = True, dispatch: str = "auto", watchdog: bool = True, borrow: bool = False
+    ) -> Iterator[GdbMi]:
         """A gdb with the plugin, attached; it is closed at the end whatever happened.
 
-        *watchdog*: it has one, so that killing it leaves nothing to find.
+        *watchdog*: it has one, so that killing it leaves nothing to find. *borrow*: probes on functions borrow their
+        nops of the guest's ftrace.
         """
         with GdbMi(self.environment) as gdb:
             gdb.console(f"set kprobe watchdog {'on' if watchdog else 'off'}")
             if attach:
-                gdb.console(f"kprobe attach --dispatch {dispatch} {self.profile}")
+                gdb.console(f"kprobe attach --dispatch {dispatch} {self.borrowing if borrow else self.profile}")
             try:
                 yield gdb
             except BaseException:
@@ -82,9 +95,9 @@ class Probed:
 
 
 def patched_by(probe: dict[str, str]) -> set[int]:
-    """The bytes of text that *probe*, of ``-kprobe-list``, is in: a jump, or an int3."""
+    """The bytes of text that *probe*, of ``-kprobe-list``, is in: a jump, or an int3, and what fills the rest."""
     addr = int(probe["addr"], 16)
-    return set(range(addr, addr + (5 if probe["rung"] == "optimized" else 1)))
+    return set(range(addr, addr + int(probe["bytes"])))
 
 
 @pytest.fixture(scope="session")

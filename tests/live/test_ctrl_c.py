@@ -32,7 +32,7 @@ KERNEL = 1 << 63
 
 PROBES = (
     ("p:boosted __x64_sys_getpriority", "boosted"),
-    ("p:stepped __x64_sys_getpriority+5", "single-step"),
+    ("p:stepped __x64_sys_getpriority+0xb", "single-step"),
     ("p:inner __do_sys_getpriority", "boosted"),
 )
 PRINT = (

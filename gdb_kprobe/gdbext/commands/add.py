@@ -78,8 +78,9 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
     if site is None:
         write(f"{probe.name}: module {probe.spec.location.module} is not loaded; it is armed when it comes.")
         return
+    assert probe.place is not None
     state = f"armed, {site.plan.rung}" if probe.enabled else "disabled"
-    write(f"{probe.name}: {probe.place} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
+    write(f"{probe.name}: {probe.place.in_full} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
 
 
 def add_matching(pattern: str) -> None:

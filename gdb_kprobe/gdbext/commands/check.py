@@ -64,7 +64,9 @@ def _one(place: str) -> None:
     location = parse_definition(f"p {place}").location
     session, policy = link.session, link.profile.policy
     with link.stopped():
-        found = examine(session.guest, session.text, session.region.slots, location, policy.rungs, policy.boost)
+        goes = session.sites.place_of(location)
+        slots = session.region.slots
+        found = examine(session.guest, session.text, slots, location, policy.rungs, policy.boost, goes)
     write(check(check_view(found)))
 
 

@@ -22,7 +22,9 @@ def _probe(probe: Probe) -> dict[str, str]:
     return {
         "name": probe.name,
         "definition": str(probe.spec),
-        "addr": "" if probe.place is None else hex(probe.place.addr),
+        "addr": "" if probe.place is None else hex(probe.place.at),
+        "asked": "" if probe.place is None else hex(probe.place.addr),
+        "bytes": "" if site is None else str(len(site.plan.patch.old)),
         "place": "" if probe.place is None else str(probe.place),
         "state": State.PENDING if link is None else link.session.state_of(probe),
         "rung": "" if site is None else site.plan.rung,
@@ -30,6 +32,8 @@ def _probe(probe: Probe) -> dict[str, str]:
         "insn": "" if site is None else str(site.plan.insn),
         "hits": str(probe.hits),
         "missed": str(probe.missed),
+        "saved": "" if site is None else str(int(site.saved)),
+        "redirected": "" if link is None or site is None else link.session.redirected(probe),
         "error": probe.last_error,
     }
 
@@ -75,7 +79,8 @@ def _plan(argv: list[str]) -> dict[str, Any]:
     view = plan_view(*api.plan(" ".join(argv)))
     return {
         "plan": {
-            "addr": hex(view.place.addr),
+            "addr": hex(view.place.addr + view.place.behind),
+            "asked": hex(view.place.addr),
             "insn": view.insn,
             "rung": view.rung,
             "slot": hex(view.slot),

@@ -60,7 +60,12 @@ def find_path(machine: Machine, call: Call, functions: Sequence[VirtAddr]) -> Pa
     found = machine.functions(_armed_once(machine, call, functions))
     nops = {code.behind_nop: code.nop for code in found if code.behind_nop is not None and code.nop is not None}
     passed = _armed_once(machine, call, tuple(nops))
-    straight = [far_enough([addr for addr in code.insns if not code.in_loop(addr)])[:_EACH] for code in found]
+    # What is asked for at the nop or in front of it goes behind it.
+    bodies = [[addr for addr in code.insns if code.nop is None or addr > code.nop] for code in found]
+    straight = [
+        far_enough([addr for addr in body if not code.in_loop(addr)])[:_EACH]
+        for code, body in zip(found, bodies, strict=True)
+    ]
     apart = _armed_once(machine, call, list(itertools.chain(*straight)))
     return Path(call, tuple((nops[addr], addr) for addr in passed), tuple(apart))
 

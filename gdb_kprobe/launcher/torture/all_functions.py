@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
@@ -28,7 +27,10 @@ _COUNTED = "p___x64_sys_sched_get_priority_max_0"
 _CALLS = 1000
 _TIMEOUT = 600
 
-_SITES = "f'{site.addr} {site.plan.rung}' for site in plugin.the_plugin().link.session.sites.armed()"
+_SITES = (
+    "f'{site.addr} {site.plan.rung} {len(site.plan.patch.old)}' "
+    "for site in plugin.the_plugin().link.session.sites.armed()"
+)
 _SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
 
 
@@ -83,21 +85,23 @@ def _check(spec: GuestSpec, seconds: float) -> list[str]:
     return problems
 
 
-def _sites(gdb: GdbMi) -> dict[int, Rung]:
-    """The rung of each armed site, by address."""
+def _sites(gdb: GdbMi) -> dict[int, tuple[Rung, int]]:
+    """The rung of each armed site and how many bytes it has patched, by address."""
     words = gdb.console(f"python print(*({_SITES}))", timeout=_TIMEOUT).split()
-    return {int(addr): Rung(rung) for addr, rung in zip(words[::2], words[1::2], strict=True)}
+    return {
+        int(addr): (Rung(rung), int(size))
+        for addr, rung, size in zip(words[::3], words[1::3], words[2::3], strict=True)
+    }
 
 
-def _rungs(sites: Mapping[int, Rung]) -> str:
-    counts = Counter(sites.values())
+def _rungs(sites: Mapping[int, tuple[Rung, int]]) -> str:
+    counts = Counter(rung for rung, _ in sites.values())
     return ", ".join(f"{counts[rung]} {rung}" for rung in (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP))
 
 
-def _touched(sites: Mapping[int, Rung]) -> set[int]:
+def _touched(sites: Mapping[int, tuple[Rung, int]]) -> set[int]:
     """The bytes of text that the probes are in: a jump, or an int3."""
-    sizes = {addr: JUMP_SIZE if rung is Rung.OPTIMIZED else 1 for addr, rung in sites.items()}
-    return {addr + byte for addr, size in sizes.items() for byte in range(size)}
+    return {addr + byte for addr, (_, size) in sites.items() for byte in range(size)}
 
 
 def _work(guest: GuestVm, seconds: float) -> Iterator[None]:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.kprobes.landing import is_landing_pad
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES
+from gdb_kprobe.linux.ftrace import NOP
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
@@ -42,7 +44,6 @@ CALLS, OF_ONE = 20, 7
 _TIMEOUT = 120
 _ENTRY = 64
 """Bytes of a function that are looked at."""
-_ENDBR64 = b"\xf3\x0f\x1e\xfa"
 CANNOT_BE_RUN = 77
 """Exit status of a cell whose kernel cannot be had here; that of a skipped test in automake."""
 
@@ -226,7 +227,7 @@ def _places(kernel: LinuxGuest) -> Iterator[tuple[str, VirtAddr]]:
     """Where the probes are put: a function's entry and what is behind the jump there; the first instructions."""
     outer = _entry(kernel, OUTER)
     jump = next(outer)
-    yield "jump", jump.addr
+    yield "jump", _function(kernel, OUTER).start
     yield "trap", next(insn for insn in outer if insn.addr >= jump.addr + JUMP_SIZE).addr
     inner = _entry(kernel, INNER)
     yield "step", next(inner).addr
@@ -235,10 +236,10 @@ def _places(kernel: LinuxGuest) -> Iterator[tuple[str, VirtAddr]]:
 
 
 def _entry(kernel: LinuxGuest, symbol: str) -> Iterator[Insn]:
-    """The first instructions of a function, all of which every call executes, without an ``endbr64``."""
+    """The first instructions of a function, all of which every call executes, from where a probe on it goes."""
     function = _function(kernel, symbol)
     for insn in iter_insns(kernel.memory.read(function.start, _ENTRY), function.start):
-        if insn.raw != _ENDBR64:
+        if not is_landing_pad(insn.raw) and insn.raw != NOP:
             yield insn
 
 

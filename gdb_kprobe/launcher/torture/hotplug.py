@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import time
 
-from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.kprobes.patch import MAX_PATCH
+from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.functions import function_insns
 from kprobe_guest import GuestVm
 
 GETPRIORITY, CALLS = 140, 20_000
@@ -41,11 +43,15 @@ def run(options: argparse.Namespace) -> int:
                 gdb.console(f"kprobe attach {profile(guest)}")
                 gdb.console(f"kprobe p:jump {FUNCTION}")
                 gdb.console("set kprobe strategy boosted")
-                gdb.console(f"kprobe p:trap {FUNCTION}+{_second(gdb)}")
+                kernel = text.guest
+                function = kernel.resolve(Location(FUNCTION))
+                # A probe on the function is a jump behind its nop: this one is far enough.
+                last = function_insns(kernel, function.start, function.end)[-1]
+                gdb.console(f"kprobe p:trap {last.addr:#x}")
                 touched = {
                     int(probe["addr"], 16) + byte
                     for probe in gdb.command("-kprobe-list")["probes"]
-                    for byte in range(JUMP_SIZE)
+                    for byte in range(MAX_PATCH)
                 }
                 gdb.cont()
                 for number in range(options.n):
@@ -82,18 +88,3 @@ def _round(guest: GuestVm, gdb: GdbMi, cpus: int) -> None:
         status, output = guest.finish(job, timeout=60)
         assert status == 0, output
     assert guest.check_output(f"cat {ONLINE}").strip() == "1"
-
-
-def _second(gdb: GdbMi) -> int:
-    """The offset of the instruction behind the nop of the guest's ftrace."""
-    plan = gdb.command(f"-kprobe-plan {FUNCTION}")["plan"]
-    entry = int(plan["addr"], 16)
-    (site,) = [int(word) for word in gdb.console(_SITE.format(entry=entry)).split()]
-    return site - entry
-
-
-_SITE = (
-    "python from gdb_kprobe.gdbext import plugin; from gdb_kprobe.model import AddressRange; "
-    "g = plugin.the_plugin().link.session.guest; p = g.place_of({entry}); "
-    "print(*[int(s.window.end) for s in g.ftrace_sites(AddressRange(p.start, p.end))])"
-)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
 
-from gdb_kprobe.kprobes.window import JUMP_SIZE
+from gdb_kprobe.kprobes.patch import MAX_PATCH
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
@@ -29,6 +29,7 @@ from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments,
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.render.text import table
 from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.functions import function_insns
 from kprobe_guest import GuestVm
 
 GETPRIORITY = 140
@@ -37,7 +38,6 @@ CALLS, LOAD = 10_000, 200_000
 FUNCTION = "__x64_sys_getpriority"
 PATTERN = "sched_*"
 """Many probes, to be killed among them."""
-_ENDBR_SIZE = 4
 _ADD_MANY = f"kprobe add '{PATTERN}'"
 HANDLED = "__do_sys_getpriority"
 """Where a probe is that needs gdb."""
@@ -127,14 +127,16 @@ class Kill9:
         kernel = self._text.guest
         function = kernel.resolve(Location(FUNCTION))
         (nop,) = kernel.ftrace_sites(AddressRange(function.start, function.end))
-        self._behind = kernel.place_of(nop.window.end)
+        # A probe on the function is a jump behind the nop: this one is far enough.
+        self._last = function_insns(kernel, function.start, function.end)[-1].addr
         addrs = [
             nop.ip,
-            self._behind.addr,
+            nop.window.end,
+            self._last,
             kernel.resolve(Location(HANDLED)).start,
             *(place.addr for place in kernel.functions(PATTERN)),
         ]
-        self._touched = {addr + byte for addr in addrs for byte in range(JUMP_SIZE + _ENDBR_SIZE)}
+        self._touched = {addr + byte for addr in addrs for byte in range(MAX_PATCH)}
         self._adding, self._detaching = self._measure()
 
     def rounds(self) -> Iterator[Round]:
@@ -228,7 +230,7 @@ class Kill9:
         gdb.console(f"kprobe add p:filtered {FUNCTION} if ip != 12345")
         gdb.console(f"kprobe add --disabled p:off {FUNCTION}")
         gdb.console("set kprobe strategy boosted")
-        gdb.console(f"kprobe add p:trap {self._behind.addr:#x}")
+        gdb.console(f"kprobe add p:trap {self._last:#x}")
         # Jumps would need the text's branches read, which takes most of the time.
 
     def _measure(self) -> tuple[float, float]:

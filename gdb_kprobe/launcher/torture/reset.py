@@ -31,7 +31,7 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
-PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+5", "boosted"), ("p:open do_sys_openat2", "auto"))
+PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+0xb", "boosted"), ("p:open do_sys_openat2", "auto"))
 _TIMEOUT = 60
 _READY = "/tmp/ready-to-reset"
 _DELAY = 3

@@ -33,7 +33,7 @@ GETPRIORITY = 140
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
 PROBE = f"p:mine {FUNCTION}"
-OTHERS = (f"p:other {FUNCTION}+5", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
+OTHERS = (f"p:other {FUNCTION}+0xb", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
 _MOMENT = 0.2
 """Seconds in which a stop or a resume is over."""
 

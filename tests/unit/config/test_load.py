@@ -19,7 +19,7 @@ from gdb_kprobe.config.profile import (
     SharedMemory,
 )
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import Boost, PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import Boost, Entry, PhysAddr, Rung, VirtAddr
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -107,6 +107,12 @@ def test_rungs_are_best_first_however_they_are_written(write: Write) -> None:
 def test_what_is_boosted_may_be_said_without_rungs(write: Write, boost: Boost) -> None:
     path = write(f"gdbstub: :1\nregion: {{source: ivshmem}}\npolicy: {{boost: {boost}}}\n")
     assert load_profile(path).policy == PolicyConfig((Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP), boost)
+
+
+@pytest.mark.parametrize("entry", list(Entry))
+def test_where_probes_on_functions_go(write: Write, entry: Entry) -> None:
+    path = write(f"gdbstub: :1\nregion: {{source: ivshmem}}\npolicy: {{entry: {entry}}}\n")
+    assert load_profile(path).policy.entry is entry
 
 
 def test_virtual_auto_is_no_placement(write: Write) -> None:

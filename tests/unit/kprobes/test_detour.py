@@ -98,6 +98,8 @@ def test_flags_that_nobody_reads_are_not_saved() -> None:
 def test_the_jump_leads_there() -> None:
     detour = make("pushes", (Handler(PROGRAMS[""], DATA),), Flags.DEAD)
     patch = detour.patch(SLOT)
-    assert (patch.addr, patch.old) == (ADDR, bytes.fromhex(WINDOWS["pushes"])[:5])
+    # All of the window is replaced, so that what decodes it comes out behind it.
+    assert (patch.addr, patch.old) == (ADDR, bytes.fromhex(WINDOWS["pushes"]))
     assert decode(patch.new, ADDR).branch_target == SLOT
+    assert patch.new[5:] == b"\xcc"
     assert detour.size == len(detour.emit(SLOT))

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdb_kprobe.kprobes.patch import CodePatch, TextMap, recover
+from gdb_kprobe.kprobes.patch import MAX_PATCH, CodePatch, TextMap, over, recover
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.x86.decode import iter_insns
 
 BASE = VirtAddr(0xFFFF_FFFF_8100_0000)
 
@@ -16,6 +17,24 @@ def test_the_inverse_undoes_a_patch() -> None:
     patch = CodePatch(BASE, b"\x55", b"\xcc")
     assert patch.inverse == CodePatch(BASE, b"\xcc", b"\x55")
     assert patch.inverse.inverse == patch
+
+
+@pytest.mark.parametrize("size", range(5, 20))
+def test_what_decodes_a_filled_window_comes_out_behind_it(size: int) -> None:
+    """As the guest's ``can_probe`` does: from the patch to the instruction behind the window, whatever was in it."""
+    text = bytes(range(0x80, 0x80 + size))
+    patch = over(BASE, text, b"\xe9\x00\x00\x00\x00")
+    assert len(patch.old) <= MAX_PATCH
+    now = patch.new + text[len(patch.new) :]
+    first, *rest = iter_insns(now + b"\x90", BASE)
+    assert (first.length, rest[-1].addr, rest[-1].raw) == (5, BASE + size, b"\x90")
+    # Nothing in between may be probed: int3, but for a nop at the end of the longest.
+    assert {insn.raw for insn in rest[:-1] if insn.length == 1} <= {b"\xcc"}
+    assert patch.inverse.new == text[: len(patch.new)]
+
+
+def test_an_int3_is_filled_up_to_the_end_of_its_instruction() -> None:
+    assert over(BASE, bytes.fromhex("4889e5"), b"\xcc") == CodePatch(BASE, bytes.fromhex("4889e5"), b"\xcc\xcc\xcc")
 
 
 @pytest.mark.parametrize(("old", "new"), [(b"", b""), (b"\x55", b"\xcc\xcc")])

@@ -84,9 +84,13 @@ def test_by_the_kernels_rules_only_what_it_boosts_is_boosted(code: str, rung: Ru
 
 
 @pytest.mark.parametrize("code", INSNS)
-def test_the_text_gets_one_int3_over_the_first_byte(code: str, slots: SlotAllocator) -> None:
+def test_the_text_gets_int3_over_the_whole_instruction(code: str, slots: SlotAllocator) -> None:
     plan = make_plan(insn(code), Facts(), slots)
-    assert (plan.patch.addr, plan.patch.old, plan.patch.new) == (ADDR, bytes.fromhex(code)[:1], b"\xcc")
+    assert (plan.patch.addr, plan.patch.old, plan.patch.new) == (
+        ADDR,
+        bytes.fromhex(code),
+        b"\xcc" * len(bytes.fromhex(code)),
+    )
     assert plan.slot_image.startswith(ADDR.to_bytes(8, "little") + plan.code + b"\xcc")
     assert len(plan.slot_image) == plan.slot.size
 

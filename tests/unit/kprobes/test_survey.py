@@ -38,7 +38,8 @@ BOOSTED = Rung.BOOSTED
         ("55 0f1f440000", {BOOSTED: 2}),  # execution gets there
         ("90 90", {BOOSTED: 2}),  # all of a function
         ("cc cc", {Reason.PADDING: 2}),
-        ("c3 f30f1efa", {BOOSTED: 2}),  # endbr64 is somebody's target
+        ("c3 f30f1efa", {BOOSTED: 1, Reason.LANDING_PAD: 1}),  # no padding: it is somebody's target
+        ("f30f1efb 660f1f00 0f1f40d6 0f1f4000", {Reason.LANDING_PAD: 3, BOOSTED: 1}),
         ("c3 0000 0000 00", {BOOSTED: 1, Reason.PADDING: 3}),
         ("0f0b cc", {Reason.RAISES_UD: 1, Reason.PADDING: 1}),
         ("55 cccc", {BOOSTED: 1, Reason.FOREIGN_INT3: 2}),  # execution runs into them

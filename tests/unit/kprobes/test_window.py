@@ -53,6 +53,13 @@ def window(start: int, end: int, *interior: int, **given: Any) -> Window:
     return Window(VirtAddr(ADDR + start), VirtAddr(ADDR + end), inside, **given)
 
 
+@pytest.mark.parametrize("pad", ["f30f1efa", "f30f1efb", "660f1f00", "0f1f40d6"])
+def test_the_nop_of_ftrace_is_known_behind_each_landing_pad(pad: str) -> None:
+    assert verdict(f"{pad} 0f1f440000 c3", 4) == window(4, 9, borrowed=True)
+    assert verdict(f"{pad} 0f1f440000 c3") is Reason.LANDING_PAD
+    assert verdict("0f1f4000 0f1f440000 c3") == window(0, 9, 4)  # another nop
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -60,7 +67,7 @@ def window(start: int, end: int, *interior: int, **given: Any) -> Window:
         ("55 4889e5 53 c3", window(0, 5, 1, 4)),
         ("55 b801000000 c3", window(0, 6, 1)),
         ("0f1f440000 c3", window(0, 5, borrowed=True)),
-        ("f30f1efa 0f1f440000 c3", window(0, 9, 4, borrowed=True)),
+        ("f30f1efa 0f1f440000 c3", Reason.LANDING_PAD),
         ("55 e800000000 c3", window(0, 6, 1)),  # it returns behind the jump
         ("ffd0 0f1f00 c3", window(0, 5, 2, old_return=VirtAddr(ADDR + 2))),
         ("ffd0 90 0f1f440000 c3", window(0, 8, 2, 3, old_return=VirtAddr(ADDR + 2))),
@@ -70,7 +77,7 @@ def window(start: int, end: int, *interior: int, **given: Any) -> Window:
         ("5b 5d c3", Reason.WINDOW_OUTSIDE),
         ("5b c3 31c0 90", Reason.WINDOW_UNREACHED),
         ("55 0f0b 9090", Reason.RAISES_UD),
-        ("55 90 f30f1efa c3", Reason.WINDOW_TARGET),  # an indirect branch may go there
+        ("55 90 f30f1efa c3", Reason.LANDING_PAD),  # an indirect branch may go there
         ("55 4889e5 53 ebfa", Reason.WINDOW_TARGET),
         ("55 4889e5 53 ebf9", window(0, 5, 1, 4)),  # to the window's start
         ("7402 4889e5 90 c3", Reason.WINDOW_TARGET),  # into the middle of an instruction

@@ -34,6 +34,7 @@ from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.testing.kvm_stub import KvmStub
+from gdb_kprobe.x86.decode import decode
 
 RAM_SIZE = 8 << 20
 TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000
@@ -533,6 +534,12 @@ class Toy:
         """Address -> byte, of all text that is not as it was loaded."""
         now = self.machine.ram[TEXT_PHYS : TEXT_PHYS + 0x1000]
         return {TEXT + at: now[at] for at in range(0x1000) if now[at] != self.machine.text[at]}
+
+    def bytes_of(self, *names: str) -> list[int]:
+        """The addresses of the bytes of the first instruction of each of the functions *names*."""
+        starts = [self.addr(name) for name in names]
+        insns = [decode(self.machine.text[start - TEXT :][:15], start) for start in starts]
+        return sorted(at for insn in insns for at in range(insn.addr, insn.end))
 
     def header(self) -> Header | None:
         return read_header(self.machine, PhysAddr(REGION_PHYS))

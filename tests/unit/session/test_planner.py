@@ -9,7 +9,8 @@ import pytest
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import Boost, Reason, Refusal, Rung, VirtAddr
+from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
+from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.function_text import FunctionText, without_kprobes
 from gdb_kprobe.session.planner import Planner
@@ -53,7 +54,7 @@ def test_the_guests_own_kprobe_is_refused_and_read_through(toy: Any, monkeypatch
     """Its int3 is over the first byte of f_push's second instruction, mov rbp, rsp."""
     at = toy.addr("f_push", 1)
     toy.machine.write_physical(toy.guest.memory.translate(at), b"\xcc")
-    monkeypatch.setattr(toy.guest, "own_kprobes", lambda: {at: b"\x48"}, raising=False)
+    monkeypatch.setattr(toy.guest, "own_kprobes", lambda: GuestKprobes([GuestKprobe(at, b"\x48")]), raising=False)
     insns = FunctionText(toy.guest, TextMap(), toy.guest.place_of(at)).whole()
     assert [str(insn) for insn in insns[:3]] == ["push rbp", "mov rbp, rsp", "push rbx"]
     refusal = refused(toy, "f_push+1")
@@ -64,12 +65,35 @@ def test_the_guests_own_kprobe_is_refused_and_read_through(toy: Any, monkeypatch
 
 def test_what_a_jump_of_the_guest_has_overwritten() -> None:
     text = bytes.fromhex("55e910203040c3")
-    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0x1001): bytes.fromhex("4889e55390")}).hex() == (
-        "554889e55390c3"
-    )
-    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0x1001): b"", VirtAddr(0x2000): b"\x90"}) == text
+    start = VirtAddr(0x1000)
+    jump = GuestKprobe(VirtAddr(0x1001), bytes.fromhex("4889e55390"), 5)
+    assert without_kprobes(start, text, GuestKprobes([jump])).hex() == "554889e55390c3"
+    nothing = GuestKprobes([GuestKprobe(VirtAddr(0x1001)), GuestKprobe(VirtAddr(0x2000), b"\x90")])
+    assert without_kprobes(start, text, nothing) == text
     # One that begins in front of what was read.
-    assert without_kprobes(VirtAddr(0x1000), text, {VirtAddr(0xFFF): b"\x90\x91"})[:2] == b"\x91\xe9"
+    before = GuestKprobes([GuestKprobe(VirtAddr(0xFFF), b"\x90\x91", 2)])
+    assert without_kprobes(start, text, before)[:2] == b"\x91\xe9"
+
+
+def test_what_a_kprobe_of_the_guest_may_jump_over_is_its_own() -> None:
+    kprobes = GuestKprobes(
+        [
+            GuestKprobe(VirtAddr(0x1010), b"\x55", 7),
+            GuestKprobe(VirtAddr(0x1000), b"\x55"),
+            GuestKprobe(VirtAddr(0x2000)),
+        ]
+    )
+
+    def found(start: int, end: int) -> list[int]:
+        return [kprobe.addr for kprobe in kprobes.within(AddressRange(VirtAddr(start), VirtAddr(end)))]
+
+    assert found(0x1000, 0x1001) == [0x1000]
+    assert found(0x1001, 0x1010) == []
+    assert found(0x1016, 0x1017) == [0x1010]
+    assert found(0x1017, 0x2000) == []
+    assert found(0, 0x3000) == [0x1000, 0x1010, 0x2000]
+    assert kprobes.at(VirtAddr(0x1010)) is not None
+    assert kprobes.at(VirtAddr(0x1011)) is None
 
 
 def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Any) -> None:

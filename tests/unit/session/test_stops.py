@@ -171,7 +171,7 @@ def faulting(toy: Any) -> Any:
 def test_an_instruction_of_the_exception_table_is_single_stepped(faulting: Any) -> None:
     probe = faulting.add("f_load")
     assert faulting.session.sites.of(probe).plan.rung is Rung.SINGLE_STEP
-    assert sorted(faulting.changed_text()) == [faulting.addr("f_load"), faulting.addr("fixup")]
+    assert sorted(faulting.changed_text()) == faulting.bytes_of("f_load", "fixup")
     faulting.session.delete(probe)
     faulting.assert_idle()
 
@@ -190,7 +190,7 @@ def test_an_instruction_whose_fixup_is_itself_needs_no_watch(toy: Any) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("f_load")
     probe = toy.add("f_load")
     assert toy.session.sites.of(probe).plan.rung is Rung.SINGLE_STEP
-    assert sorted(toy.changed_text()) == [toy.addr("f_load")]
+    assert sorted(toy.changed_text()) == toy.bytes_of("f_load")
     assert toy.call("f_load", rdi=toy.addr("constant")) == 0x1234
     assert probe.hits == 1
     toy.session.delete(probe)
@@ -229,7 +229,7 @@ def test_a_probe_of_the_users_own_at_the_fixup_counts_too(faulting: Any) -> None
     assert faulting.call("f_load", rdi=0x10) == EFAULT
     assert (probe.hits, at_fixup.hits) == (1, 1)
     faulting.session.delete(probe)
-    assert list(faulting.changed_text()) == [faulting.addr("fixup")]
+    assert sorted(faulting.changed_text()) == faulting.bytes_of("fixup")
     faulting.session.delete(at_fixup)
     faulting.assert_idle()
 

@@ -76,11 +76,14 @@ def test_a_watched_fixup_is_armed_before_its_instruction_and_outlives_it(toy: An
     assert text == [physical(toy.addr("f_load")), physical(toy.addr("fixup"))]
 
 
-def test_only_one_byte_of_text_is_written(toy: Any) -> None:
+def test_only_one_instruction_of_text_is_written(toy: Any) -> None:
     probe = toy.add("f_call")
     toy.session.delete(probe)
     site = physical(toy.addr("f_call"))
-    assert [entry for entry in toy.machine.log if entry[0] < TEXT_PHYS + 0x1000] == [(site, b"\xcc"), (site, b"\xe8")]
+    assert [entry for entry in toy.machine.log if entry[0] < TEXT_PHYS + 0x1000] == [
+        (site, b"\xcc" * 5),
+        (site, toy.machine.load(toy.addr("f_call"), 5)),
+    ]
 
 
 def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
@@ -90,7 +93,7 @@ def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
         return [(r.patch.addr, r.patch.old, r.patch.new, r.rung) for r in toy.records()]
 
     at_push = (toy.addr("f_push"), b"\x55", b"\xcc", Rung.BOOSTED)
-    at_jmp = (toy.addr("f_jmp"), b"\xeb", b"\xcc", Rung.SINGLE_STEP)
+    at_jmp = (toy.addr("f_jmp"), toy.machine.load(toy.addr("f_jmp"), 2), b"\xcc\xcc", Rung.SINGLE_STEP)
     push = toy.add("f_push")
     assert told() == [at_push]
     jmp = toy.add("f_jmp", rung=Rung.SINGLE_STEP)

@@ -1,0 +1,99 @@
+"""A live patch for the guest: a module that is made without the kernel's headers, of what BTF and kallsyms say."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+from gdb_kprobe.session.linux_guest import LinuxGuest
+
+NAME = "patched"
+NEW = "patched_show"
+"""The function that the module has calls go to."""
+TEXT = "live patched"
+"""What it shows."""
+_VERSION_SIZE = 64
+
+
+def make_live_patch(kernel: LinuxGuest, another: bytes, old: str, directory: Path) -> bytes:
+    """A module that live-patches *old*, a seq_file's show function, for *kernel*, of which *another* is a module."""
+    source, made = directory / "patch.S", directory / "patch.ko"
+    source.write_text(_source(kernel, another, old))
+    subprocess.run(["as", "--64", "-o", made, source], check=True)
+    return made.read_bytes()
+
+
+def _source(kernel: LinuxGuest, another: bytes, old: str) -> str:
+    btf, address = kernel.btf, kernel.kallsyms.address
+    vermagic = re.search(rb"vermagic=([^\0]+)", another)
+    assert vermagic is not None
+    info = ["license=GPL", f"vermagic={vermagic[1].decode()}", f"name={NAME}", "livepatch=Y", "retpoline=Y", "depends="]
+    module = _struct(
+        btf.size_of("module"),
+        {btf.offset_of("module", "name"): f'.asciz "{NAME}"', btf.offset_of("module", "init"): ".quad init"},
+        {btf.offset_of("module", "name"): len(NAME) + 1},
+    )
+    func = _struct(
+        2 * btf.size_of("klp_func"),
+        {btf.offset_of("klp_func", "old_name"): ".quad old", btf.offset_of("klp_func", "new_func"): f".quad {NEW}"},
+    )
+    objects = _struct(2 * btf.size_of("klp_object"), {btf.offset_of("klp_object", "funcs"): ".quad funcs"})
+    patch = _struct(
+        btf.size_of("klp_patch"),
+        {btf.offset_of("klp_patch", "mod"): ".quad module", btf.offset_of("klp_patch", "objs"): ".quad objects"},
+    )
+    return f"""
+        .intel_syntax noprefix
+        .section .modinfo, "a"
+        {chr(10).join(f'.asciz "{line}"' for line in info)}
+        .section __versions, "a"
+        .quad {_crc_of_layout(another):#x}
+        .asciz "module_layout"
+        .zero {_VERSION_SIZE - 8 - len("module_layout") - 1}
+        .section .gnu.linkonce.this_module, "aw"
+        .globl module
+module: {module}
+        .data
+patch:  {patch}
+objects: {objects}
+funcs:  {func}
+old:    .asciz "{old}"
+shown:  .asciz "{TEXT}\\n"
+        .text
+        .type init, @function
+init:   push rbp
+        lea rdi, [rip + patch]
+        movabs rax, {address("klp_enable_patch"):#x}
+        call rax
+        pop rbp
+        ret
+        .size init, . - init
+        .type {NEW}, @function
+{NEW}:  push rbp
+        lea rsi, [rip + shown]
+        movabs rax, {address("seq_puts"):#x}
+        call rax
+        xor eax, eax
+        pop rbp
+        ret
+        .size {NEW}, . - {NEW}
+        .section .note.GNU-stack, "", @progbits
+"""
+
+
+def _struct(size: int, members: dict[int, str], sizes: dict[int, int] | None = None) -> str:
+    """The lines of *size* bytes, zero but for *members* at their offsets, of 8 bytes or as in *sizes*."""
+    lines, at = [], 0
+    for offset, line in sorted(members.items()):
+        lines += [f".zero {offset - at}", line]
+        at = offset + (sizes or {}).get(offset, 8)
+    return "\n".join([*lines, f".zero {size - at}"])
+
+
+def _crc_of_layout(another: bytes) -> int:
+    """What the kernel checks its modules by: as *another* has it."""
+    at = another.index(b"module_layout\0") - 8
+    (crc,) = struct.unpack_from("<Q", another, at)
+    return int(crc)
