@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 
 import gdb
 
@@ -30,13 +31,34 @@ class EntryBreakpoint(gdb.Breakpoint):
             return True
 
 
+class PlaceBreakpoint(gdb.Breakpoint):
+    """Tells of each arrival at a place while the user steps; internal, and of the hardware kind, as the other."""
+
+    def __init__(self, addr: VirtAddr, on_arrival: Callable[[VirtAddr], bool]) -> None:
+        super().__init__(f"*{addr:#x}", type=gdb.BP_HARDWARE_BREAKPOINT, internal=True)
+        self._addr = addr
+        self._on_arrival = on_arrival
+
+    def stop(self) -> bool:
+        """Called by gdb when a vCPU is there; ``True`` gives the user the prompt."""
+        try:
+            with uninterrupted():
+                return self._on_arrival(self._addr)
+        except KeyboardInterrupt:
+            return True
+
+
 class GdbBreakpoints:
     """:class:`~gdb_kprobe.target.protocols.Breakpoints` by gdb's own."""
 
-    def __init__(self, on_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, on_stop: Callable[[], bool], on_arrival: Callable[[VirtAddr], bool] = lambda addr: False
+    ) -> None:
         self._on_stop = on_stop
+        self._on_arrival = on_arrival
         self._breakpoint: EntryBreakpoint | None = None
         self._kept = False
+        self._places: dict[VirtAddr, PlaceBreakpoint] = {}
 
     def insert(self, addr: VirtAddr) -> None:
         if self._breakpoint is None or not self._breakpoint.is_valid():
@@ -57,7 +79,7 @@ class GdbBreakpoints:
     @property
     def any_inserted(self) -> bool:
         """Whether QEMU has breakpoints while the guest runs: ours, or the user's."""
-        return self._kept or any(mine.enabled for mine in gdb.breakpoints())
+        return self._kept or bool(self._places) or any(mine.enabled for mine in gdb.breakpoints())
 
     def is_taken(self, addr: VirtAddr) -> bool:
         return addr in user_breakpoints()
@@ -65,13 +87,31 @@ class GdbBreakpoints:
     def taken(self) -> set[int]:
         return user_breakpoints()
 
+    def watch(self, addrs: Collection[VirtAddr]) -> None:
+        for addr in [addr for addr in self._places if addr not in addrs]:
+            place = self._places.pop(addr)
+            if place.is_valid():
+                place.delete()
+        for addr in addrs:
+            if addr not in self._places:
+                self._places[addr] = PlaceBreakpoint(addr, self._on_arrival)
+
 
 def user_breakpoints() -> set[int]:
-    """The addresses of the user's enabled code breakpoints."""
-    return {
+    """The addresses of the user's enabled code breakpoints, those of ``until`` and its like included."""
+    return _momentary() | {
         location.address
         for mine in gdb.breakpoints()
         if mine.enabled and mine.number > 0 and mine.type in (gdb.BP_BREAKPOINT, gdb.BP_HARDWARE_BREAKPOINT)
         for location in mine.locations
         if location.enabled and location.address is not None
     }
+
+
+_MOMENTARY = re.compile(r"^\S+\s+(?:until|finish)\s+\S+\s+y\s+(0x[0-9a-f]+)", re.MULTILINE)
+"""A line of ``maintenance info breakpoints``: what ``until``, ``advance`` and ``finish`` make, for one stop."""
+
+
+def _momentary() -> set[int]:
+    text = gdb.execute("maintenance info breakpoints", to_string=True) or ""
+    return {int(addr, 16) for addr in _MOMENTARY.findall(text)}

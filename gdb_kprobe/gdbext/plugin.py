@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gdb
@@ -20,17 +20,18 @@ from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers, is_running, s
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import PAGE_SIZE, Dispatch, PhysAddr, VirtAddr
+from gdb_kprobe.model import PAGE_SIZE, CpuId, Dispatch, PhysAddr, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.definitions import adopt
 from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.rescue import cut, rescue
+from gdb_kprobe.session.rescue import ENDED, cut, rescue
 from gdb_kprobe.session.session import Detached, Session
+from gdb_kprobe.session.stepping import Step
 from gdb_kprobe.target.process_memory import find_process_memory
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import is_served
-from gdb_kprobe.target.socket_peer import peer_processes
+from gdb_kprobe.target.socket_peer import clients_of, is_alive, peer_processes
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.watchdog.handle import Watchdog
 from gdb_kprobe.watchdog.states import State
@@ -51,7 +52,8 @@ class Link:
         self.stub = QemuStub(self.channel)
         self.address = self.channel.address or profile.gdbstub
         self.descriptor = self.channel.descriptor
-        self.breakpoints = GdbBreakpoints(on_entry_stop)
+        self._qemu = self.peers()
+        self.breakpoints = GdbBreakpoints(on_entry_stop, on_arrival)
         self.interrupts = InterruptWatch(self.descriptor)
         self.watchdog = Watchdog(None)
         self.attached: Attached | None = None
@@ -67,6 +69,15 @@ class Link:
         """The session's view of the guest's memory."""
         assert self.attached is not None
         return self.attached.memory
+
+    def has_ended(self) -> bool:
+        """Whether QEMU, which was on this host, is no more. One that is ending has a moment to do so."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._qemu and time.monotonic() < deadline:
+            if not any(is_alive(pid) for pid in self._qemu):
+                return True
+            time.sleep(0.01)
+        return False
 
     def peers(self) -> tuple[int, ...]:
         """The processes that may be the QEMU behind the connection."""
@@ -103,20 +114,26 @@ class Link:
     def close(self) -> None:
         """Nothing of ours is in the guest any more, or nothing more can be done about it."""
         self.interrupts.close()
+        self.breakpoints.watch(())
         if self.attached is not None:
             self.memory.close()
         self.watchdog.end()
 
     @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self) -> Iterator[CpuId]:
         """Around every act on the machine from a command.
 
         :raises GuestStateError: it runs.
         :raises GuestResetError: it is another boot; this link is over then.
         """
+        if is_running() and self.interrupts.is_requested:
+            raise GuestStateError(
+                "the guest has not stopped yet: 'interrupt' takes effect when gdb waits for the next command",
+                "in a script run the guest by 'continue', without '&', and stop it by a timer (README, \"Scripts\")",
+            )
         try:
-            with uninterrupted(), self.channel.borrowed(self.stub):
-                yield
+            with uninterrupted(), self.channel.borrowed(self.stub) as cpu:
+                yield cpu
         except GuestResetError:
             the_plugin().drop(self)
             raise
@@ -276,25 +293,31 @@ class Plugin:
         link.breakpoints.remove(link.session.gate)
         if runs:
             self._running = link
+            link.breakpoints.watch(())
             link.memory.close()
             link.watchdog.end()
         else:
             link.close()
-        for probe in link.session.probes:
-            probe.place, probe.gone, probe.counter = None, False, None
-            self.pending.append(probe)
+        self._note(link)
 
     # -- what gdb calls -----------------------------------------------------------------------------------------
 
     def on_entry_stop(self) -> bool:
         """A vCPU stopped at the gate; gdb's current thread is that vCPU."""
         link = self.link
-        if link is None:
-            return False
+        return link is not None and self._handle(link, link.session.on_breakpoint)
+
+    def on_arrival(self, addr: VirtAddr) -> bool:
+        """A step of the user's has brought a vCPU, gdb's current thread, to *addr*."""
+        link = self.link
+        return link is not None and self._handle(link, lambda cpu: link.session.on_place(cpu, addr))
+
+    def _handle(self, link: Link, handle: Callable[[CpuId], bool]) -> bool:
+        """Have gdb's current vCPU, stopped in the middle of a run, handled; whether the user gets the prompt."""
         link.stub.forget()
         cpu = selected_cpu()
         try:
-            stop = link.session.on_breakpoint(cpu)
+            stop = handle(cpu)
             _tell_failures(link.session)
         except GuestResetError:
             stop = True  # it is told of, and let go, when the machine is settled
@@ -372,6 +395,22 @@ class Plugin:
         if self.link is not None and gdb.parameter("scheduler-locking") != "on":
             self._locking = str(gdb.parameter("scheduler-locking"))
             gdb.execute("set scheduler-locking on")
+        self.before_step()
+
+    def before_step(self) -> None:
+        """The user typed a command that gdb executes by single steps, as far as it stays in a function."""
+        link = self.link
+        if link is None or gdb.selected_thread() is None or is_running():
+            return
+        alone = gdb.parameter("scheduler-locking") == "on"
+        # Whatever goes wrong here, the resume finds it, too, and says so.
+        with contextlib.suppress(KprobeError, gdb.error):
+            level = gdb.selected_frame().level()
+            frames = _program_counters()
+            with link.stopped() as cpu:
+                link.session.prepare_step(Step(cpu, alone, frames))
+            if level:
+                gdb.execute(f"frame level {level}", to_string=True)
 
     def _unlock(self) -> None:
         if self._locking:
@@ -478,7 +517,7 @@ class Plugin:
                         print(f"kprobe: {left}.", file=sys.stderr, flush=True)
             # Reset: nothing is to be restored, and gdb's own way out lets the guest run.
             if self.link is not None:
-                self.rescue()
+                self.rescue(ends=True)
 
     def _leave_guarded(self, *, killed: bool = False) -> None:
         """gdb leaves a guest that an earlier session left armed: not without its text."""
@@ -493,14 +532,35 @@ class Plugin:
             except (KprobeError, gdb.error):
                 guard.rescue()
 
-    def rescue(self) -> None:
-        """Restore the guest over a connection of our own."""
+    def rescue(self, *, ends: bool = False) -> None:
+        """Restore the guest over a connection of our own. *ends*: gdb does."""
         link, self.link = self.link, None
         assert link is not None
         cut(link.descriptor)
-        message = rescue(link.session, link.stub, link.address)
+        message = rescue(link.session, link.stub, link.address, link.has_ended)
         print(message, file=sys.stderr, flush=True)
+        if not ends and len(link.session.probes) and message == ENDED:
+            self._note(link)
+            what = f"the definitions of {len(self.pending)} probe(s) are kept"
+            print(f"kprobe: {what}: 'kprobe attach' arms them in the next guest.", file=sys.stderr, flush=True)
         link.close()
+
+    def _note(self, link: Link) -> None:
+        """The guest behind *link* is no more: keep its probes for the next one."""
+        for probe in link.session.probes:
+            probe.place, probe.gone, probe.counter = None, False, None
+            self.pending.append(probe)
+
+
+def _program_counters() -> tuple[int, ...]:
+    """Where the two innermost frames of gdb's current thread are."""
+    counters: list[int] = []
+    with contextlib.suppress(gdb.error):
+        frame: gdb.Frame | None = gdb.newest_frame()
+        while frame is not None and len(counters) < 2:
+            counters.append(int(frame.pc()))
+            frame = frame.older()
+    return tuple(counters)
 
 
 def _tell_failures(session: Session) -> None:
@@ -528,8 +588,9 @@ def connect(profile: Profile) -> None:
     while is_served(profile.gdbstub) and time.monotonic() < deadline:
         time.sleep(0.01)
     if is_served(profile.gdbstub):
+        who = _named_clients(profile.gdbstub)
         raise ConnectionLostError(
-            f"the gdbstub at {profile.gdbstub} has a client already, and serves only one",
+            f"the gdbstub at {profile.gdbstub} has a client already, and serves only one{who}",
             "detach the other gdb first",
         )
     try:
@@ -540,6 +601,12 @@ def connect(profile: Profile) -> None:
             "is QEMU running with -gdb, and no other gdb connected (the stub serves one client)? The address is "
             f"'gdbstub' in {profile.path}",
         ) from error
+
+
+def _named_clients(address: str) -> str:
+    """Who they are, as far as /proc tells: for the end of a message."""
+    clients = [f"{command[:60] or 'a process'} (pid {pid})" for pid, command in clients_of(address)]
+    return f": {', '.join(clients)}" if clients else ""
 
 
 _plugin: Plugin | None = None
@@ -578,6 +645,16 @@ def before_detach() -> None:
 def before_interrupt() -> None:
     """For ``hook-interrupt``."""
     the_plugin().before_interrupt()
+
+
+def on_arrival(addr: VirtAddr) -> bool:
+    """For the breakpoints at the places that the user's steps may come to."""
+    return the_plugin().on_arrival(addr)
+
+
+def before_step() -> None:
+    """For ``hook-nexti`` and its like."""
+    the_plugin().before_step()
 
 
 def before_stepi() -> None:

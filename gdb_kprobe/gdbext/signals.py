@@ -133,6 +133,11 @@ class InterruptWatch:
         asked = self._requested
         return asked is not None and (self._descriptor is None or time.monotonic() - asked > _PATIENCE)
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether a stop was asked for that has not come yet."""
+        return self._requested is not None
+
     def request(self) -> None:
         """Ask for a stop, as Ctrl-C does; nothing happens unless the guest runs."""
         with self._lock:

@@ -126,6 +126,9 @@ class BareGuest:
     def match(self, prefix: str) -> Iterable[str]:
         return sorted(name for name in self._names if name.startswith(prefix))
 
+    def clones_of(self, place: Place) -> tuple[str, ...]:
+        return ()
+
     def functions(self, pattern: str) -> Iterable[Place]:
         named = zip(self._addrs, self._names, strict=True)
         found = {addr: self.place_of(addr) for addr, name in named if fnmatchcase(name, pattern)}

@@ -110,6 +110,32 @@ class StubDispatcher:
             self.undo_trap(cpu)
             raise
 
+    def arrive(self, cpu: CpuId, site: Site) -> tuple[bool, _Called]:
+        """*cpu* is at the instruction of *site*, without a trap: a hit, unless it is one that has rested there.
+
+        Returns whether to stop for the user, and the probes whose condition held.
+        """
+        values = self._machine.read_registers(cpu)
+        called = self._stopped.pop((site.addr, values["rsp"]), None)
+        if called is not None:
+            return False, called
+        regs = Registers(values)
+        stop, called = self._run_handlers(cpu, site, regs)
+        if regs.changed:
+            self._write(cpu, {name: values[name] for name in regs.changed})
+        return stop, called
+
+    def rest(self, site: Site, rsp: int, called: _Called) -> None:
+        """A vCPU stays at the instruction of *site*, at the hit that :meth:`arrive` has made of *called*.
+
+        What was only counted is taken back; a handler has run, and is not to run again.
+        """
+        if any(probe.needs_host for probe in called):
+            self._stopped[site.addr, rsp] = called
+            return
+        for probe in called:
+            probe.count(hits=-1)
+
     def undo_trap(self, cpu: CpuId) -> bool:
         """Send a vCPU that stands at the #BP entry because of a site of ours back to the probed instruction.
 

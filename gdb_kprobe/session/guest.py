@@ -134,6 +134,9 @@ class Guest(Protocol):
     def match(self, prefix: str) -> Iterable[str]:
         """Functions that begin with *prefix*, as a definition names them, for completion; nothing is read for it."""
 
+    def clones_of(self, place: Place) -> tuple[str, ...]:
+        """The names of the other functions that the compiler has made of the same source as the one at *place*."""
+
     def functions(self, pattern: str) -> Iterable[Place]:
         """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""
 

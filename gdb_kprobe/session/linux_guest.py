@@ -58,6 +58,11 @@ MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF0
 BUILD_ID_SIZE = 20
 _KERNEL_HALF = 1 << 63
 _CLOSE_NAMES = 3
+_LEAST_CONTAINED = 4
+"""Characters of a name from which on other names that contain it are proposed."""
+_GENERATED = ("__pfx_", "__cfi_", "__ia32_", "__x32_", "__do_sys_", "__se_sys_", "__traceiter_", "__probestub_",
+              "trace_", "perf_trace_", "event_")  # fmt: skip
+"""How functions begin that macros make beside the one that is meant, which is proposed first."""
 _FEATURE_CX16 = 4 * 32 + 13
 _FEATURE_LAHF_LM = 6 * 32
 """X86_FEATURE_CX16 and X86_FEATURE_LAHF_LM, arch/x86/include/asm/cpufeatures.h."""
@@ -239,11 +244,29 @@ class LinuxGuest:
     def match(self, prefix: str) -> Iterable[str]:
         return self.kallsyms.complete_text(prefix)
 
+    def clones_of(self, place: Place) -> tuple[str, ...]:
+        """The other functions that the compiler has made of the source of the one at *place*: ``elf_map.isra.0``.
+
+        A call of the function in the source may be a call of any of them.
+        """
+        symbol = place.symbol
+        if symbol is None or place.offset:
+            return ()
+        base = symbol.name.partition(".")[0]
+        return tuple(
+            other.name
+            for name in dict.fromkeys((base, *self.kallsyms.complete(f"{base}.")))
+            for other in self.kallsyms.lookup(name)
+            if other.is_text and other.addr != symbol.addr and other.module == symbol.module and not _is_part(name)
+        )
+
     def functions(self, pattern: str) -> Iterator[Place]:
         module, colon, glob = pattern.rpartition(":")
         seen: set[VirtAddr] = set()
         for symbol in self.kallsyms.match(glob):
             if symbol.addr in seen or not symbol.is_text or (colon and symbol.module != module):
+                continue
+            if _is_part(symbol.name):
                 continue
             if self._facts.is_live_text(symbol.addr):
                 seen.add(symbol.addr)
@@ -378,9 +401,29 @@ class LinuxGuest:
         raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), f"{location.symbol} is not in kallsyms", hint))
 
     def _close_names(self, name: str) -> list[str]:
-        """Names like *name*; only among those that share its beginning, for there are 100,000."""
-        near = self.kallsyms.complete(name[: max(3, len(name) // 2)])
-        return difflib.get_close_matches(name, near[:5000], n=_CLOSE_NAMES)
+        """Functions whose names are like *name*.
+
+        The same in another case; else those that contain it, the shortest first; else those spelled like it, which are
+        looked for only among those that share its beginning, for there are 100,000.
+        """
+        lower = name.lower()
+        functions = {symbol.name for symbol in self.kallsyms if symbol.is_text}
+        same = sorted(other for other in functions if other.lower() == lower)
+        if same:
+            return same[:_CLOSE_NAMES]
+        containing = [other for other in functions if lower in other.lower()] if len(name) >= _LEAST_CONTAINED else []
+        if containing:
+            return sorted(containing, key=lambda other: (other.startswith(_GENERATED), len(other), other))[
+                :_CLOSE_NAMES
+            ]
+        beginning = lower[: max(3, len(name) // 2)]
+        near = [other for other in functions if other.lower().startswith(beginning)]
+        return difflib.get_close_matches(lower, sorted(near)[:5000], n=_CLOSE_NAMES)
+
+
+def _is_part(name: str) -> bool:
+    """Whether it is no function, but what the compiler has moved out of one: ``elf_map.cold``, ``f.part.0.cold``."""
+    return name.endswith(".cold") or ".cold." in name
 
 
 def _load_of(module: Module) -> str:

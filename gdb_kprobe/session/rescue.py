@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 
 from gdb_kprobe.errors import GuestResetError, KprobeError, TargetError
 from gdb_kprobe.session.leftover import Leftover
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
+
+ENDED = "kprobe: QEMU has ended, and the guest with it: there is nothing to restore."
+"""What :func:`rescue` says of a guest that is no more."""
 
 
 def cut(descriptor: int) -> None:
@@ -19,10 +23,11 @@ def cut(descriptor: int) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def rescue(session: Session, stub: QemuStub, address: str) -> str:
+def rescue(session: Session, stub: QemuStub, address: str, has_ended: Callable[[], bool] = lambda: False) -> str:
     """Connect to *address* anew, restore the guest, let it run; returns what to tell the user.
 
-    Never raises for a guest that cannot be reached: then the answer names every site that is left armed.
+    *has_ended* tells whether QEMU is no more, which is asked when it does not answer. Never raises for a guest that
+    cannot be reached: then the answer names every site that is left armed.
     """
     sites = session.sites.armed()
     places = ", ".join(str(session.guest.place_of(site.addr)) for site in sites)
@@ -39,6 +44,8 @@ def rescue(session: Session, stub: QemuStub, address: str) -> str:
                 raise TargetError("; ".join(done.problems))
             channel.detach()
     except (KprobeError, TimeoutError) as error:
+        if has_ended():
+            return ENDED
         if not sites:
             return f"kprobe: the connection is lost and cannot be made again ({error}); no probe was armed."
         return (

@@ -29,6 +29,7 @@ from gdb_kprobe.session.restore import take_back
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.sites import Sites
+from gdb_kprobe.session.stepping import Step, Stepping
 from gdb_kprobe.session.ways import Ways
 from gdb_kprobe.target.protocols import Breakpoints, LiveMemory, Machine
 
@@ -103,6 +104,7 @@ class Session:
         self._moment.change()
         ways = Ways(guest.memory, region, breakpoints)
         self._dispatcher = StubDispatcher(machine, guest, table, self._tell, ways.to, self._routes.gate, interruptible)
+        self._stepping = Stepping(machine, guest, breakpoints, table, self._dispatcher)
         self.sites = Sites(
             machine,
             guest,
@@ -116,6 +118,7 @@ class Session:
             self._roll,
             self._quarantine,
             Entries(guest, self.text, entry, table),
+            self._stepping,
         )
         acts = Acts(self._put, self.sites.take, self._forget, self._moment.act)
         self.modules = ModuleWatch(guest, table, acts, self.notes)
@@ -284,6 +287,16 @@ class Session:
         self._drop_failed()
         return outcome is Outcome.STOP
 
+    def on_place(self, cpu: CpuId, addr: VirtAddr) -> bool:
+        """A step of the user's has brought *cpu* to *addr*, which :meth:`Breakpoints.watch` names; whether to stop.
+
+        :raises GuestResetError: the guest's memory is not what it was. Nothing was done.
+        """
+        self._check_memory()
+        stop = self._stepping.arrive(cpu, addr)
+        self._drop_failed()
+        return stop
+
     def settle(self) -> None:
         """The machine stopped for the user: bring every vCPU to where it would be without probes.
 
@@ -293,6 +306,7 @@ class Session:
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
         self._look()
+        self._stepping.end()
         self._settle_all()
         self._drop_failed()
 
@@ -307,6 +321,11 @@ class Session:
         self._check_memory()
         self._lift()
 
+    def prepare_step(self, step: Step) -> None:
+        """The user is about to make *step*: the places that it may come to keep the guest's text at :meth:`lower`."""
+        self._check_memory()
+        self._stepping.prepare(step)
+
     def lower(self) -> tuple[str, ...]:
         """Patch the text of all armed sites, before the machine runs; returns what could not be, and why.
 
@@ -319,6 +338,7 @@ class Session:
         problems: list[str] = []
         try:
             problems = self._lower()
+            self._stepping.start()
         finally:
             if self._moment.was_lost:
                 patches = [*self._routes.hooks, *(site.plan.patch for site in (*sites, *self.sites.armed()))]
@@ -368,7 +388,7 @@ class Session:
                 if site.armed and not site.saved:
                     try:
                         self.sites.disarm(site, trapped=False)
-                        restored += 1
+                        restored += any(not probe.hidden for probe in site.probes)
                     except ConnectionLostError:
                         raise
                     except KprobeError as error:
@@ -453,6 +473,7 @@ class Session:
         self.guest.refresh()
         self.sites.forget_moment()
         self._dispatcher.forget_all()
+        self._stepping.forget()
         if for_user and not lifted:
             self._settle_all()
             self._lift()
@@ -523,6 +544,7 @@ class Session:
             with self._moment.act(changes=False):
                 self.sites.write_originals()
                 self._routes.lift()
+                self._stepping.restored()
 
     def _bring_out(self) -> None:
         """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""

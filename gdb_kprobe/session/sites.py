@@ -30,6 +30,7 @@ from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.saved_jumps import HINT, is_as_saved, plan_of, savers, why
+from gdb_kprobe.session.stepping import Stepping
 from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
 from gdb_kprobe.session.windows import Wish
 from gdb_kprobe.target.protocols import Machine
@@ -55,8 +56,10 @@ class Sites:
         roll: Roll,
         quarantine: Quarantine,
         entries: Entries,
+        stepping: Stepping,
     ) -> None:
         """*text* is kept in step with what is armed."""
+        self._stepping = stepping
         self._machine = machine
         self._guest = guest
         self._region = region
@@ -202,6 +205,8 @@ class Sites:
             return False  # the core kernel's stays
         if self._guest.owner_of(site.addr) != site.owner:
             return True
+        if site.addr in self._stepping.watched:
+            return False
         patch = site.plan.patch
         if site.saved:
             return not is_as_saved(self._guest.memory, site.addr, patch.new)
@@ -468,6 +473,8 @@ class Sites:
             for site in self.armed():
                 if site.saved:
                     continue  # it was never taken away
+                if site.addr in self._stepping.watched:
+                    continue
                 try:
                     apply(self._guest.memory, [site.plan.patch])
                 except ConnectionLostError:

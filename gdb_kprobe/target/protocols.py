@@ -163,6 +163,9 @@ class Breakpoints(Protocol):
     def taken(self) -> Collection[int]:
         """Where the user has breakpoints."""
 
+    def watch(self, addrs: Collection[VirtAddr]) -> None:
+        """Have the user's steps tell of each arrival at one of *addrs*, and of no other, from the next resume on."""
+
 
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):
     """A stopped machine, whole."""

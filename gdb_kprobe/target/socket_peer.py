@@ -20,6 +20,19 @@ _UCRED = struct.Struct("3i")
 """``struct ucred``: pid, uid, gid (unix(7))."""
 
 
+_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST_DUMP = 0x301
+_SHOW_PEER = 4
+_PEER = 2
+"""NETLINK_SOCK_DIAG, NLM_F_REQUEST | NLM_F_DUMP, UDIAG_SHOW_PEER, UNIX_DIAG_PEER."""
+_NETLINK = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_DIAG_REQUEST = struct.Struct("=BBHIIIII")
+_DIAG_MESSAGE = struct.Struct("=BBBBIII")
+"""``struct nlmsghdr``, ``nlattr``, ``unix_diag_req``, ``unix_diag_msg`` (include/uapi/linux)."""
+
+
 def peer_processes(descriptor: int) -> tuple[int, ...]:
     """The PIDs that may be at the other end of the socket *descriptor*, the likeliest first.
 
@@ -35,6 +48,63 @@ def peer_processes(descriptor: int) -> tuple[int, ...]:
     except OSError:
         return ()
     return tuple(dict.fromkeys(pid for pid in found if pid not in (0, os.getpid())))
+
+
+def clients_of(address: str) -> tuple[tuple[int, str], ...]:
+    """Who is connected to the server at *address* (a unix socket's path, or ``host:port`` of this host).
+
+    PID and command line of each; those of other users are not shown to us, and left out.
+    """
+    path = address.removeprefix("unix:")
+    if "/" in path:
+        peers = _unix_peers()
+        inodes = frozenset(str(peers[int(inode)]) for inode in _unix_inodes(path) if int(inode) in peers)
+    else:
+        port = path.rpartition(":")[2]
+        rows = [line.split() for table in ("/proc/net/tcp", "/proc/net/tcp6") for line in _lines(table)]
+        inodes = frozenset(
+            row[9] for row in rows if row[3] == _ESTABLISHED and str(_unpacked(row[2])[1]) == port and row[9] != "0"
+        )
+    return tuple((pid, _command_of(pid)) for pid in _holders(inodes))
+
+
+def _unix_peers() -> dict[int, int]:
+    """The inode of each connected unix socket of this host -> that of its peer (sock_diag(7)); empty without that."""
+    found: dict[int, int] = {}
+    request = _DIAG_REQUEST.pack(socket.AF_UNIX, 0, 0, 0xFFFF_FFFF, 0, _SHOW_PEER, 0, 0)
+    header = _NETLINK.pack(_NETLINK.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+    with contextlib.suppress(OSError, struct.error), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _DIAG) as sock:
+        sock.settimeout(1)
+        sock.sendall(header + request)
+        while True:
+            data = sock.recv(1 << 16)
+            while data:
+                length, kind, *_ = _NETLINK.unpack_from(data)
+                if kind != _SOCK_DIAG_BY_FAMILY or length < _NETLINK.size:
+                    return found  # done, or an error
+                _, _, _, _, inode, _, _ = _DIAG_MESSAGE.unpack_from(data, _NETLINK.size)
+                at = _NETLINK.size + _DIAG_MESSAGE.size
+                while at + _ATTRIBUTE.size <= length:
+                    size, attribute = _ATTRIBUTE.unpack_from(data, at)
+                    if attribute == _PEER:
+                        found[inode] = int.from_bytes(data[at + _ATTRIBUTE.size : at + size], "little")
+                    at += max(size + 3 & -4, _ATTRIBUTE.size)
+                data = data[length + 3 & -4 :]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process *pid* is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
+    return ""
 
 
 def _listener(sock: socket.socket) -> int:

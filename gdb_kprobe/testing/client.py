@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.target.rsp import RspSocket
@@ -27,6 +28,9 @@ class StubClient:
 
     def taken(self) -> tuple[int, ...]:
         return ()
+
+    def watch(self, addrs: Collection[VirtAddr]) -> None:
+        assert not addrs, "no user steps here"
 
     def wait_stop(self, seconds: float = 10) -> CpuId:
         """Wait until the resumed machine stops; which vCPU did."""

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,7 @@ class ToyMachine:
 
         self.breakpoints: set[int] = set()
         self.users_breakpoints: set[int] = set()
+        self.watched: frozenset[int] = frozenset()
         self.log: list[tuple[int, bytes]] = []
         """Physical writes in their order: all that a debugger has done to the guest's memory."""
         self.ignored: set[int] = set()
@@ -397,6 +398,9 @@ class ToyMachine:
 
     def is_taken(self, addr: VirtAddr) -> bool:
         return addr in self.users_breakpoints
+
+    def watch(self, addrs: Collection[VirtAddr]) -> None:
+        self.watched = frozenset(addrs)
 
 
 class ToyWire(KvmStub):

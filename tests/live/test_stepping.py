@@ -1,0 +1,176 @@
+"""The user's own steps over probes: each executes what it would without them, and each executed probe is one hit.
+
+The oracle is a gdb without the plugin, at the same task of the same guest. It makes the same call again and again, with
+the same registers each time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gdb_kprobe.testing import GdbMi
+from kprobe_guest import GuestSpec
+
+pytestmark = pytest.mark.live
+
+FUNCTION = "__x64_sys_getpriority"
+STEPS = 12
+NR_GETPRIORITY = 140
+
+State = tuple[int, ...]
+REGISTERS = (
+    "rip", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "eflags",
+)  # fmt: skip
+
+
+def state(gdb: GdbMi) -> State:
+    numbers = " ".join(str(number(gdb, name)) for name in REGISTERS)
+    values = gdb.command(f"-data-list-register-values x {numbers}")["register-values"]
+    by_number = {int(value["number"]): int(value["value"], 16) for value in values}
+    return tuple(by_number[number(gdb, name)] for name in REGISTERS)
+
+
+_numbers: dict[str, int] = {}
+
+
+def number(gdb: GdbMi, name: str) -> int:
+    if not _numbers:
+        names = gdb.command("-data-list-register-names")["register-names"]
+        _numbers.update({register: index for index, register in enumerate(names) if register})
+    return _numbers[name]
+
+
+def step(gdb: GdbMi, command: str = "stepi") -> State:
+    """One step that went on: QEMU reports one now and then that executed nothing."""
+    before = state(gdb)
+    for _ in range(4):
+        gdb.console(command)
+        gdb.wait_stop()
+        after = state(gdb)
+        if after != before:
+            break
+    return after
+
+
+def stop_at_entry(gdb: GdbMi, entry: int) -> None:
+    gdb.console(f"tbreak *{entry:#x}")
+    gdb.cont()
+    gdb.wait_stop()
+    assert state(gdb)[0] == entry
+
+
+@pytest.fixture
+def calling(probed: Callable[[GuestSpec], Any]) -> Iterator[Any]:
+    """A guest with a task that makes the call for ever."""
+    guest = probed(GuestSpec(extra_cmdline=("randomize_kstack_offset=off",)))
+    job = guest.guest.spawn(f"workload syscall {NR_GETPRIORITY} -1 0 0")
+    yield guest
+    guest.guest.finish(job, kill=True)
+
+
+@pytest.fixture
+def plain(calling: Any) -> list[State]:
+    """The states of a gdb without the plugin, from the entry on; the same at two calls."""
+    entry = entry_of(calling)
+    runs = []
+    with GdbMi(load=False) as gdb:
+        gdb.console(f"target remote {calling.guest.gdb_address}")
+        for _ in range(2):
+            stop_at_entry(gdb, entry)
+            runs.append([state(gdb), *(step(gdb) for _ in range(STEPS))])
+        gdb.console("detach")
+    assert runs[0] == runs[1], "the oracle is not the same at each call"
+    return runs[0]
+
+
+def entry_of(guest: Any) -> int:
+    return int(guest.snapshot.guest.kallsyms.lookup(FUNCTION)[0].addr)
+
+
+def first_visits(plain: list[State]) -> list[int]:
+    """The instructions that were executed, each once, in their order: of the function and of what it jumps to."""
+    return list(dict.fromkeys(found[0] for found in plain[:-1]))
+
+
+@pytest.mark.parametrize("rung", ["single-step", "boosted", "auto"])
+def test_ten_steps_over_each_probed_place_are_those_of_a_plain_gdb(calling: Any, plain: list[State], rung: str) -> None:
+    with calling.gdb() as gdb:
+        for place in first_visits(plain)[1:8:2]:
+            calling.add(gdb, f"p:one {place:#x}", rung)
+            stop_at_entry(gdb, plain[0][0])
+            before = calling.hits(gdb)["one"]
+            seen = [state(gdb)]
+            counts = [0]
+            for _ in range(STEPS):
+                seen.append(step(gdb))
+                counts.append(calling.hits(gdb)["one"] - before)
+            assert seen == plain, hex(place)
+            assert counts == [sum(found[0] == place for found in plain[:at]) for at in range(STEPS + 1)], hex(place)
+            gdb.console("kprobe delete one")
+        gdb.console("kprobe detach")
+
+
+def test_a_jump_is_stepped_with_breakpoints_of_the_users_at_and_in_it(calling: Any, plain: list[State]) -> None:
+    places = first_visits(plain)
+    with calling.gdb() as gdb:
+        probe = calling.add(gdb, f"p:one {places[1]:#x}")
+        assert probe["rung"] == "optimized"
+        for at in range(1, 4):
+            gdb.console(f"break *{places[at]:#x}")
+            stop_at_entry(gdb, plain[0][0])
+            before = calling.hits(gdb)["one"]
+            seen = [state(gdb), *(step(gdb) for _ in range(STEPS))]
+            assert seen == plain
+            assert calling.hits(gdb)["one"] == before + 1
+        gdb.console("delete")
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", ["boosted", "auto"])
+def test_several_steps_of_one_command_count_as_several(calling: Any, plain: list[State], rung: str) -> None:
+    places = first_visits(plain)
+    with calling.gdb() as gdb:
+        for index in (1, 3):
+            calling.add(gdb, f"p:at{index} {places[index]:#x}", rung)
+        # Without symbols gdb takes what the function jumps to for one that it calls: nexti stays in front of that.
+        for command, steps in (("stepi 6", 6), ("nexti 3", 3)):
+            stop_at_entry(gdb, plain[0][0])
+            before = calling.hits(gdb)
+            gdb.console(command)
+            gdb.wait_stop()
+            assert state(gdb) == plain[steps], command
+            executed = [found[0] for found in plain[:steps]]
+            expected = {f"at{index}": before[f"at{index}"] + executed.count(places[index]) for index in (1, 3)}
+            assert calling.hits(gdb) == expected, command
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("command", ["until *", "advance *", "tbreak *"])
+def test_a_place_inside_a_jump_is_come_to(calling: Any, plain: list[State], command: str) -> None:
+    with calling.gdb() as gdb:
+        calling.add(gdb, f"p:one {first_visits(plain)[1]:#x}")
+        stop_at_entry(gdb, plain[0][0])
+        before = calling.hits(gdb)["one"]
+        gdb.console(f"{command}{plain[2][0]:#x}")
+        if command.startswith("tbreak"):
+            gdb.cont()
+        gdb.wait_stop()
+        assert state(gdb) == plain[2]
+        assert calling.hits(gdb)["one"] == before + 1
+        gdb.console("kprobe detach")
+
+
+def test_a_handler_runs_once_for_a_place_that_is_stepped_to_and_from(calling: Any, plain: list[State]) -> None:
+    with calling.gdb() as gdb:
+        gdb.console("python from gdb_kprobe.gdbext import api; seen = []")
+        gdb.console(f'python api.add("p:one {first_visits(plain)[2]:#x}", lambda hit: seen.append(hit.regs.ip))')
+        stop_at_entry(gdb, plain[0][0])
+        gdb.console("python seen.clear()")
+        assert [state(gdb), *(step(gdb) for _ in range(STEPS))] == plain
+        assert re.findall(r"\d+", gdb.console("python print(len(seen))")) == ["1"]
+        gdb.console("kprobe detach")
