@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 import gdb
@@ -53,6 +54,49 @@ class _Text(gdb.Parameter):
         return f'kprobe {self.name} is "{svalue}".'
 
 
+class _SetPrefix(gdb.Command):
+    """Change a setting of kprobe commands.
+
+    'show kprobe' shows them all as they are now.
+
+    Example:
+      set kprobe strategy boosted"""
+
+    def __init__(self) -> None:
+        super().__init__("set kprobe", gdb.COMMAND_BREAKPOINTS, gdb.COMPLETE_NONE, prefix=True)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        raise gdb.GdbError(_no_setting("set", argument.strip()))
+
+
+class _ShowPrefix(gdb.Command):
+    """Show the settings of kprobe commands.
+
+    Example:
+      show kprobe"""
+
+    def __init__(self) -> None:
+        super().__init__("show kprobe", gdb.COMMAND_BREAKPOINTS, gdb.COMPLETE_NONE, prefix=True)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        if argument.strip():
+            raise gdb.GdbError(_no_setting("show", argument.strip()))
+        assert _registered is not None
+        for parameter in _registered.all():
+            gdb.execute(f"show kprobe {parameter.name}")
+
+
+def _no_setting(verb: str, argument: str) -> str:
+    assert _registered is not None
+    names = [parameter.name for parameter in _registered.all()]
+    if not argument:
+        return f"which setting?\n  hint: {verb} kprobe {'|'.join(names)}; 'show kprobe' shows them"
+    word = argument.split()[0]
+    near = difflib.get_close_matches(word, names, n=1)
+    question = f"did you mean '{near[0]}'? " if near else ""
+    return f"kprobe has no setting {word!r}\n  hint: {question}There are {', '.join(names)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The settings as they are now."""
@@ -65,14 +109,14 @@ class Settings:
 
 class _Registered:
     def __init__(self) -> None:
-        for verb in ("set", "show"):
-            gdb.Command(f"{verb} kprobe", gdb.COMMAND_BREAKPOINTS, gdb.COMPLETE_NONE, prefix=True)
+        _SetPrefix()
+        _ShowPrefix()
         self.verbose_errors = _Switch(
             "verbose-errors", "Show the Python trace of an error of kprobe commands, for a report.", False
         )
         self.strategy = _Choice(
             "strategy",
-            "The rung of new probes: auto (the best that the profile allows), optimized, boosted or single-step.",
+            "The rung of new kprobes: auto (the best that the profile allows), optimized, boosted or single-step.",
             (AUTO, *reversed([rung.value for rung in Rung])),
         )
         self.profile = _Text(
@@ -80,9 +124,13 @@ class _Registered:
         )
         self.watchdog = _Switch(
             "watchdog",
-            "Start a process at each attach that has the guest run on, without the probes' handlers, if gdb is killed.",
+            "At 'kprobe attach' start a process that has the guest run on, without handlers, should gdb be killed.",
             True,
         )
+
+    def all(self) -> tuple[_Switch | _Choice | _Text, ...]:
+        """In the order of their names."""
+        return self.profile, self.strategy, self.verbose_errors, self.watchdog
 
 
 _registered: _Registered | None = None

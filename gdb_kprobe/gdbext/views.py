@@ -49,6 +49,7 @@ def probe_view(probe: Probe) -> ProbeView:
         str(probe.spec),
         site is not None and site.saved,
         "" if link is None or site is None else link.session.redirected(probe),
+        str(probe.spec.location),
     )
 
 

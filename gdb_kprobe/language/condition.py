@@ -51,6 +51,12 @@ _TOKEN = re.compile(
     r"|(?P<op>\|\||&&|<<|>>|[=!<>]=|[-+|^&<>!~()]))",
     re.ASCII,
 )
+_WORDS = {"and": "&&", "or": "||", "not": "!", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+"""Operators of other languages."""
+_C_TYPES = {
+    "char": "s8", "short": "s16", "int": "s32", "long": "s64", "unsigned": "u32", "void": "u64", "struct": "u64",
+    "size_t": "u64", "bool": "u8",
+}  # fmt: skip
 _CAST = re.compile(r"([us])(8|16|32|64)")
 
 _MAX_TERMS = 256
@@ -117,7 +123,9 @@ class _Parser:
             )
         expr = self._binary(0)
         if self._peek.text == ")":
-            raise self._error("Too few '('", self._peek.column)
+            raise self._error("Too few '('", self._peek.column, "there is no '(' for this ')'")
+        if self._peek.text in _WORDS:
+            raise self._word_for_operator(self._peek)
         if self._peek.kind != "end":
             raise self._error(
                 "Invalid operator", self._peek.column, f"an operator is missing before {self._peek.text!r}"
@@ -125,12 +133,12 @@ class _Parser:
         return expr
 
     def _tokenize(self, column: int) -> list[_Token]:
-        tokens = []
+        tokens: list[_Token] = []
         while self._text[column:].strip():
             found = _TOKEN.match(self._text, column)
             if found is None:
                 column += len(self._text[column:]) - len(self._text[column:].lstrip())
-                raise self._error(*self._bad_character(column))
+                raise self._error(*self._bad_character(column, behind=tokens[-1] if tokens else None))
             kind = found.lastgroup
             assert kind is not None
             tokens.append(_Token(kind, found[kind], found.start(kind)))
@@ -139,8 +147,13 @@ class _Parser:
                 raise self._error("Too many terms in predicate expression", tokens[-1].column)
         return [*tokens, _Token("end", "", len(self._text.rstrip()))]
 
-    def _bad_character(self, column: int) -> tuple[str, int, str]:
+    def _bad_character(self, column: int, behind: _Token | None) -> tuple[str, int, str]:
+        """What is wrong with the character at *column*, which comes after the token *behind*."""
+        wants_operand = behind is None or (behind.kind == "op" and behind.text != ")") or behind.text in _C_TYPES
         match self._text[column]:
+            case "*" if wants_operand:
+                hint = "compare registers; a handler in Python reads memory: hit.read_int(hit.regs.di)"
+                return "not implemented yet: reading memory in conditions", column, hint
             case "=":
                 misplaced = self._text[column + 1 : column + 2] == "%"
                 return "Invalid operator", column, "arguments come before 'if'" if misplaced else "equality is '=='"
@@ -191,7 +204,7 @@ class _Parser:
             case "op" if token.text == "(":
                 return self._parenthesized(token)
             case "op" if token.text == ")" and self._nesting == 0:
-                raise self._error("Too few '('", token.column)
+                raise self._error("Too few '('", token.column, "there is no '(' for this ')'")
             case _:
                 what = "the condition ends here" if token.kind == "end" else f"{token.text!r} is not one"
                 raise self._error("an operand is missing", token.column, f"expected a number or a register; {what}")
@@ -200,7 +213,9 @@ class _Parser:
         inner = self._nested(lambda: self._binary(0), opening.column)
         if self._peek.text != ")":
             if self._peek.kind == "end":
-                raise self._error("Too many '('", opening.column)
+                raise self._error("Too many '('", opening.column, "the ')' for this '(' is missing")
+            if self._peek.text in _WORDS:
+                raise self._word_for_operator(self._peek)
             hint = f"an operator is missing before {self._peek.text!r}"
             raise self._error("Invalid operator", self._peek.column, hint)
         self._take()
@@ -234,6 +249,10 @@ class _Parser:
     def _register(self, name: str, column: int) -> Register:
         if name in PT_REGS_NAMES:
             return Register(name)
+        if name in _WORDS:
+            raise self._word_for_operator(_Token("name", name, column))
+        if name in _C_TYPES:
+            raise self._error("Invalid cast", column, f"casts are written like calls: {_C_TYPES[name]}(di)")
         if self._text[column] == "%":
             near = nearest_register(name)
             raise self._error("Invalid register name", column, f"did you mean %{near}?" if near else "")
@@ -243,6 +262,9 @@ class _Parser:
             f"did you mean '{near}'?" if near else f"{known}registers are named as in struct pt_regs: di, si, ip, flags"
         )
         raise self._error("Field not found", column, hint)
+
+    def _word_for_operator(self, token: _Token) -> SyntaxRefusedError:
+        return self._error(f"Invalid operator {token.text!r}", token.column, f"write {_WORDS[token.text]!r}, as in C")
 
     def _error(self, message: str, column: int, hint: str = "") -> SyntaxRefusedError:
         return SyntaxRefusedError(message, self._text, column, hint)

@@ -61,6 +61,7 @@ def parse_definition(text: str) -> ProbeSpec:
         raise words[0].error("no probe point is given", len(words[0].text), _USAGE)
     location = _parse_place(words[1])
     name, group = _parse_names(names) if names is not None else ("", DEFAULT_GROUP)
+    _check_spaces(words[1:])
     args = _parse_args(words[2:])
     condition = None if condition_at is None else _parse_condition(words[0].line, condition_at, args)
     return ProbeSpec(name or default_name(location), location, group, args, condition, text.strip())
@@ -104,6 +105,8 @@ def _check_type(word: Word) -> Word | None:
 def _parse_place(word: Word) -> Location:
     if (address := parse_number(word.text)) is not None:
         return Location(address=VirtAddr(address))
+    if word.text.startswith(("*", "&")) and len(word.text) > 1:
+        raise word.error(_BAD_PLACE, 0, f"leave the {word.text[0]!r} away: {word.text[1:]}")
     place, percent, suffix = word.text.partition("%")
     if percent and suffix == "return":
         raise word.error("not implemented yet: return probes", len(place), "probe the function's entry")
@@ -156,6 +159,24 @@ def _checked_name(word: Word) -> str:
     if not _IDENTIFIER.fullmatch(word.text):
         raise word.error(f"Event name {_RULE}", 0, "letters, digits and '_', not beginning with a digit")
     return word.text
+
+
+def _check_spaces(words: list[Word]) -> None:
+    """Refuse what was torn apart by spaces: ``SYMBOL +5`` and ``x = %di`` are single words."""
+    place, *args = words
+    for index, word in enumerate(args):
+        if index == 0 and (found := re.fullmatch(r"([+-])(\w*)", word.text, re.ASCII)):
+            number = found[2] or (args[1].text if len(args) > 1 else "")
+            raise word.error(
+                "a space in front of the offset", 0, f"write it as one word: {place.text}{found[1]}{number or 'OFFSET'}"
+            )
+        before = args[index - 1].text
+        if index and word.text.startswith("=") and word.text != "==":
+            value = word.text[1:] or (args[index + 1].text if index + 1 < len(args) else "%di")
+            raise word.error("a space in front of '='", 0, f"write the argument as one word: {before}={value}")
+        if word.text.endswith("=") and index + 1 < len(args):
+            hint = f"write the argument as one word: {word.text}{args[index + 1].text}"
+            raise word.error("a space behind '='", len(word.text), hint)
 
 
 def _parse_args(words: list[Word]) -> tuple[FetchArg, ...]:

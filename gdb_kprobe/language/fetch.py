@@ -98,11 +98,27 @@ def _not_a_register(body: Word, expression: str) -> SyntaxRefusedError:
     return body.error("Invalid fetch argument", 0, _ONLY_REGISTERS)
 
 
+_C_TYPES = {
+    "char": FetchType.S8, "bool": FetchType.U8, "short": FetchType.S16, "int": FetchType.S32, "unsigned": FetchType.U32,
+    "uint": FetchType.U32, "long": FetchType.S64, "ulong": FetchType.U64, "size_t": FetchType.U64,
+    "ssize_t": FetchType.S64, "ptr": FetchType.X64, "pointer": FetchType.X64, "hex": FetchType.X64,
+}  # fmt: skip
+"""What a C programmer, or another tracer's user, calls a type: the type of ours."""
+
+
+def _nearest_type(text: str) -> str:
+    """The type that *text* will have meant, or nothing: by another case, by its name in C, by its spelling."""
+    lower = text.lower()
+    if lower in FetchType.__members__.values():
+        return lower
+    return _C_TYPES.get(lower) or next(iter(difflib.get_close_matches(lower, list(FetchType), n=1)), "")
+
+
 def _parse_type(word: Word) -> FetchType:
     if word.text in FetchType.__members__.values():
         return FetchType(word.text)
     if _LATER_TYPES.fullmatch(word.text):
         raise word.error(f"not implemented yet: type {word.text}", 0, "for now: u8 to u64, s8 to s64, x8 to x64")
-    near = next(iter(difflib.get_close_matches(word.text, list(FetchType), n=1)), "")
+    near = _nearest_type(word.text)
     hint = f"did you mean {near}?" if near else "types are u8 to u64, s8 to s64, x8 to x64"
     raise word.error("Unknown type is specified", 0, hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from gdb_kprobe.language.spec import FetchType
 from gdb_kprobe.render.text import symbolic
 from gdb_kprobe.render.views import HitView, PlaceView
@@ -16,6 +18,16 @@ def value(raw: int, type_: FetchType) -> str:
 def place(view: PlaceView) -> str:
     """``vfs_read+0x0/0x370 [module]``; the bare address where no symbol covers it."""
     return symbolic(view.symbol, view.offset, view.size, view.module) if view.symbol else f"{view.addr:#x}"
+
+
+def folded(line: str, width: int | None) -> str:
+    """*line* in lines of *width* characters at the most (``None``: of any length), broken only between words."""
+    if width is None or len(line) <= width:
+        return line
+    indent = " " * min(6, width // 4)
+    return "\n".join(
+        textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def hit_line(hit: HitView) -> str:

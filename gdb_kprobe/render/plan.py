@@ -36,9 +36,12 @@ def patched_at(view: PlaceView) -> str:
 
 def plan(view: PlanView) -> str:
     """The dry run of one probe: what is there, what it becomes, where it goes, and why not a better rung."""
+    return "\n".join([_field("probe", view.name), _field("at", located(view.place)), plan_body(view)])
+
+
+def plan_body(view: PlanView) -> str:
+    """The same without saying again which probe it is, and where."""
     lines = [
-        _field("probe", view.name),
-        _field("at", located(view.place)),
         _field("instruction", view.insn),
         _field("bytes", f"{hex_bytes(view.old)}  ->  {hex_bytes(view.new)}"),
         _field("rung", view.rung),

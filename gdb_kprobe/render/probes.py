@@ -28,7 +28,11 @@ def _row(view: ProbeView) -> tuple[str, ...]:
     return (
         "-" if place is None else f"{place.addr + place.behind:016x}",
         "k",
-        symbolic(place.symbol, place.offset) + patched_at(place) if place is not None and place.symbol else "",
+        view.where
+        if place is None
+        else symbolic(place.symbol, place.offset) + patched_at(place)
+        if place.symbol
+        else "",
         f"[{place.module}]" if place is not None and place.module else "",
         flags(view),
         str(view.hits),
@@ -56,13 +60,12 @@ def flags(view: ProbeView) -> str:
 
 
 def probe_info(view: ProbeView) -> str:
-    """Everything about one probe, a line each."""
+    """Everything about one probe but for its plan, a line each."""
     lines = [
         ("probe", view.name),
         ("definition", view.definition),
-        ("at", located(view.place) if view.place is not None else "not known yet"),
+        ("at", located(view.place) if view.place is not None else f"{view.where or 'a place'}, not found yet"),
         ("state", flags(view) or "enabled"),
-        ("rung", view.rung or ""),
         ("hits", str(view.hits)),
         ("missed", str(view.missed)),
         ("note", "a kprobe of the guest's own is on the jump, which stays until that is removed" * view.is_saved),

@@ -82,6 +82,8 @@ class ProbeView:
     definition: str = ""
     is_saved: bool = False
     redirected: str = ""
+    where: str = ""
+    """The place as it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,3 +166,86 @@ def test_numpys_threads_take_no_signals() -> None:
     assert len(blocked) > before
     sigint = 1 << (signal.SIGINT - 1)
     assert sum(not mask & sigint for mask in blocked) == 1
+
+
+def test_show_kprobe_prints_all_settings(gdb: GdbMi) -> None:
+    assert gdb.console("show kprobe").splitlines() == [
+        'kprobe profile is "".',
+        "kprobe strategy is auto.",
+        "kprobe verbose-errors is off.",
+        "kprobe watchdog is on.",
+    ]
+
+
+def test_help_of_the_settings_says_what_they_are(gdb: GdbMi) -> None:
+    for verb, first in (("set", "Change a setting of kprobe commands."), ("show", "Show the settings of kprobe")):
+        text = gdb.console(f"help {verb} kprobe")
+        assert text.startswith(first), text
+        assert "Example:" in text
+        names = set(re.findall(rf"^{verb} kprobe ([a-z-]+) -- ", text, re.MULTILINE))
+        assert names == {"profile", "strategy", "verbose-errors", "watchdog"}
+
+
+def test_apropos_finds_every_command_and_setting(gdb: GdbMi) -> None:
+    found = gdb.console("apropos kprobe")
+    for name in commands(gdb):
+        assert re.search(rf"^kprobe {name}\b", found, re.MULTILINE), name
+    for name in ("profile", "strategy", "verbose-errors", "watchdog"):
+        assert re.search(rf"^set kprobe {name}\b", found, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        (
+            "kprobe attch debian",
+            "kprobe has no command 'attch'\n  hint: did you mean 'kprobe attach'? 'help kprobe' lists them; a "
+            "definition begins with p: or p",
+        ),
+        (
+            "kprobe r100:many vfs_read",
+            "not implemented yet: return probes\n  hint: probe the function's entry: kprobe p:NAME SYMBOL",
+        ),
+        (
+            "set kprobe stratgy boosted",
+            "kprobe has no setting 'stratgy'\n  hint: did you mean 'strategy'? There are profile, strategy, "
+            "verbose-errors, watchdog",
+        ),
+        (
+            "show kprobe Profile",
+            "kprobe has no setting 'Profile'\n  hint: did you mean 'profile'? There are profile, strategy, "
+            "verbose-errors, watchdog",
+        ),
+    ],
+)
+def test_a_misspelled_word_is_answered_with_the_right_one(gdb: GdbMi, command: str, answer: str) -> None:
+    assert fails(gdb, command) == answer
+
+
+def test_help_of_attach_says_where_conditions_are_evaluated(gdb: GdbMi) -> None:
+    text = " ".join(gdb.console("help kprobe attach").split())
+    assert "conditions are compiled into the guest" in text
+    assert "with a condition" not in text
+
+
+def test_a_script_that_fails_can_end_gdb_with_a_status(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """\
+import traceback
+from gdb_kprobe.gdbext import api as kprobe
+
+def main():
+    kprobe.detach()
+
+try:
+    main()
+except Exception:
+    traceback.print_exc()
+    gdb.execute("quit 1")
+"""
+    )
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", f"source {LOADER}", "-x", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ConnectionLostError: not attached to a guest" in done.stderr

@@ -37,6 +37,12 @@ WRONG: tuple[tuple[str, str, str], ...] = (
     ("kprobe p:x veth:vfs_read", "veth has no vfs_read; it is in the core kernel", "write vfs_read"),
     ("kprobe p:x vfs_read name=+0(%si):ustring", "not implemented yet: fetching from memory", "%di:s32"),
     ("kprobe p:x vfs_read if di = 3", "di = 3", "=="),
+    ("kprobe p:x VFS_READ", "no such symbol: VFS_READ is not in kallsyms", "did you mean vfs_read?"),
+    (
+        "kprobe p:x openat2",
+        "no such symbol: openat2 is not in kallsyms",
+        "did you mean io_openat2, do_sys_openat2",
+    ),
     ("kprobe delete tkaen", "there is no probe named tkaen", "taken"),
 )
 
@@ -60,6 +66,30 @@ def test_every_mistake_is_told_and_nothing_is_armed(probed: Callable[[GuestSpec]
         gdb.console("kprobe detach")
     if "GDB_KPROBE_EVIDENCE" in os.environ:
         (Path(os.environ["GDB_KPROBE_EVIDENCE"]) / "wrong_inputs.txt").write_text("\n".join(answers))
+
+
+def test_what_is_said_of_a_probe_that_is_added(probed: Callable[[GuestSpec], Any]) -> None:
+    guest = probed(GuestSpec())
+    names = guest.guest.check_output("cut -d' ' -f3 /proc/kallsyms").split()
+    clones = {name for name in names if name.endswith(".isra.0")}
+    base = next(name for name in sorted(clones) if names.count(name) == 1 and names.count(name[:-7]) == 1)[:-7]
+    with guest.gdb() as gdb:
+        waiting = gdb.console("kprobe p:w nosuchmod:foo")
+        assert waiting == "w: no module nosuchmod is loaded; it is armed when one of that name comes.\n"
+        meant = "(veth is loaded: did you mean that?)"
+        near = gdb.console("kprobe p:n veht:foo")
+        assert near == f"n: no module veht is loaded {meant}; it is armed when one of that name comes.\n"
+        listed = gdb.console("kprobe list").splitlines()
+        assert [line.split()[:4] for line in listed[1:]] == [
+            ["-", "k", "nosuchmod:foo", "[PENDING]"],
+            ["-", "k", "veht:foo", "[PENDING]"],
+        ]
+        assert f"which are not probed by it: {base}.isra.0" in gdb.console(f"kprobe p:c {base}")
+        info = gdb.console("kprobe info c")
+        assert info.count("\nat  ") == 1
+        assert info.count("probe  ") == 1
+        gdb.console("kprobe delete all")
+        assert gdb.console("kprobe detach").startswith("0 site(s) restored; the region is unmapped.")
 
 
 def jump_label_site(guest: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
 from collections import Counter
+from collections.abc import Collection
 
 from gdb_kprobe.errors import KprobeError, NameTakenError, RefusedError
 from gdb_kprobe.gdbext import api, plugin
@@ -21,7 +23,7 @@ _HEAR_EVERY = 64
 
 
 class Add(Command):
-    """Add a probe and arm it.
+    """Add a kprobe and arm it.
 
     kprobe add [--disabled] [p[:NAME]] SYMBOL[+OFF]|MODULE:SYMBOL[+OFF]|0xADDR [ARG=%REG[:TYPE] ...] [if CONDITION]
 
@@ -76,11 +78,21 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
         return
     site = link.session.sites.of(probe)
     if site is None:
-        write(f"{probe.name}: module {probe.spec.location.module} is not loaded; it is armed when it comes.")
+        write(f"{probe.name}: {_awaited(probe.spec.location.module, link.session.guest.loaded_modules())}")
         return
     assert probe.place is not None
     state = f"armed, {site.plan.rung}" if probe.enabled else "disabled"
     write(f"{probe.name}: {probe.place.in_full} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
+    clones = link.session.guest.clones_of(probe.place)
+    if clones:
+        write(f"Note: the compiler made others of this function, which are not probed by it: {', '.join(clones)}.")
+
+
+def _awaited(module: str, loaded: Collection[str]) -> str:
+    """What is said of a probe on *module*, which is not among those that are *loaded*."""
+    near = difflib.get_close_matches(module, loaded, n=1)
+    question = f" ({near[0]} is loaded: did you mean that?)" if near else ""
+    return f"no module {module} is loaded{question}; it is armed when one of that name comes."
 
 
 def add_matching(pattern: str) -> None:

@@ -30,8 +30,9 @@ class Attach(Command):
     added before are armed. The text of probes that an earlier gdb left behind is restored first; to go on with them,
     see 'kprobe adopt'.
     With --wait a guest that is still booting runs until its kernel is up.
-    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, with a condition,
-    on the single-step rung, or under 'kprobe trace' stops the machine. With --dispatch stub every hit does.
+    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, on the single-step
+    rung, or under 'kprobe trace' stops the machine; conditions are compiled into the guest. With --dispatch stub every
+    hit stops it.
 
     Example:
       kprobe attach debian"""

@@ -13,6 +13,7 @@ from gdb_kprobe.render.doctor import doctor
 from gdb_kprobe.session.doctor import Finding, examine
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView, SharedRam
+from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub
 
 
@@ -50,9 +51,14 @@ def _connected() -> list[Finding]:
     channel = GdbChannel()
     stub = QemuStub(channel)
     with uninterrupted(), channel.borrowed(stub):
-        guest = open_linux(stub, RamView(stub, SharedRam.discover(stub)))
-        guest.prepare()
-        return list(examine(stub, guest, len(stub.cpus())))
+        memory = RamView(stub, SharedRam.discover(stub))
+        try:
+            memory.use_ram_of(stub, peer_processes(channel.descriptor))
+            guest = open_linux(stub, memory)
+            guest.prepare()
+            return list(examine(stub, guest, len(stub.cpus())))
+        finally:
+            memory.close()
 
 
 def register() -> None:

@@ -6,8 +6,7 @@ from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.views import handler_view, plan_view, probe_view
-from gdb_kprobe.render.plan import handler
-from gdb_kprobe.render.plan import plan as render_plan
+from gdb_kprobe.render.plan import handler, plan_body
 from gdb_kprobe.render.probes import probe_info
 
 
@@ -28,7 +27,7 @@ class Info(Command):
             write(probe_info(probe_view(probe)))
             site = link.session.sites.of(probe) if link is not None else None
             if site is not None and probe.place is not None:
-                write(render_plan(plan_view(probe, probe.place, site.plan)))
+                write(plan_body(plan_view(probe, probe.place, site.plan)))
                 inside = handler_view(probe, site)
                 if inside is not None:
                     write(handler(inside))

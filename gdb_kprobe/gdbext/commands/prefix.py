@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+
 import gdb
 
 from gdb_kprobe.errors import KprobeError
@@ -34,13 +37,30 @@ class KprobePrefix(gdb.Command):
             elif text.startswith("-:"):
                 delete.delete_named(text[2:].rpartition("/")[2])
             else:
-                word = text.split()[0]
-                raise KprobeError(
-                    f"kprobe has no command {word!r}", "'help kprobe' lists them; a definition begins with p: or p"
-                )
+                raise unknown(text)
 
     def complete(self, text: str, word: str | None) -> list[str]:
         return complete.answer(lambda text: (f"-:{name}" for name in complete.probes(text)), text, word)
+
+
+def unknown(text: str) -> KprobeError:
+    """What is wrong with *text*, which begins with no command."""
+    word = text.split()[0]
+    if re.match(r"r\d*:|r\d+\b", word):
+        return KprobeError("not implemented yet: return probes", "probe the function's entry: kprobe p:NAME SYMBOL")
+    if re.match(r"p\d+\b", word):
+        return KprobeError(f"{word!r}: only return probes have a number of instances", "kprobe p:NAME SYMBOL")
+    near = difflib.get_close_matches(word.lower(), _commands(), n=1)
+    question = f"did you mean 'kprobe {near[0]}'? " if near else ""
+    return KprobeError(
+        f"kprobe has no command {word!r}", f"{question}'help kprobe' lists them; a definition begins with p: or p"
+    )
+
+
+def _commands() -> list[str]:
+    """The names of the commands, as gdb lists them."""
+    text = gdb.execute("help kprobe", to_string=True) or ""
+    return re.findall(r"^kprobe ([a-z]{2,})\b", text, re.MULTILINE)
 
 
 class ShortForm(Command):

@@ -38,7 +38,9 @@ class Symbols(Command):
             raise KprobeError("only a Linux guest has kallsyms", "use gdb's 'symbol-file'")
         path = Path(argument).expanduser() if argument else link.profile.kernel.vmlinux
         if path is None:
-            _load_kallsyms(guest)
+            with link.stopped():
+                guest.refresh()  # modules may have come since the last look
+                _load_kallsyms(guest)
             return
         found = _build_id(path)
         if found != guest.build_id:

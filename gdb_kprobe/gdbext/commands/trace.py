@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import gdb
@@ -11,7 +12,7 @@ from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.views import hit_view
-from gdb_kprobe.render.hit import hit_line
+from gdb_kprobe.render.hit import folded, hit_line
 from gdb_kprobe.session.probes import Hit, Probe, State
 
 
@@ -90,10 +91,17 @@ class _Trace:
         if hit.probe not in self._wanted or (self._count is not None and self._shown >= self._count):
             return
         self._shown += 1
-        gdb.write(hit_line(hit_view(hit, time.monotonic() - self._started)) + "\n")
+        write(folded(hit_line(hit_view(hit, time.monotonic() - self._started)), _width()))
         gdb.flush()
         if self._shown == self._count:
             plugin.the_plugin().stop_requested = True
+
+
+def _width() -> int | None:
+    """The characters of a line of the terminal; ``None`` where there is none, or lines may have any length."""
+    width = gdb.parameter("width")
+    # One less: gdb breaks a line that fills the last column.
+    return width - 1 if isinstance(width, int) and width > 1 and os.isatty(1) else None
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from gdb_kprobe.language.spec import FetchType
 from gdb_kprobe.model import Rung, VirtAddr
-from gdb_kprobe.render.hit import hit_line, value
+from gdb_kprobe.render.hit import folded, hit_line, value
 from gdb_kprobe.render.plan import listing, plan
 from gdb_kprobe.render.probes import flags, probe_info, probe_list
 from gdb_kprobe.render.text import WIDTH
@@ -137,16 +137,29 @@ probe        open
 definition   p:kprobes/open do_sys_openat2 dfd=%di
 at           0xffffffff81234560 (do_sys_openat2+0x0)
 state        enabled
-rung         boosted
 hits         2000
 missed       1"""
     )
     assert (
-        probe_info(ProbeView("x", None))
+        probe_info(ProbeView("x", None, where="veth:veth_xmit"))
         == """\
 probe        x
-at           not known yet
+at           veth:veth_xmit, not found yet
 state        [PENDING]
 hits         0
 missed       0"""
     )
+
+
+def test_a_long_line_of_a_trace_breaks_between_its_arguments() -> None:
+    line = "[000]     0.037631: open: (do_sys_openat2+0x0/0x170) dfd=-100 how=0xff75cb05c03a3c60 mode=0x1b6"
+    assert folded(line, None) == line
+    assert folded(line, len(line)) == line
+    assert folded(line, 79) == (
+        "[000]     0.037631: open: (do_sys_openat2+0x0/0x170) dfd=-100\n      how=0xff75cb05c03a3c60 mode=0x1b6"
+    )
+
+
+def test_a_probe_without_a_place_is_listed_with_what_was_asked_for() -> None:
+    text = probe_list([ProbeView("x", None, where="veth:veth_xmit")])
+    assert text.splitlines()[1].split() == ["-", "k", "veth:veth_xmit", "[PENDING]", "0", "0", "x"]
