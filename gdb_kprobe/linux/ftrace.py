@@ -258,7 +258,9 @@ def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceT
     :raises UnmappedError: it leads to unmapped memory.
     """
     lock = read_struct(memory, btf, "mutex", kallsyms.address("ftrace_lock"))
-    changing = bool(lock.uint("owner"))
+    # CONFIG_PREEMPT_RT makes a mutex of an rt_mutex (include/linux/mutex_types.h). Either owner is 0 as long as nobody
+    # holds or waits; the low bits say more of the one there is or, in an rt_mutex, of one that is about to be.
+    changing = bool(lock.uint("owner" if lock.has("owner") else "rtmutex.owner"))
     tracers: list[_Tracer] = []
     for ops in for_each_ops(memory, kallsyms, btf):
         hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))

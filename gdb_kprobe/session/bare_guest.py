@@ -140,6 +140,10 @@ class BareGuest:
     def owner_of(self, addr: VirtAddr) -> str:
         return ""
 
+    @property
+    def takes_modules(self) -> bool:
+        return False
+
     def loaded_modules(self) -> Mapping[str, str]:
         return {}
 

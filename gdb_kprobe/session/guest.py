@@ -146,6 +146,10 @@ class Guest(Protocol):
     def owner_of(self, addr: VirtAddr) -> str:
         """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
 
+    @property
+    def takes_modules(self) -> bool:
+        """Whether there can be modules; without, a probe in one waits in vain."""
+
     def loaded_modules(self) -> Mapping[str, str]:
         """The modules whose text may be probed, by name: what tells this load of one from another (:meth:`owner_of`).
 

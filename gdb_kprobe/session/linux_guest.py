@@ -306,6 +306,10 @@ class LinuxGuest:
         module = module_at(self._modules, addr)
         return "" if module is None else _load_of(module)
 
+    @property
+    def takes_modules(self) -> bool:
+        return self._core.find("modules") is not None  # CONFIG_MODULES
+
     def loaded_modules(self) -> Mapping[str, str]:
         return {module.name: _load_of(module) for module in self._ready() if module.state is ModuleState.LIVE}
 
@@ -331,7 +335,9 @@ class LinuxGuest:
         return self._facts_read
 
     def _read_modules(self) -> None:
-        modules = read_modules(self.memory, self.btf, self._core.address("modules"))
+        modules: tuple[Module, ...] = ()
+        if self.takes_modules:
+            modules = read_modules(self.memory, self.btf, self._core.address("modules"))
         if modules == self._modules and self._facts_read is not None:
             return
         self._modules = modules
@@ -396,6 +402,10 @@ class LinuxGuest:
             detail = f"{location.symbol} is data (type {other.type})"
             hint = "a probe needs the address of an instruction: name a function"
             raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, hint))
+        if location.module and not self.takes_modules:
+            detail = f"there is no module {location.module}: the guest's kernel has none (no CONFIG_MODULES)"
+            hint = f"what is built in is probed by its name alone: {location.symbol}"
+            raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), detail, hint))
         close = self._close_names(location.symbol)
         hint = f"did you mean {', '.join(close)}?" if close else "'kprobe add PREFIX<TAB>' completes symbols"
         raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), f"{location.symbol} is not in kallsyms", hint))

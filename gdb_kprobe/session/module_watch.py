@@ -56,7 +56,7 @@ class ModuleWatch:
     def may_come(self, probe: Probe) -> bool:
         """Whether *probe* is for a module that is not loaded, or is coming or going right now."""
         module = probe.spec.location.module
-        return bool(module) and module not in self._guest.loaded_modules()
+        return bool(module) and self._guest.takes_modules and module not in self._guest.loaded_modules()
 
     def wait(self, probe: Probe) -> None:
         """Arm *probe* when its module comes."""

@@ -21,8 +21,8 @@ LOWEST_BASE = 64 * MIB
 """Below, the firmware, the boot loader and an unrandomized kernel have their things."""
 
 KERNEL_NAMES = (
-    "debian, newest, a series such as 6.12 or 6.12-rt or 7.3-generic@trixie-backports, small, small-nobtf, or the path"
-    " of a vmlinuz"
+    "debian, newest, a series such as 6.12 or 6.12-rt, a flavour of any version such as rt or cloud@stable-backports,"
+    " or the path of a vmlinuz"
 )
 """What names a Linux kernel, for messages; :mod:`kprobe_guest.build.names` says what they mean."""
 
@@ -33,11 +33,11 @@ class GuestSpec:
 
     *kernel*: ``bare`` is our own bare-metal image, all else names a Linux kernel: ``debian`` is Debian's current cloud
     kernel, ``newest`` the newest cloud kernel that this machine's package lists serve, ``6.12`` or ``7.3-rt`` one of a
-    series that some suite of Debian's serves, ``small`` and ``small-nobtf`` are built here with as little as a guest
-    needs, ``/a/path/vmlinuz`` is any other, with its *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max``
-    or QEMU's default model. *region*: where the physical memory for a debugger comes from: ``reserved`` (a ``memmap=``
-    range that the guest leaves alone), ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest
-    RAM is a file that the host can map. *tcg_thread*: a thread of QEMU for each vCPU, or one for all.
+    series that some suite of Debian's serves, ``cloud@stable-backports`` the newest of a flavour, and a path any other,
+    with its *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max`` or QEMU's default model. *region*: where
+    the physical memory for a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone),
+    ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map.
+    *tcg_thread*: a thread of QEMU for each vCPU, or one for all.
     """
 
     kernel: str = "debian"

@@ -14,6 +14,7 @@ from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
+from gdb_kprobe.testing.places import spelled
 from kprobe_guest import GuestSpec, GuestVm
 
 
@@ -64,11 +65,15 @@ class Probed:
                 raise
 
     def add(self, gdb: GdbMi, definition: str, strategy: str = "auto") -> dict[str, str]:
-        """Add a probe and return what ``-kprobe-list`` says of it."""
+        """Add a probe and return what ``-kprobe-list`` says of it; for *definition* see :meth:`spelled`."""
         gdb.console(f"set kprobe strategy {strategy}")
-        probe: dict[str, str] = gdb.command(f'-kprobe-add "{definition}"')["probe"]
+        probe: dict[str, str] = gdb.command(f'-kprobe-add "{self.spelled(definition)}"')["probe"]
         self.touched |= patched_by(probe)
         return probe
+
+    def spelled(self, text: str) -> str:
+        """Put in offsets for ``SYMBOL+entry``, a probe on it, and ``SYMBOL+behind``, the first one behind its jump."""
+        return spelled(self.snapshot.guest, text)
 
     def patched(self, gdb: GdbMi) -> set[int]:
         """The bytes of text that gdb's probes are in while the guest runs."""

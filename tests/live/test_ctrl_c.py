@@ -32,7 +32,7 @@ KERNEL = 1 << 63
 
 PROBES = (
     ("p:boosted __x64_sys_getpriority", "boosted"),
-    ("p:stepped __x64_sys_getpriority+0xb", "single-step"),
+    ("p:stepped __x64_sys_getpriority+behind", "single-step"),
     ("p:inner __do_sys_getpriority", "boosted"),
 )
 PRINT = (
@@ -95,7 +95,7 @@ def at_terminal(guest: Any) -> Iterator[GdbTerminal]:
             gdb.command(f"kprobe attach {guest.profile}")
             for definition, strategy in PROBES:
                 gdb.command(f"set kprobe strategy {strategy}")
-                assert "armed" in gdb.command(f"kprobe {definition}")
+                assert "armed" in gdb.command(guest.spelled(f"kprobe {definition}"))
             guest.touched |= set(places(gdb).values())
             yield gdb
         except BaseException:

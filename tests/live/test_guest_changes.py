@@ -51,7 +51,7 @@ def test_a_reset_in_the_firmware_writes_nothing(unchecked: Callable[[GuestSpec],
         guest.add(gdb, "p:mine __x64_sys_getpriority")
         guest.guest.reset(wait=False)
         with pytest.raises(GdbCommandError, match="the guest was reset"):
-            gdb.console("kprobe p:other __x64_sys_getpriority+0xb")
+            gdb.console(guest.spelled("kprobe p:other __x64_sys_getpriority+behind"))
         assert gdb.command("-kprobe-list")["probes"][0]["state"] == "pending"
     guest.guest.wait_ready()
 

@@ -23,7 +23,7 @@ def test_every_call_is_one_hit_on_both_rungs(probed: Callable[[GuestSpec], Any],
     guest = probed(GuestSpec(vcpus=vcpus))
     with guest.gdb() as gdb:
         guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
-        guest.add(gdb, "p:stepped __x64_sys_getpriority+0xb", "single-step")
+        guest.add(gdb, "p:stepped __x64_sys_getpriority+behind", "single-step")
         gdb.cont()
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 50") for _ in range(vcpus)]
         for job in jobs:

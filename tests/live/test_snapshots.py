@@ -31,7 +31,7 @@ def test_a_snapshot_with_the_same_probes_goes_on_with_its_counts(probed: Boot) -
     snapshots = Snapshots(guest.guest)
     with guest.gdb() as gdb:
         guest.add(gdb, "p:jump __x64_sys_getpriority")
-        guest.add(gdb, "p:int3 __x64_sys_getpriority+0xb", "boosted")
+        guest.add(gdb, "p:int3 __x64_sys_getpriority+behind", "boosted")
         gdb.cont()
         call(guest)
         snapshots.save("running")
@@ -91,7 +91,7 @@ def test_a_snapshot_with_other_probes_is_not_written_to(probed: Boot, tmp_path: 
                 gdb.console(f"kprobe attach {guest.profile}")
             else:
                 gdb.console("kprobe delete first")
-        guest.add(gdb, "p:second __x64_sys_getpriority+0xb", "boosted")
+        guest.add(gdb, "p:second __x64_sys_getpriority+behind", "boosted")
         gdb.cont()
         call(guest)
         if by == "qmp":

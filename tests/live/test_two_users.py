@@ -52,7 +52,7 @@ def test_breakpoints_of_a_plain_gdb_that_was_killed_stop_nobody(probed: Boot) ->
         plain.signal(signal.SIGKILL)
         plain.wait_exit()
     with guest.gdb() as gdb:
-        guest.add(gdb, "p:mine __x64_sys_getpriority+0xb")
+        guest.add(gdb, "p:mine __x64_sys_getpriority+behind")
         gdb.cont()
         calls = call_on_each_vcpu(guest)
         assert gdb.interrupt()["signal-name"] == "SIGINT"
@@ -75,7 +75,7 @@ def test_the_stub_is_taken_away_from_a_live_session(probed: Boot) -> None:
             assert "an earlier session left 1 site(s) armed in this guest" in "\n".join(second.transcript)
             said = second.console(f"kprobe attach {guest.profile}")
             assert "their text is restored" in said
-            guest.add(second, "p:mine __x64_sys_getpriority+0xb", "boosted")
+            guest.add(second, "p:mine __x64_sys_getpriority+behind", "boosted")
             second.cont()
             calls = call_on_each_vcpu(guest)
             # The first one does what its user may do then, and changes nothing.

@@ -28,7 +28,7 @@ CALLS = 100_000
 
 PROBES = (
     ("p:boosted __x64_sys_getpriority", "boosted"),
-    ("p:stepped __x64_sys_getpriority+0xb", "single-step"),
+    ("p:stepped __x64_sys_getpriority+behind", "single-step"),
     ("p:inner __do_sys_getpriority", "boosted"),
 )
 COUNTING = (("p:boosted __x64_sys_getpriority", "boosted"), ("p:inner __do_sys_getpriority", "boosted"))
@@ -111,7 +111,7 @@ def at_terminal(guest: Any, command: str) -> Iterator[tuple[GdbTerminal, Load]]:
         gdb.command(f"kprobe attach {guest.profile}")
         for definition, strategy in PROBES:
             gdb.command(f"set kprobe strategy {strategy}")
-            assert "armed" in gdb.command(f"kprobe {definition}")
+            assert "armed" in gdb.command(guest.spelled(f"kprobe {definition}"))
         guest.touched |= {int(line.split()[0], 16) for line in gdb.command("kprobe list").splitlines()[1:]}
         gdb.type(command)
         gdb.wait_text("Tracing" if "trace" in command else "Continuing")
@@ -241,16 +241,16 @@ def test_an_exception_in_a_handler_takes_its_probe_away(guest: Any, tmp_path: Pa
         source(
             gdb,
             tmp_path / "handlers.py",
-            """
+            guest.spelled("""
 @kprobe.probe("p:bad __x64_sys_getpriority")
 def bad(hit):
     if hit.hit == 5:
         raise ValueError("five is too many")
 
-@kprobe.probe("p:good __x64_sys_getpriority+0xb")
+@kprobe.probe("p:good __x64_sys_getpriority+behind")
 def good(hit):
     pass
-""",
+"""),
         )
         guest.touched |= {int(probe["addr"], 16) for probe in gdb.command("-kprobe-list")["probes"]}
         gdb.cont()
@@ -345,7 +345,8 @@ def test_a_connection_that_cannot_be_made_again_names_the_sites_and_attach_resto
             hidden.rename(path)
         told = text_of(gdb)
         assert "cannot be restored: cannot connect" in told
-        for name in ("__x64_sys_getpriority+0x5", "__x64_sys_getpriority+0xb", "__do_sys_getpriority+0x5"):
+        places = "__x64_sys_getpriority+entry __x64_sys_getpriority+behind __do_sys_getpriority+entry"
+        for name in guest.spelled(places).split():
             assert name in told.split("still armed")[1], name
         answer = gdb.console(f"kprobe attach {guest.profile}")
         assert ("stopped with its own text" if stop else "3 site(s) armed; their text is restored") in answer

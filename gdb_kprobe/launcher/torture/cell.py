@@ -17,17 +17,15 @@ from pathlib import Path
 
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.kprobes.landing import is_landing_pad
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import FAILURES
-from gdb_kprobe.linux.ftrace import NOP
-from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.model import AddressRange, VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
-from gdb_kprobe.x86.decode import Insn, iter_insns
+from gdb_kprobe.testing.places import behind_jump, first_insns
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.boot_files import boot_files
 from kprobe_guest.build.debug_info import fetch_debug_info
@@ -42,8 +40,6 @@ inlines the second: three system calls call it."""
 CALLS, OF_ONE = 20, 7
 """Calls on each vCPU that give a file to user 0, and to user 1."""
 _TIMEOUT = 120
-_ENTRY = 64
-"""Bytes of a function that are looked at."""
 CANNOT_BE_RUN = 77
 """Exit status of a cell whose kernel cannot be had here; that of a skipped test in automake."""
 
@@ -225,22 +221,12 @@ def profile_of(guest: GuestVm, directory: Path) -> Path:
 
 def _places(kernel: LinuxGuest) -> Iterator[tuple[str, VirtAddr]]:
     """Where the probes are put: a function's entry and what is behind the jump there; the first instructions."""
-    outer = _entry(kernel, OUTER)
-    jump = next(outer)
     yield "jump", _function(kernel, OUTER).start
-    yield "trap", next(insn for insn in outer if insn.addr >= jump.addr + JUMP_SIZE).addr
-    inner = _entry(kernel, INNER)
+    yield "trap", offset(_function(kernel, OUTER).start, behind_jump(kernel, OUTER))
+    inner = first_insns(kernel, INNER)
     yield "step", next(inner).addr
     yield "one", next(inner).addr
     yield "idle", _function(kernel, "__x64_sys_setpriority").start
-
-
-def _entry(kernel: LinuxGuest, symbol: str) -> Iterator[Insn]:
-    """The first instructions of a function, all of which every call executes, from where a probe on it goes."""
-    function = _function(kernel, symbol)
-    for insn in iter_insns(kernel.memory.read(function.start, _ENTRY), function.start):
-        if not is_landing_pad(insn.raw) and insn.raw != NOP:
-            yield insn
 
 
 def _function(kernel: LinuxGuest, symbol: str) -> AddressRange:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
+from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam, text_of
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.session.header import Layout
 from gdb_kprobe.testing import GdbCommandError, GdbMi, TextSnapshot
+from gdb_kprobe.testing.places import spelled
 from gdb_kprobe.testing.wire import Wire
 from kprobe_guest import GuestVm
 from kprobe_guest.spec import MIB
@@ -31,7 +32,7 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
-PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+0xb", "boosted"), ("p:open do_sys_openat2", "auto"))
+PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+behind", "boosted"), ("p:open do_sys_openat2", "auto"))
 _TIMEOUT = 60
 _READY = "/tmp/ready-to-reset"
 _DELAY = 3
@@ -94,6 +95,8 @@ class ResetTorture:
     def __init__(self, guest: GuestVm, chosen: random.Random) -> None:
         self._guest = guest
         self._random = chosen
+        kernel = text_of(guest).guest
+        self._definitions = tuple((spelled(kernel, definition), strategy) for definition, strategy in PROBES)
 
     def rounds(self) -> Iterator[Round]:
         """One after another, for ever."""
@@ -229,7 +232,7 @@ class ResetTorture:
         return GdbMi(environment(self._guest))
 
     def _add(self, gdb: GdbMi) -> None:
-        for definition, strategy in PROBES:
+        for definition, strategy in self._definitions:
             gdb.console(f"set kprobe strategy {strategy}")
             gdb.console(f"kprobe add {definition}")
 

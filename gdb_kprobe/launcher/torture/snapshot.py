@@ -25,6 +25,7 @@ from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.launcher.torture.report import conclude_rounds, round_arguments, run_rounds
 from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.places import spelled
 from gdb_kprobe.testing.wire import Wire
 from kprobe_guest import GuestVm, Snapshots
 
@@ -33,7 +34,7 @@ GETPRIORITY = 140
 CALLS = 1000
 FUNCTION = "__x64_sys_getpriority"
 PROBE = f"p:mine {FUNCTION}"
-OTHERS = (f"p:other {FUNCTION}+0xb", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
+OTHERS = (f"p:other {FUNCTION}+behind", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
 _MOMENT = 0.2
 """Seconds in which a stop or a resume is over."""
 
@@ -211,6 +212,7 @@ class SnapshotTorture:
 
     def _add(self, gdb: GdbMi, definition: str) -> None:
         gdb.console(f"set kprobe strategy {self._random.choice(('auto', 'boosted'))}")
+        definition = spelled(self._text.guest, definition)
         self._touch(gdb.command(f'-kprobe-add "{definition}"')["probe"])
 
     def _touch(self, probe: dict[str, str]) -> None:

@@ -9,13 +9,13 @@ from typing import Final
 from kprobe_guest.errors import BuildError
 from kprobe_guest.spec import KERNEL_NAMES
 
-_SERIES: Final = re.compile(r"(\d+\.\d+)(?:-(cloud|generic|rt))?(?:@([a-z][a-z-]*))?")
+_SERIES: Final = re.compile(r"(?:(\d+\.\d+)(?:-(cloud|generic|rt))?|(cloud|generic|rt))(?:@([a-z][a-z-]*))?")
 _SUFFIX: Final = {"cloud": "-cloud-amd64", "generic": "-amd64", "rt": "-rt-amd64"}
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Debian's kernels of one version: ``6.12``, ``6.12-rt``, ``7.3-generic@trixie-backports``.
+    """Debian's kernels of one version, or of any: ``6.12``, ``6.12-rt``, ``7.3-generic@trixie-backports``, ``rt``.
 
     *number* is empty for any version; *flavour* is Debian's ``cloud``, ``rt``, or ``generic`` for the one that has no
     name there; *suite* is empty for the first one that serves it.
@@ -34,7 +34,8 @@ class Series:
         return match[1]
 
     def __str__(self) -> str:
-        return f"{self.number}-{self.flavour}" + (f"@{self.suite}" if self.suite else "")
+        number = f"{self.number}-" if self.number else ""
+        return f"{number}{self.flavour}" + (f"@{self.suite}" if self.suite else "")
 
 
 def parse_series(name: str) -> Series:
@@ -45,4 +46,4 @@ def parse_series(name: str) -> Series:
     match = _SERIES.fullmatch(name)
     if match is None:
         raise BuildError(f"there is no kernel called {name!r}; a kernel is {KERNEL_NAMES}")
-    return Series(match[1], match[2] or "cloud", match[3] or "")
+    return Series(match[1] or "", match[2] or match[3] or "cloud", match[4] or "")
