@@ -70,6 +70,10 @@ class GuestStateError(KprobeError):
     """The guest is not in a state in which this can be done (reset, firmware, booting, panicked)."""
 
 
+class GuestPanickedError(GuestStateError):
+    """The guest's kernel has panicked: no waiting changes that."""
+
+
 class GuestResetError(GuestStateError):
     """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
 

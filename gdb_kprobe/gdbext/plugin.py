@@ -17,6 +17,7 @@ from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateEr
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers, is_running, selected_cpu
+from gdb_kprobe.gdbext.errors import STOPPED
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
@@ -218,7 +219,16 @@ class Plugin:
             raise KprobeError("attached already", "'kprobe detach' first")
         if gdb.parameter("non-stop"):
             raise KprobeError("gdb is in non-stop mode, which QEMU's stub does not have", "'set non-stop off'")
+        was_connected = is_connected()
         connect(profile)
+        try:
+            return self._attach(profile, dispatch)
+        except KprobeError as error:
+            if not was_connected and is_connected():
+                error.hint = "; ".join(filter(None, (error.hint, STOPPED)))
+            raise
+
+    def _attach(self, profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[Probe, str]]]:
         link = Link(profile)
         try:
             # What is armed in a bare-metal guest is found by its profile only: the watchdog could not see to it.
@@ -231,6 +241,10 @@ class Plugin:
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
         except BaseException:
+            if link.attached is not None:
+                # Cut off by a Ctrl-C, or by the last step: nothing is armed yet, and the region goes again.
+                with contextlib.suppress(KprobeError), link.stopped():
+                    link.session.detach()
             link.close()
             raise
         self.link = link
@@ -496,7 +510,8 @@ class Plugin:
     def on_lost(self, address: str) -> None:
         """gdb's connection is gone (it was lost, or an MI client detached)."""
         if self.link is not None:
-            self.rescue()
+            with uninterrupted():
+                self.rescue()
         elif self._guard is not None:
             guard, self._guard = self._guard, None
             guard.rescue()
@@ -576,12 +591,17 @@ def _tell_failures(session: Session) -> None:
         gdb.write(f"kprobe: a listener failed; it is not called again.\n{session.failed_listeners.pop()}", gdb.STDERR)
 
 
+def is_connected() -> bool:
+    """Whether gdb is connected to a stub."""
+    return isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection)
+
+
 def connect(profile: Profile) -> None:
     """Connect gdb to the profile's gdbstub, if it is not connected already.
 
     :raises ConnectionLostError: nobody answers there.
     """
-    if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+    if is_connected():
         return
     # A connection that was ended a moment ago, perhaps our own, is QEMU's until it has looked.
     deadline = time.monotonic() + _PATIENCE
@@ -594,7 +614,8 @@ def connect(profile: Profile) -> None:
             "detach the other gdb first",
         )
     try:
-        gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
+        with _one_try():
+            gdb.execute(f"target remote {profile.gdbstub}", to_string=True)
     except gdb.error as error:
         raise ConnectionLostError(
             f"cannot connect to the gdbstub at {profile.gdbstub}: {error}",
@@ -607,6 +628,17 @@ def _named_clients(address: str) -> str:
     """Who they are, as far as /proc tells: for the end of a message."""
     clients = [f"{command[:60] or 'a process'} (pid {pid})" for pid, command in clients_of(address)]
     return f": {', '.join(clients)}" if clients else ""
+
+
+@contextlib.contextmanager
+def _one_try() -> Iterator[None]:
+    """Have gdb ask a TCP port once: it asks one that refuses again and again for 15 seconds."""
+    again = gdb.parameter("tcp auto-retry")
+    gdb.execute("set tcp auto-retry off", to_string=True)
+    try:
+        yield
+    finally:
+        gdb.execute(f"set tcp auto-retry {'on' if again else 'off'}", to_string=True)
 
 
 _plugin: Plugin | None = None

@@ -115,7 +115,10 @@ class InterruptWatch:
     def __init__(self, descriptor: int | None) -> None:
         # A duplicate: after a lost connection gdb's own number may soon be that of something else.
         self._descriptor = None if descriptor is None else os.dup(descriptor)
+        self._main = threading.get_ident()
         self._lock = threading.Lock()
+        self._mine = threading.Event()
+        """Whether SIGINT is taken here: not while a command holds one back for itself, the guest stopped."""
         self._running = False
         self._requested: float | None = None
         self._over = False
@@ -150,6 +153,7 @@ class InterruptWatch:
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGINT)
             with self._lock:
                 self._running = True
+            self._mine.set()
 
     def stopped(self) -> None:
         """The guest has stopped for the user. SIGINT stays with us until :meth:`release`."""
@@ -158,6 +162,7 @@ class InterruptWatch:
 
     def release(self) -> None:
         """Give SIGINT back to gdb."""
+        self._mine.clear()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGINT)
 
     @contextlib.contextmanager
@@ -187,14 +192,22 @@ class InterruptWatch:
         self.stopped()
         self.release()
 
+    def _take(self) -> None:
+        if self._mine.is_set():
+            self.request()
+        else:  # it was given back meanwhile
+            signal.pthread_kill(self._main, signal.SIGINT)
+
     def _watch(self) -> None:
         while not self._over:
             every = _LOOK_EVERY if self._requested is None else _ASK_EVERY
             if self._lent:
                 self._aside.set()
                 time.sleep(every)
+            elif not self._mine.wait(every):
+                pass
             elif signal.sigtimedwait(_SIGINT, every) is not None:
-                self.request()
+                self._take()
             with self._lock:
                 if self._requested is not None and self._descriptor is not None:
                     with contextlib.suppress(OSError):

@@ -7,17 +7,21 @@ import time
 import gdb
 
 from gdb_kprobe.config.profile import KernelKind, Profile
-from gdb_kprobe.errors import ConnectionLostError, KprobeError
+from gdb_kprobe.errors import ConnectionLostError, GuestPanickedError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
+from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.session.bare_guest import open_bare
 from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.stub import QemuStub
 
 SLICE = 0.25
-"""Seconds that the guest runs between two looks; as long as a look takes, if that is more."""
+"""Seconds that the guest runs between two looks, at the least."""
+
+_SHARE = 3
+"""So much longer than a look takes does it run, at the least."""
 
 MOST = 5.0
 """Seconds that it runs at the most. Ctrl-C ends each slice."""
@@ -29,32 +33,38 @@ PATIENCE = 300.0
 def wait_for_kernel(profile: Profile) -> None:
     """Run the guest of *profile* in slices until an attach can succeed. Ctrl-C ends the waiting, the guest stopped.
 
+    :raises GuestPanickedError: its kernel has panicked.
     :raises GuestStateError: it is not up after :data:`PATIENCE` seconds; says what was seen last.
+    :raises KeyboardInterrupt: the user has pressed Ctrl-C.
     """
     connect(profile)
     channel = GdbChannel()
+    channel.heeds_ctrl_c = True
     stub = QemuStub(channel)
-    memory = RamView(stub, SharedRam.discover(stub))
     deadline = time.monotonic() + PATIENCE
     last = ""
-    try:
-        while True:
-            started = time.monotonic()
-            try:
-                _look(stub, memory, profile)
-                return
-            except KprobeError as error:
-                if isinstance(error, ConnectionLostError) or time.monotonic() > deadline:
-                    raise
-                if error.message != last:
-                    write(f"waiting: {error.message}")
-                    gdb.flush()
-                last = error.message
-            looked = time.monotonic() - started
-            channel.run_for(min(max(SLICE, looked), MOST))
-            stub.forget()
-    finally:
-        flush_registers()
+    # Ctrl-C is heard between packets and while the guest runs, so that nothing is left half done.
+    with uninterrupted():
+        try:
+            memory = RamView(stub, SharedRam.discover(stub))
+            while True:
+                started = time.monotonic()
+                try:
+                    _look(stub, memory, profile)
+                    return
+                except KprobeError as error:
+                    if isinstance(error, (ConnectionLostError, GuestPanickedError)) or time.monotonic() > deadline:
+                        raise
+                    if error.message != last:
+                        write(f"waiting: {error.message}")
+                        gdb.flush()
+                    last = error.message
+                looked = time.monotonic() - started
+                channel.run_for(min(max(SLICE, _SHARE * looked), MOST))
+                stub.forget()
+        finally:
+            channel.heeds_ctrl_c = False
+            flush_registers()
 
 
 def _look(stub: QemuStub, memory: RamView, profile: Profile) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.errors import GuestPanickedError, GuestStateError
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.target.protocols import Memory
@@ -29,10 +29,11 @@ class GuestState:
     def check_running(self) -> None:
         """Refuse a guest that is not up, or that has panicked.
 
-        :raises GuestStateError: says which of the two, and what to do.
+        :raises GuestPanickedError: it has panicked.
+        :raises GuestStateError: it is not up yet, or not any more.
         """
         if self.panic_cpu is not None:
-            raise GuestStateError(
+            raise GuestPanickedError(
                 f"the guest's kernel has panicked (on its CPU {self.panic_cpu})",
                 "look at it with gdb's own commands; probes can be armed after a reset",
             )

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,3 +257,34 @@ def test_what_cannot_be_done_is_told(probed: Boot) -> None:
         assert "total of 2" in gdb.console("kprobe stats")
         gdb.interrupt()
         gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_live_is_not_stopped_by_the_pager_and_redraws_at_a_terminal(
+    probed: Boot, tmp_path: Path, terminal: str
+) -> None:
+    guest = probed(GuestSpec())
+    inputrc = tmp_path / "inputrc"
+    inputrc.write_text("set enable-bracketed-paste off\n")
+    height, tables = 12, 6
+    with GdbTerminal({**guest.environment, "TERM": terminal, "INPUTRC": str(inputrc)}) as gdb:
+        gdb.command("set style enabled off")
+        gdb.command(f"kprobe attach {guest.profile}")
+        for offset in range(height):
+            gdb.command(f"kprobe p:many_{offset} __x64_sys_getpriority")
+        guest.touched |= set(
+            range(address := int(gdb.command("kprobe list").splitlines()[1].split()[0], 16), address + 5)
+        )
+        gdb.command("set pagination on")
+        gdb.command(f"set height {height}")
+        begin = len(gdb.transcript)
+        gdb.command(f"kprobe stats --live --interval 0.1 --count {tables}", timeout=60)
+        shown = gdb.transcript[begin:]
+        gdb.command("set pagination off")
+        assert "--Type <RET>" not in shown
+        assert shown.count("over ") == tables
+        redrawn = re.findall(r"\x1b\[(\d+)A\x1b\[J", shown)
+        assert len(redrawn) == (tables - 1 if terminal == "xterm" else 0)
+        assert all(int(lines) < height for lines in redrawn)
+        assert gdb.command("show pagination").endswith("off.")
+        gdb.command("kprobe detach")

@@ -66,11 +66,13 @@ def registered_commands() -> dict[str, str]:
 
 
 def registered_mi_commands() -> set[str]:
-    """First elements of the pairs that the MI module's ``register()`` goes through."""
+    """The keys of the MI module's ``COMMANDS``."""
     tree = ast.parse((COMMANDS / "mi.py").read_text())
-    register = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "register")
-    pairs = [node.elts[0] for node in ast.walk(register) if isinstance(node, ast.Tuple) and len(node.elts) == 2]
-    return {f"-kprobe-{ast.literal_eval(name)}" for name in pairs if isinstance(name, ast.Constant)}
+    tables = [
+        node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "COMMANDS"
+    ]
+    assert isinstance(tables[0], ast.Dict)
+    return {f"-kprobe-{ast.literal_eval(key)}" for key in tables[0].keys if key is not None}
 
 
 def registered_settings() -> set[str]:

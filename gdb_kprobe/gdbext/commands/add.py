@@ -12,6 +12,7 @@ from gdb_kprobe.errors import KprobeError, NameTakenError, RefusedError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, Progress, write
+from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.signals import interruptible
 
 _PATTERN = re.compile(r"(?:\w+:)?[\w.]*[*?\[][\w.*?\[\]!-]*")
@@ -107,7 +108,8 @@ def add_matching(pattern: str) -> None:
         if of >= _MANY:
             tell(done, of)
 
-    armed, refused = api.add_matching(pattern, progress)
+    with unpaged():
+        armed, refused = api.add_matching(pattern, progress)
     taken = time.monotonic() - started
     each = taken * 1000 / (len(armed) + len(refused))
     write(f"{len(armed)} of {len(armed) + len(refused)} functions armed in {taken:.1f} s ({each:.2f} ms each).")

@@ -27,7 +27,7 @@ class Adopt(Command):
       kprobe adopt debian"""
 
     def run(self, argument: str) -> None:
-        args = _adopt_parser().parse_args(gdb.string_to_argv(argument))
+        args = adopt_parser().parse_args(gdb.string_to_argv(argument))
         attached, pending = attach(plugin.the_plugin().profile(args.profile), Dispatch(args.dispatch))
         probes, refused = plugin.the_plugin().adopt(attached)
         write(f"Attached to {attached.guest.description}; {len(probes)} probe(s) taken over.")
@@ -43,7 +43,7 @@ class Adopt(Command):
             write(f"{probe.name}: not armed, still noted: {reason}")
 
     def candidates(self, text: str) -> list[str]:
-        return complete.arguments(_adopt_parser(), complete.profiles, text)
+        return complete.arguments(adopt_parser(), complete.profiles, text)
 
 
 _SHOWN = 20
@@ -88,7 +88,8 @@ class Restore(Command):
         return complete.arguments(_restore_parser(), complete.profiles, text)
 
 
-def _adopt_parser() -> ArgumentParser:
+def adopt_parser() -> ArgumentParser:
+    """The arguments of the command and of its MI twin."""
     parser = ArgumentParser("adopt")
     add_arguments(parser)
     return parser

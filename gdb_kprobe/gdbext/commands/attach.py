@@ -10,6 +10,7 @@ from gdb_kprobe.config.profile import Profile
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
@@ -38,11 +39,12 @@ class Attach(Command):
       kprobe attach debian"""
 
     def run(self, argument: str) -> None:
-        args = _parser().parse_args(gdb.string_to_argv(argument))
+        args = attach_parser().parse_args(gdb.string_to_argv(argument))
         profile = plugin.the_plugin().profile(args.profile)
         started = time.monotonic()
         if args.wait:
-            wait_for_kernel(profile)
+            with unpaged():
+                wait_for_kernel(profile)
         attached, refused = attach(profile, Dispatch(args.dispatch))
         session = attached.session
         region = session.region.header
@@ -61,10 +63,11 @@ class Attach(Command):
         write(f"Attached in {time.monotonic() - started:.2f} s.")
 
     def candidates(self, text: str) -> list[str]:
-        return complete.arguments(_parser(), complete.profiles, text)
+        return complete.arguments(attach_parser(), complete.profiles, text)
 
 
-def _parser() -> ArgumentParser:
+def attach_parser() -> ArgumentParser:
+    """The arguments of the command and of its MI twin."""
     parser = ArgumentParser("attach")
     parser.add_argument("--wait", action="store_true")
     add_arguments(parser)

@@ -11,6 +11,7 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, write
+from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
 from gdb_kprobe.language.definition import parse_definition
@@ -43,7 +44,8 @@ class Check(Command):
         if options.json is not None and not options.all:
             raise KprobeError("kprobe check: --json is for --all", "leave it out, or check all: --all --json FILE")
         if options.all:
-            _all(options.json)
+            with unpaged():
+                _all(options.json)
         else:
             _one(options.place)
 

@@ -8,10 +8,16 @@ from typing import Any
 
 import gdb
 
+from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext.commands.adopt import adopt_parser
+from gdb_kprobe.gdbext.commands.attach import attach_parser
+from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.errors import user_errors
 from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
 from gdb_kprobe.gdbext.views import plan_view
+from gdb_kprobe.gdbext.waiting import wait_for_kernel
+from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.stats import StatsView, as_data
 from gdb_kprobe.session.probes import Probe, State
 
@@ -39,18 +45,26 @@ def _probe(probe: Probe) -> dict[str, str]:
 
 
 def _attach(argv: list[str]) -> dict[str, Any]:
-    attached = api.attach(argv[0] if argv else None)
+    args = attach_parser().parse_args(argv)
+    profile = plugin.the_plugin().profile(args.profile)
+    if args.wait:
+        wait_for_kernel(profile)
+    attached, refused = plugin.the_plugin().attach(profile, Dispatch(args.dispatch))
     region = attached.session.region.header
     return {
         "guest": attached.guest.description,
         "region": {"virt": hex(region.virt), "phys": hex(region.phys), "size": str(region.size)},
         "messages": list(attached.messages),
+        "refused": [{"definition": str(probe.spec), "reason": reason} for probe, reason in refused],
         "seconds": f"{attached.seconds:.3f}",
     }
 
 
 def _adopt(argv: list[str]) -> dict[str, Any]:
-    probes, refused = plugin.the_plugin().adopt(api.attach(argv[0] if argv else None))
+    args = adopt_parser().parse_args(argv)
+    the_plugin = plugin.the_plugin()
+    attached, _ = the_plugin.attach(the_plugin.profile(args.profile), Dispatch(args.dispatch))
+    probes, refused = the_plugin.adopt(attached)
     return {
         "probes": [_probe(probe) for probe in probes],
         "refused": [{"definition": text, "reason": reason} for text, reason in refused],
@@ -58,6 +72,7 @@ def _adopt(argv: list[str]) -> dict[str, Any]:
 
 
 def _detach(argv: list[str]) -> dict[str, Any]:
+    ArgumentParser("detach").parse_args(argv)
     done = api.detach()
     return {
         "restored": str(done.restored),
@@ -68,14 +83,19 @@ def _detach(argv: list[str]) -> dict[str, Any]:
 
 
 def _add(argv: list[str]) -> dict[str, Any]:
+    if not argv:
+        raise KprobeError("-kprobe-add: where? nothing was given", "for example: -kprobe-add p:open do_sys_openat2")
     return {"probe": _probe(api.add(" ".join(argv)))}
 
 
 def _list(argv: list[str]) -> dict[str, Any]:
+    ArgumentParser("list").parse_args(argv)
     return {"probes": [_probe(probe) for probe in api.probes()]}
 
 
 def _plan(argv: list[str]) -> dict[str, Any]:
+    if not argv:
+        raise KprobeError("-kprobe-plan: where? nothing was given", "for example: -kprobe-plan vfs_read+5")
     view = plan_view(*api.plan(" ".join(argv)))
     return {
         "plan": {
@@ -93,9 +113,8 @@ def _plan(argv: list[str]) -> dict[str, Any]:
 
 def _delete(argv: list[str]) -> dict[str, Any]:
     found = api.named(" ".join(argv), "-kprobe-delete")
-    for probe in found:
-        api.delete(probe)
-    return {"deleted": [_probe(probe)["name"] for probe in found]}
+    api.delete_many(found)
+    return {"deleted": [probe.name for probe in found]}
 
 
 def _enable(argv: list[str]) -> dict[str, Any]:
@@ -145,17 +164,21 @@ class _MiCommand(gdb.MICommand):
             return self._function(argv)
 
 
+COMMANDS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "attach": _attach,
+    "adopt": _adopt,
+    "detach": _detach,
+    "add": _add,
+    "list": _list,
+    "plan": _plan,
+    "delete": _delete,
+    "enable": _enable,
+    "disable": _disable,
+    "stats": _stats,
+}
+"""What follows ``-kprobe-``, and what answers."""
+
+
 def register() -> None:
-    for name, function in (
-        ("attach", _attach),
-        ("adopt", _adopt),
-        ("detach", _detach),
-        ("add", _add),
-        ("list", _list),
-        ("plan", _plan),
-        ("delete", _delete),
-        ("enable", _enable),
-        ("disable", _disable),
-        ("stats", _stats),
-    ):
+    for name, function in COMMANDS.items():
         _MiCommand(name, function)

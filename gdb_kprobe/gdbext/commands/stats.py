@@ -14,6 +14,7 @@ from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.output import InPlace, unpaged
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.sampling import check_arguments, need_live, parser, read, samples, totals, wanted
 from gdb_kprobe.gdbext.signals import uninterrupted
@@ -51,12 +52,13 @@ class Stats(Command):
             if not args.json:
                 write("Ctrl-C stops the guest, and ends it.")
                 gdb.flush()
-            _run_live(link, _Live(link, probes, args.interval or _INTERVAL, args.count, args.top, args.json))
+            with unpaged():
+                _run_live(link, _Live(link, probes, args.interval or _INTERVAL, args.count, args.top, args.json))
         elif args.interval is None:
             _show(totals(link, probes, args.top), args.json)
         else:
             try:
-                with link.interrupts.lent():
+                with unpaged(), link.interrupts.lent():
                     for view in samples(link, probes, args.interval, args.count or 1, args.top):
                         _show(view, args.json)
             except KeyboardInterrupt:
@@ -110,6 +112,7 @@ class _Live:
         self._left = count
         self._top = top
         self._as_json = as_json
+        self._screen = InPlace()
         self._over = threading.Event()
         self._posted = False
         self._thread = threading.Thread(target=self._tick, name="kprobe-stats", daemon=True)
@@ -159,7 +162,11 @@ class _Live:
             return
         try:
             after = read(self._link, self._probes)
-            _show(stats_view(self._probes, self._before, after, self._top), self._as_json)
+            if self._as_json:
+                _show(stats_view(self._probes, self._before, after, self._top), as_json=True)
+            else:
+                top = min(filter(None, (self._top, self._screen.rows)), default=None)
+                self._screen.show(stats(stats_view(self._probes, self._before, after, top)))
         except KprobeError as error:
             gdb.write(f"kprobe: {error}\n", gdb.STDERR)
             self._left = 0

@@ -11,6 +11,7 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
+from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.views import hit_view
 from gdb_kprobe.render.hit import folded, hit_line
 from gdb_kprobe.session.probes import Hit, Probe, State
@@ -39,7 +40,8 @@ class Trace(Command):
         try:
             write("Tracing; Ctrl-C ends it.")
             gdb.flush()
-            gdb.execute("continue")
+            with unpaged():
+                gdb.execute("continue")
         except KeyboardInterrupt:
             pass
         except gdb.error:
