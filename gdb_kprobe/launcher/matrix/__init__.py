@@ -21,6 +21,9 @@ from kprobe_guest.build.cache import cache_directory
 _CELL_TIMEOUT = 3600.0
 """Seconds: a cell may build a kernel first."""
 
+_ERROR = re.compile(r"[\w.]+Error: |gdb-kprobe: ")
+"""The line of Python's trace that says what went wrong, or the launcher's error."""
+
 _SUITES = {"debian12": "bookworm", "debian13": "trixie"}
 """The suites of userlands that have another name."""
 
@@ -117,13 +120,15 @@ def _run_cells(userland: Userland, cells: Sequence[Cell], logs: Path) -> Iterato
 
 
 def _said(cell: Cell, log: Path, status: int) -> str:
-    """What a cell has printed last, without the result that its line begins with."""
-    line = last_line(log)
-    if cell.options == DEMO:
-        failed = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("FAILED: ")]
-        return "; ".join(failed) or line
-    word, _, detail = line.partition(" ")
-    return detail if word in set(Result) else f"ended with status {status}: {line}"
+    """What a cell says of itself: what its result is followed by, which failures it names, or how it ended."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    word, _, detail = (lines or [""])[-1].partition(" ")
+    if cell.options != DEMO and word in set(Result):
+        return detail
+    failed = [line.removeprefix("FAILED: ") for line in lines if line.startswith("FAILED: ")]
+    errors = [line for line in lines if _ERROR.match(line)]
+    how = "" if status == 0 else f"ended with status {status}: "
+    return "; ".join(failed) or how + (errors if errors and status else lines or ["no output"])[-1]
 
 
 def _one_line(error: KprobeError) -> str:

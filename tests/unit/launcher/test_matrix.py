@@ -79,7 +79,7 @@ def test_each_cell_is_a_row_whatever_becomes_of_it(
         "echo 'passed 6.1.0 (6.1-cloud): optimized; 81 hits'",
         "echo 'FAILED 6.1.0 (6.1-cloud): counted 80'; exit 1",
         "echo 'skipped (6.1-cloud): no such kernel'; exit 77",
-        "echo Traceback; echo 'ZeroDivisionError: | of ours'; exit 1",
+        "echo Traceback; echo 'ZeroDivisionError: | of ours'; echo 'more lines'; exit 1",
     ]
     document = tmp_path / "support.md"
     assert run(monkeypatch, Scripted(scripts), "--markdown", str(document)) == 1
@@ -122,7 +122,7 @@ def test_the_demo_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert run(monkeypatch, Scripted(["echo versions", "echo 'All as it must be, in 9 s.'", bad])) == 1
     said = capsys.readouterr().out
     assert "passed debian99/debian/tcg/demo (0 s): All as it must be, in 9 s." in said
-    assert "FAILED debian99/debian/tcg/demo (0 s): FAILED: boosted: not 5 hits of 5 calls" in said
+    assert "FAILED debian99/debian/tcg/demo (0 s): boosted: not 5 hits of 5 calls" in said
 
 
 def test_a_wrong_expression_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
