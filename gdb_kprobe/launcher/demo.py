@@ -97,7 +97,7 @@ def _one_rung(gdb: GdbMi, guest: GuestVm, rung: Rung, calls: int, failures: list
     # gdb holds the guest at the last hit: let the workload end, and see that there is not one hit more.
     gdb.cont()
     status, output = guest.finish(job, timeout=_TIMEOUT)
-    gdb.interrupt()
+    gdb.interrupt(_TIMEOUT)
     _type(gdb, "kprobe list")
     probe = next(probe for probe in gdb.command("-kprobe-list")["probes"] if probe["name"] == name)
     counted = f"{calls} calls done" in output and status == 0

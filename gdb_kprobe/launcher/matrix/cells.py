@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 DEMO = "demo"
 """The kind of cell that is ``gdb-kprobe demo``."""
+_DEMO_CALLS = "100"
+"""Fewer than a person is shown: each of them stops the machine."""
 
 _UNPREPARED = ("--region", "none", "--machine", "pc", "--cpu", "default", "--private-ram", "--tcp")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -58,7 +60,7 @@ class Cell:
     def arguments(self) -> list[str]:
         """Return the words behind ``gdb-kprobe`` that run this cell in its userland."""
         if self.options == DEMO:
-            return ["demo", "--kernel", self.kernel]
+            return ["demo", "--kernel", self.kernel, "--calls", _DEMO_CALLS]
         return ["torture", "cell", "--kernel", KERNELS.get(self.kernel, self.kernel), *OPTIONS[self.options]]
 
 
