@@ -7,7 +7,7 @@
     kernel:
       kind: linux                    # or bare
       symbols: PATH                  # bare: a file of NAME: ADDRESS lines
-      vmlinux: PATH                  # ELF with debug info, of exactly this kernel
+      vmlinux: PATH                  # ELF with debug info, of exactly this kernel; its types, if it has no BTF
     region:                          # required
       source: reserved               # or ivshmem, borrowed, premapped; required
       physical: 0x10000000           # reserved only, and required there

@@ -69,6 +69,6 @@ def wait_for_kernel(profile: Profile) -> None:
 
 def _look(stub: QemuStub, memory: RamView, profile: Profile) -> None:
     if profile.kernel.kind is KernelKind.LINUX:
-        open_linux(stub, memory)
+        open_linux(stub, memory, profile.kernel.vmlinux)
     else:
         open_bare(stub, memory, {}, None)

@@ -242,14 +242,10 @@ class Btf:
         return None
 
 
-def read_btf(memory: Memory, kallsyms: Kallsyms) -> Btf:
-    """Read the BTF of the core kernel.
+def read_btf(memory: Memory, kallsyms: Kallsyms) -> Btf | None:
+    """Read the BTF of the core kernel; ``None`` if it has none.
 
-    :raises GuestStateError: there is none, or it is damaged.
+    :raises GuestStateError: it is damaged.
     """
     section = kallsyms.section("__start_BTF", "__stop_BTF")
-    if section is None or not section.size:
-        raise GuestStateError(
-            "the guest's kernel has no type information (BTF)", "the kernel needs CONFIG_DEBUG_INFO_BTF"
-        )
-    return Btf(memory.read(section.start, section.size))
+    return Btf(memory.read(section.start, section.size)) if section is not None and section.size else None

@@ -97,7 +97,7 @@ def _take_away(region: Region, machine: Machine) -> None:
 def _open(machine: Machine, memory: PhysicalMemory, profile: Profile) -> LinuxGuest | BareGuest:
     match profile.kernel.kind:
         case KernelKind.LINUX:
-            guest = open_linux(machine, memory)
+            guest = open_linux(machine, memory, profile.kernel.vmlinux)
             guest.prepare()
             return guest
         case KernelKind.BARE:

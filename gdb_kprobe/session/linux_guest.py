@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdb_kprobe.errors import GuestStateError, RefusedError
@@ -44,6 +45,7 @@ from gdb_kprobe.linux.tasks import (
     task_stacks,
 )
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
+from gdb_kprobe.linux.vmlinux import build_id_of, types_of
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
 from gdb_kprobe.session.pieces import Snapshot, piece_at, take_snapshot
@@ -71,16 +73,17 @@ _FEATURE_LAHF_LM = 6 * 32
 class LinuxGuest:
     """A :class:`~gdb_kprobe.session.guest.Guest` that runs Linux."""
 
-    def __init__(self, memory: PageTable, gates: idt.Idt, image: KernelImage, kallsyms: Kallsyms) -> None:
+    def __init__(
+        self, memory: PageTable, gates: idt.Idt, image: KernelImage, kallsyms: Kallsyms, vmlinux: Path | None = None
+    ) -> None:
         self.memory = memory
         self.image = image
         self.bp_entry = gates.breakpoint_handler()
         self._bp_text = memory.walk(self.bp_entry)
         self.gates = gates.handlers()
-        self._core = kallsyms
-        self.btf: Btf = read_btf(memory, kallsyms)
+        self._core = self.kallsyms = kallsyms
+        self.btf: Btf = read_btf(memory, kallsyms) or self._types_of(vmlinux)
         self._modules: tuple[Module, ...] = ()
-        self.kallsyms = kallsyms
         self._read_modules()
 
     # -- identity -----------------------------------------------------------------------------------------------
@@ -328,6 +331,27 @@ class LinuxGuest:
 
     # -- private ------------------------------------------------------------------------------------------------
 
+    def _types_of(self, vmlinux: Path | None) -> Btf:
+        """The types of a kernel that has none in its memory.
+
+        :raises GuestStateError: *vmlinux* is not given, or another kernel's.
+        :raises KprobeError: it has none either.
+        """
+        if vmlinux is None:
+            raise GuestStateError(
+                "the guest's kernel has no type information (BTF), so that its structures cannot be read",
+                "name its vmlinux with debug info in the profile (kernel: vmlinux: PATH), or build it with"
+                " CONFIG_DEBUG_INFO_BTF",
+            )
+        found = build_id_of(vmlinux)[:BUILD_ID_SIZE].ljust(BUILD_ID_SIZE, b"\0")
+        if found != self.build_id:
+            raise GuestStateError(
+                f"the profile's {vmlinux} is not the guest's kernel: its build id is {found.hex()}, the guest's"
+                f" {self.build_id.hex()}",
+                f"the guest runs {self.description}, and has no type information of its own",
+            )
+        return Btf(types_of(vmlinux))
+
     @property
     def _facts(self) -> TextFacts:
         if self._facts_read is None:
@@ -440,8 +464,8 @@ def _load_of(module: Module) -> str:
     return f"{module.name}@{module.raw.addr:#x}#{module.load:x}"
 
 
-def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:
-    """Find the kernel that the stopped machine runs.
+def open_linux(monitor: Monitor, memory: PhysicalMemory, vmlinux: Path | None = None) -> LinuxGuest:
+    """Find the kernel that the stopped machine runs; *vmlinux* has its types, should it have none itself.
 
     :raises GuestStateError: there is none, it is not up yet, or it has panicked: which, and what to do.
     """
@@ -461,6 +485,7 @@ def open_linux(monitor: Monitor, memory: PhysicalMemory) -> LinuxGuest:
         )
     # The reference page table of the kernel half, whoever runs on the vCPU now.
     kernel_table = PageTable(memory, table.translate(kallsyms.address("init_top_pgt")), table.levels)
-    guest = LinuxGuest(kernel_table, idt.read_idt(table, cpu.idt_base, cpu.idt_limit), image, kallsyms)
+    gates = idt.read_idt(table, cpu.idt_base, cpu.idt_limit)
+    guest = LinuxGuest(kernel_table, gates, image, kallsyms, vmlinux)
     guest.state().check_running()
     return guest

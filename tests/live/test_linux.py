@@ -84,6 +84,7 @@ def open_kernel(vm: GuestVm, cpu: int = 0) -> Kernel:
     core = Kallsyms(read_core_symbols(table, image))
     times.append(time.monotonic())
     btf = read_btf(table, core)
+    assert btf is not None
     times.append(time.monotonic())
     modules = read_modules(table, btf, core.address("modules"))
     kallsyms = core.with_modules([read_module_symbols(table, module) for module in modules])

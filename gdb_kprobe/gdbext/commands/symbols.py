@@ -12,6 +12,7 @@ from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.linux.symbol_file import symbol_file
+from gdb_kprobe.linux.vmlinux import build_id_of
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.linux_guest import LinuxGuest
 
@@ -42,7 +43,7 @@ class Symbols(Command):
                 guest.refresh()  # modules may have come since the last look
                 _load_kallsyms(guest)
             return
-        found = _build_id(path)
+        found = build_id_of(path)
         if found != guest.build_id:
             raise KprobeError(
                 f"{path} is not the guest's kernel: its build id is {found.hex()}, the guest's {guest.build_id.hex()}",
@@ -62,26 +63,6 @@ def _load_kallsyms(guest: LinuxGuest) -> None:
         file.flush()
         gdb.execute(f'symbol-file -readnow "{file.name}"', to_string=True)
     write(f"Loaded {len(symbols)} symbols of the guest's kallsyms.")
-
-
-def _build_id(path: Path) -> bytes:
-    """:raises KprobeError: no ELF file, or one without a build id."""
-    # Imported here, not at the top: it is a tenth of the plugin's loading time.
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import NoteSection
-
-    try:
-        with path.open("rb") as file:
-            section = ELFFile(file).get_section_by_name(".notes")
-            notes = list(section.iter_notes()) if isinstance(section, NoteSection) else []
-    except OSError as error:
-        raise KprobeError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:
-        raise KprobeError(f"{path} is no ELF file: {error}", "a vmlinux is wanted, not a compressed vmlinuz") from error
-    for note in notes:
-        if note["n_name"] == "GNU" and note["n_type"] == "NT_GNU_BUILD_ID":
-            return bytes.fromhex(note["n_desc"])
-    raise KprobeError(f"{path} has no build id", "is it a vmlinux?")
 
 
 def register() -> None:
