@@ -10,6 +10,13 @@ import gdb
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.model import VirtAddr
 
+_OF_THE_PROCESSOR = (
+    gdb.BP_HARDWARE_BREAKPOINT,
+    gdb.BP_HARDWARE_WATCHPOINT,
+    gdb.BP_READ_WATCHPOINT,
+    gdb.BP_ACCESS_WATCHPOINT,
+)
+
 
 class EntryBreakpoint(gdb.Breakpoint):
     """Internal, so that the user's list stays theirs; of the hardware kind, so that gdb writes no guest memory."""
@@ -95,6 +102,13 @@ class GdbBreakpoints:
         for addr in addrs:
             if addr not in self._places:
                 self._places[addr] = PlaceBreakpoint(addr, self._on_arrival)
+
+    def hardware_taken(self) -> int:
+        return len(self._places) + sum(
+            max(1, sum(location.enabled for location in mine.locations))
+            for mine in gdb.breakpoints()
+            if mine.enabled and mine.number > 0 and mine.type in _OF_THE_PROCESSOR
+        )
 
 
 def user_breakpoints() -> set[int]:

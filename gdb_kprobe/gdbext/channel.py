@@ -83,21 +83,24 @@ class GdbChannel:
                 "'set breakpoint always-inserted off'",
             )
 
-    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
         # gdb gives no way to resume for a while inside a command, so the packets are ours.
         with self._exchange():
-            self._stream.write(RUN)
+            self._stream.write(how)
+            reply: bytes | None = None
             deadline = time.monotonic() + seconds
             while (left := deadline - time.monotonic()) > 0 and not (heed and ctrl_c_is_pending()):
                 with contextlib.suppress(TimeoutError):
-                    self._stream.read(min(left, _LOOK_EVERY))
+                    reply = self._stream.read(min(left, _LOOK_EVERY))
                     break
             else:
                 self._stream.write_raw(INTERRUPT)
                 self._stream.reply(self._patience)
-        gdb.execute("maintenance flush dcache", to_string=True)
+        if how == RUN:
+            gdb.execute("maintenance flush dcache", to_string=True)
         if heed:
             raise_ctrl_c()
+        return reply
 
     @property
     def _patience(self) -> float:

@@ -11,6 +11,10 @@
     retired:     an int3 is there now?                       -> jmp exc_int3   (it is the guest's own)
                  regs->ip -= 1; ret                             (ours was removed meanwhile: take the original)
 
+The dispatcher's jump to a handler is the one indirect branch, so that each of its targets, the handlers and
+``retired``, begins with ``endbr64`` (left out above): with indirect branch tracking (CR4.CET, IA32_S_CET) anything else
+there would be a #CP.
+
 All of it runs before the kernel has entered its NMI-like context, so it calls nothing; interrupts are off. It is a C
 function to its caller: it keeps RBX, RBP, RSP and R12-R15.
 
@@ -34,6 +38,9 @@ from gdb_kprobe.x86.assemble import Assembler, Label, rel32
 
 ENTRY: Final = struct.Struct("<QQ")
 """One entry of the table: probed address, handler's address."""
+
+ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
+"""What an indirect branch may lead to."""
 
 _MULTIPLIER: Final = 0x9E3779B1  # 2**32 / golden ratio, odd: Knuth's multiplicative hashing
 _Z, _NZ = 4, 5
@@ -66,6 +73,7 @@ def emit_gate(at: VirtAddr, forward: VirtAddr) -> GateCode:
     asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
     asm.ret()
     retired = asm.pc
+    asm.raw(ENDBR64)
     asm.raw(b"\x48\x8b\x87" + _IP)  # mov rax, [rdi+ip]
     asm.raw(b"\x80\x78\xff\xcc")  # cmp byte ptr [rax-1], int3
     asm.jcc_rel32(_Z, forward)
@@ -114,6 +122,7 @@ def emit_handler(at: VirtAddr, handlers: Sequence[Handler], addr: VirtAddr, slot
     :raises DisplacementError: something that it refers to is out of reach.
     """
     asm = Assembler(at)
+    asm.raw(ENDBR64)
     for handler in handlers:
         handler.emit(asm, InHandler(addr))
     _lea(asm, 0, slot)
@@ -128,13 +137,14 @@ def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: 
     :raises DisplacementError: one of them is out of reach.
     """
     asm = Assembler(at)
+    asm.raw(ENDBR64)
     _lea(asm, 0, slot)
     _lea(asm, 2, missed)
     asm.jmp_rel32(gate)
     return asm.finish()
 
 
-STOPPING_SIZE: Final = 19
+STOPPING_SIZE: Final = 23
 
 
 def _lea(asm: Assembler, register: int, target: VirtAddr) -> None:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
 from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
-from gdb_kprobe.model import Dispatch, PhysAddr
+from gdb_kprobe.model import Dispatch, PhysAddr, Rung
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.definitions import Definition
@@ -24,7 +25,7 @@ from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, creat
 from gdb_kprobe.session.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.ivshmem import find_bar
-from gdb_kprobe.target.protocols import Breakpoints, Machine, PhysicalMemory
+from gdb_kprobe.target.protocols import Breakpoints, Cpus, Machine, PhysicalMemory
 from gdb_kprobe.target.ram import RamView, SharedRam
 
 
@@ -58,6 +59,7 @@ def attach(
     :raises RegionError: the region cannot be used as described; nothing was written.
     """
     started = time.monotonic()
+    check_event_delivery(machine)
     shared = SharedRam.discover(machine) if profile.shared_memory is not SharedMemory.OFF else None
     memory = RamView(machine, shared)
     if profile.shared_memory is not SharedMemory.OFF:
@@ -70,12 +72,16 @@ def attach(
         left = _left(found, region)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
+        rungs = policy.rungs
+        if not machine.quirks.holds_off_interrupts:
+            rungs = tuple(rung for rung in rungs if rung is not Rung.SINGLE_STEP)
+            messages.append("the host's KVM takes interrupts during a step: nothing is single-stepped")
         session = Session(
             machine,
             guest,
             region,
             breakpoints,
-            policy.rungs,
+            rungs,
             interruptible,
             in_guest,
             policy.boost,
@@ -86,6 +92,23 @@ def attach(
             session.sites.keep_saved(record)
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
+
+
+def check_event_delivery(machine: Cpus) -> None:
+    """Exceptions must come by way of the IDT.
+
+    :raises GuestStateError: a vCPU uses FRED, by which they do not. Nothing was asked of the guest's memory yet.
+    """
+    for cpu in machine.cpus():
+        if machine.read_register(cpu, "cr4") & _CR4_FRED:
+            raise GuestStateError(
+                "the guest uses FRED (CR4.FRED): its exceptions do not come by way of the IDT, where int3s are handled",
+                "boot it without 'fred=on' on the kernel's command line",
+            )
+
+
+_CR4_FRED: Final = 1 << 32
+"""Flexible return and event delivery (SDM volume 3, 'Event Delivery with FRED')."""
 
 
 def _take_away(region: Region, machine: Machine) -> None:

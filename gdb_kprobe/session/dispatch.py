@@ -154,6 +154,7 @@ class StubDispatcher:
             self._write(cpu, registers, memory)
         if self._stepping is not None:
             cpu, site, before, called = self._stepping
+            self._machine.drop_trap_flag(cpu)
             after = self._machine.read_registers(cpu)
             self._fix_up(cpu, site, before, after if step.stepped(_copy_at(site), after) else None, called)
 

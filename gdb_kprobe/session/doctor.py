@@ -11,9 +11,11 @@ from gdb_kprobe.errors import GuestStateError, KprobeError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.linux.page_allocator import find_page_allocator
+from gdb_kprobe.session.faults import GATE_BREAKPOINTS, STEP_BREAKPOINTS
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.target.ivshmem import find_bar
 from gdb_kprobe.target.protocols import Machine, Monitor
+from gdb_kprobe.target.quirks import Accelerator
 from gdb_kprobe.target.ram import SharedRam
 
 _REGION: Final = 16 << 20
@@ -58,10 +60,18 @@ def _qemu(machine: Monitor, has_cmpxchg16b: bool, vcpus: int) -> Finding:
     return Finding("QEMU", version, f"{'; '.join(faults)}; QEMU 8.0 does not" if faults else "")
 
 
-def _acceleration(machine: Monitor) -> Finding:
-    if "enabled" in machine.monitor("info kvm"):
-        return Finding("accelerator", "KVM", "untested: with TCG (-accel tcg) all of this was tried")
-    return Finding("accelerator", "TCG")
+def _acceleration(machine: Machine) -> Finding:
+    quirks = machine.quirks
+    if quirks.accelerator is Accelerator.TCG:
+        return Finding("accelerator", "TCG")
+    limits = (
+        f"KVM: hits that stop the guest take {GATE_BREAKPOINTS} of the processor's {quirks.hardware_breakpoints} "
+        f"breakpoints, those that are single-stepped {GATE_BREAKPOINTS + STEP_BREAKPOINTS}; with a breakpoint of gdb's "
+        "'break', which is not of the processor, each int3 costs an exit to QEMU: use 'hbreak'"
+    )
+    if quirks.holds_off_interrupts:
+        return Finding("accelerator", limits)
+    return Finding("accelerator", limits, "the host's KVM takes interrupts during a step: nothing is single-stepped")
 
 
 def _tables(guest: LinuxGuest) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER
 from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.session.faults import fault_entries
 from gdb_kprobe.session.header import Header, Record, RecordKind
 from gdb_kprobe.session.traps import FRAME, EntryGate, RegionGate
 from gdb_kprobe.target.protocols import Cpus
@@ -86,8 +87,10 @@ def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], header:
     known = tuple(records)
     sites = tuple(record for record in known if record.kind is RecordKind.SITE)
     gate = next((record.slot.code for record in known if record.kind is RecordKind.HOOK), VirtAddr(0))
+    machine.watch_faults(fault_entries(guest.gates))
     code = BpCode(header.entry_text, header.code, gate, frozenset(site.patch.addr for site in sites))
     for cpu in machine.cpus():
+        _drop_trap_flag(machine, guest, cpu, sites, header.code)
         if not _undo_trap(machine, guest, cpu, sites, gate) and not _undo_entry(machine, cpu, sites):
             _complete_step(machine, guest, cpu, sites)
         if gate and not step_off_path(machine, cpu, code):
@@ -162,6 +165,18 @@ def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:
         return False
     machine.write_registers(cpu, {"rip": site.patch.addr})
     return True
+
+
+def _drop_trap_flag(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...], code: AddressRange) -> None:
+    """A step that was cut off may have left the flag that made it one: in a slot, or in the frame of an exception."""
+    registers = machine.read_registers(cpu)
+    if registers["rip"] in code:
+        machine.drop_trap_flag(cpu)
+    elif registers["rip"] in guest.gates:
+        frame = machine.read_current(cpu, VirtAddr(registers["rsp"]), 16) or bytes(16)
+        words = int.from_bytes(frame[:8], "little"), int.from_bytes(frame[8:], "little")
+        if any(word in site.slot.range for word in words for site in sites if site.rung is Rung.SINGLE_STEP):
+            machine.drop_trap_flag(cpu)
 
 
 def _complete_step(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...]) -> None:

@@ -75,11 +75,16 @@ class Region:
                     "the guest was reset, or a snapshot loaded, while its memory was to be given back"
                 )
             about_to()
-            self._unmap(machine)
-            give_back()
+            with machine.flushed():
+                clear(self.memory, self.links)
+                self._forget()
+                give_back()  # the machine runs for that
 
     def _unmap(self, machine: Machine) -> None:
         unlink(self.memory, machine, self.links)
+        self._forget()
+
+    def _forget(self) -> None:
         self.store.erase()
         self.table.invalidate()
 
@@ -87,14 +92,25 @@ class Region:
 def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
     """Clear the page-table entries *links* and have every vCPU forget what it cached of them.
 
-    Reloading CR3 drops all translations but global ones, and ours are not global. The first one, which the header
-    names, goes last.
+    :raises GuestStateError: it would have to run for that, and cannot.
     """
+    known = tuple(links)
+    if not known:
+        return
+    must_run = not machine.quirks.flushes_at_write
+    if must_run:
+        machine.check_can_run()
+    with machine.flushed():
+        clear(memory, known)
+        if must_run:
+            machine.run_briefly()
+
+
+def clear(memory: PhysicalMemory, links: Iterable[Entry]) -> None:
+    """Clear those of the page-table entries *links* that are still ours; the first, which the header names, last."""
     for link in reversed(tuple(links)):
-        if _holds(memory, link):  # anything else is not ours to clear
+        if _holds(memory, link):
             memory.write_physical(link.addr, bytes(8))
-    for cpu in machine.cpus():
-        machine.write_registers(cpu, {"cr3": machine.read_register(cpu, "cr3")})
 
 
 def _holds(memory: PhysicalMemory, link: Entry) -> bool:

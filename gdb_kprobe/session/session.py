@@ -14,6 +14,7 @@ from gdb_kprobe.language.spec import Location, ProbeSpec
 from gdb_kprobe.model import Boost, CpuId, Entry, Rung, VirtAddr
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.entries import Entries
+from gdb_kprobe.session.faults import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.jumps import Jumps
@@ -84,6 +85,8 @@ class Session:
         self.text = TextMap()
         """Which bytes of the guest's text are ours."""
         self._listeners: list[Callable[[Hit], None]] = []
+        self._breakpoints = breakpoints
+        machine.watch_faults(fault_entries(guest.gates))
         table: dict[VirtAddr, Site] = {}
         programs = Programs()
         self._routes = Routes(
@@ -354,7 +357,7 @@ class Session:
             self.sites.serve_all()
             problems = self.sites.match_jumps()
             rebuilt = self._routes.lower()
-            problems += self.sites.write_patches(self._moment.is_lost)
+            problems += self.sites.write_patches(self._moment.is_lost, self._check_breakpoints)
             if rebuilt or self.sites.shape() != before:
                 self._moment.change()
         return problems
@@ -538,6 +541,22 @@ class Session:
             self._routes.step_off(cpu)
             self._dispatcher.dispatch(cpu)
             step_out(self.machine, cpu, self.region.header.code)
+
+    def _check_breakpoints(self, site: Site) -> None:
+        """Before the text of *site* is patched and the machine runs.
+
+        :raises GuestStateError: the processor has too few breakpoints for what a hit of it needs, and for the user's.
+        """
+        most = self.machine.quirks.hardware_breakpoints
+        if most is None or not site.stops:
+            return
+        needed = GATE_BREAKPOINTS + (STEP_BREAKPOINTS if site.plan.rung is Rung.SINGLE_STEP else 0)
+        taken = self._breakpoints.hardware_taken()
+        if taken + needed > most:
+            raise GuestStateError(
+                f"under KVM its hits need {needed} of the processor's {most} breakpoints, and you have {taken}",
+                "delete hardware breakpoints or watchpoints of yours, then 'kprobe enable' it",
+            )
 
     def _lift(self) -> None:
         if not self._routes.lifted:

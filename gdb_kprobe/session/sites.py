@@ -463,8 +463,10 @@ class Sites:
 
     # -- text -----------------------------------------------------------------------------------------------------
 
-    def write_patches(self, is_lost: Callable[[], bool]) -> list[str]:
+    def write_patches(self, is_lost: Callable[[], bool], check: Callable[[Site], None]) -> list[str]:
         """Patch the text of all armed sites; returns what could not be, and why.
+
+        *check* raises a KprobeError for a site that must not be hit when the machine runs now.
 
         :raises KprobeError: *is_lost* says that it is other memory: nothing more is written there.
         """
@@ -476,6 +478,7 @@ class Sites:
                 if site.addr in self._stepping.watched:
                     continue
                 try:
+                    check(site)
                     apply(self._guest.memory, [site.plan.patch])
                 except ConnectionLostError:
                     raise

@@ -8,10 +8,14 @@ packets (gdb's own connection and our socket client), one implementation of ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.target.packets import RUN
+
+if TYPE_CHECKING:
+    from gdb_kprobe.target.quirks import Quirks
 
 
 class PacketChannel(Protocol):
@@ -29,8 +33,11 @@ class PacketChannel(Protocol):
         :raises GuestStateError: it would not let the machine run.
         """
 
-    def run_for(self, seconds: float, *, heed: bool = True) -> None:
-        """Let all vCPUs run until one stops by itself, but no longer than *seconds*; then the machine is stopped.
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
+        """Let vCPUs run until one stops by itself, but no longer than *seconds*; then the machine is stopped.
+
+        *how* is the packet that says which of them, all if not told otherwise. Returns the reply of a stop by itself,
+        ``None`` when the machine had to be stopped.
 
         :raises ConnectionLostError: the other end is gone.
         :raises KeyboardInterrupt: the user pressed Ctrl-C; the machine is stopped. Not unless it is to *heed* that.
@@ -118,7 +125,35 @@ class Cpus(Protocol):
         """Write through *cpu*'s own CR3; ``False`` where that has no translation."""
 
     def step(self, cpu: CpuId) -> None:
-        """Execute one instruction on *cpu* alone, interrupts held off, all others stopped."""
+        """Execute one instruction on *cpu* alone, interrupts held off, all others stopped.
+
+        An exception that it raises ends the step at the first instruction of its handler.
+
+        :raises TargetError: it has not come to an end.
+        """
+
+    def watch_faults(self, entries: Mapping[VirtAddr, int]) -> None:
+        """Say where exceptions lead, and how far above RSP each one's frame has RFLAGS: :meth:`step` must know."""
+
+    def drop_trap_flag(self, cpu: CpuId) -> None:
+        """Take away what a step of *cpu* that was cut off has left of the trap flag that was set for it."""
+
+    def flushed(self) -> contextlib.AbstractContextManager[None]:
+        """Around changes of page tables: afterwards no vCPU has anything of the old ones cached.
+
+        Not where :attr:`Quirks.flushes_at_write` is false, unless the machine runs within it, after the changes: then
+        no vCPU executes an instruction with anything cached of the old ones.
+        """
+
+    def run_briefly(self) -> None:
+        """Let all vCPUs run for a moment, so that each has begun to. All text must be the guest's own.
+
+        :raises ConnectionLostError: the other end is gone.
+        """
+
+    @property
+    def quirks(self) -> Quirks:
+        """What is peculiar to the machine's accelerator."""
 
     shown: CpuId | None
     """The vCPU that the user looks at, if somebody does."""
@@ -165,6 +200,9 @@ class Breakpoints(Protocol):
 
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         """Have the user's steps tell of each arrival at one of *addrs*, and of no other, from the next resume on."""
+
+    def hardware_taken(self) -> int:
+        """How many of the processor's breakpoints the user has, for code and for data."""
 
 
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):

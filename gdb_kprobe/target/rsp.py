@@ -127,16 +127,18 @@ class RspSocket:
     def check_can_run(self) -> None:
         """It always can."""
 
-    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
         """Nobody has asked this client for anything: a Ctrl-C (*heed*) is a KeyboardInterrupt as everywhere."""
-        self.resume()
-        if self.wait_stop(seconds) is None:
+        self.resume(how)
+        reply = self.wait_stop(seconds)
+        if reply is None:
             self.interrupt()
             self._stream.reply(self._timeout)
+        return reply
 
-    def resume(self) -> None:
-        """Let all vCPUs run; :meth:`wait_stop` or :meth:`interrupt` ends it."""
-        self._stream.write(RUN)
+    def resume(self, how: bytes = RUN) -> None:
+        """Let vCPUs run, all or as *how* says; :meth:`wait_stop` or :meth:`interrupt` ends it."""
+        self._stream.write(how)
 
     def interrupt(self) -> None:
         """Ask the running machine to stop (the stop reply is for :meth:`wait_stop`)."""

@@ -15,17 +15,33 @@ import contextlib
 import re
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import PacketChannel
+from gdb_kprobe.target.quirks import Quirks, ask
 
 _READ_CHUNK = 2048
 """Bytes of one ``m`` packet: QEMU's PacketSize is 0x1000 characters, two for a byte."""
 
 _WRITE_CHUNK = 1024
 _XML_CHUNK = 0xFFB
+
+_STEP_PATIENCE = 30.0
+"""Seconds in which a step has come back: one instruction, on a host that may be busy."""
+
+_BRIEFLY = 0.02
+"""Seconds for which vCPUs run so that each has begun to."""
+
+_TF = 1 << 8
+"""RFLAGS: a trap after the next instruction."""
+_PGE = 1 << 7
+"""CR4: translations may be global. Changed either way, it empties the TLB (SDM volume 3, 4.10.4.1)."""
+_PUSHF = re.compile(rb"(?:\x66|[\x40-\x4f])*\x9c", re.S)
+
+_NEEDED_ENTRIES = 2
+"""How many of the places where exceptions lead must be watched in a step by the trap flag: the first so many."""
 
 _RUN_SLICE = 0.25
 """Seconds between two looks at where the vCPUs are, should a stop have told of another one than the one wanted."""
@@ -44,6 +60,8 @@ class QemuStub:
         self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
         self._cpus: tuple[CpuId, ...] = ()
         self._states: dict[CpuId, bytes] = {}  # what `g` has told since the machine last ran
+        self._quirks: Quirks | None = None
+        self._faults: dict[VirtAddr, int] = {}
 
     def use_channel(self, channel: PacketChannel) -> None:
         """Go on over another connection to the same machine (after the first was lost)."""
@@ -142,11 +160,45 @@ class QemuStub:
         return True
 
     def step(self, cpu: CpuId) -> None:
-        self._selected = None
-        self._states.clear()
-        reply = self._channel.send(b"vCont;s:p1.%x" % cpu)
-        if reply[:1] not in (b"T", b"S"):
-            raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
+        if self.quirks.steps_by_trap_flag:
+            self._step_by_trap_flag(cpu)
+        else:
+            self._step(cpu)
+
+    def watch_faults(self, entries: Mapping[VirtAddr, int]) -> None:
+        self._faults = dict(entries)
+
+    def drop_trap_flag(self, cpu: CpuId) -> None:
+        if not self.quirks.steps_by_trap_flag:
+            return
+        registers = self.read_registers(cpu)
+        if registers["eflags"] & _TF:
+            self.write_registers(cpu, {"eflags": registers["eflags"] & ~_TF})
+        if registers["rip"] in self._faults:
+            self._clear_pushed_flag(cpu, VirtAddr(registers["rsp"] + self._faults[VirtAddr(registers["rip"])]))
+
+    def run_briefly(self) -> None:
+        self.forget()
+        self._channel.run_for(_BRIEFLY, heed=False)
+
+    @contextlib.contextmanager
+    def flushed(self) -> Iterator[None]:
+        # CR4 and not CR3: where a vCPU runs code of 32 bits, the stub takes 32 bits only of a control register, and
+        # CR3 may have more (gdb_write_reg_cs64 in QEMU's target/i386/gdbstub.c).
+        before = {cpu: self.read_register(cpu, "cr4") for cpu in self.cpus()}
+        for cpu, cr4 in before.items():
+            self.write_registers(cpu, {"cr4": cr4 ^ _PGE})
+        try:
+            yield
+        finally:
+            for cpu, cr4 in before.items():
+                self.write_registers(cpu, {"cr4": cr4 & _PGE | self.read_register(cpu, "cr4") & ~_PGE})
+
+    @property
+    def quirks(self) -> Quirks:
+        if self._quirks is None:
+            self._quirks = ask(self._channel)
+        return self._quirks
 
     def check_can_run(self) -> None:
         self._channel.check_can_run()
@@ -233,6 +285,51 @@ class QemuStub:
             self.select(cpu)
             self._states[cpu] = _unhex(self._channel.send(b"g"), f"the registers of vCPU {cpu}")
         return self._states[cpu]
+
+    def _step(self, cpu: CpuId) -> None:
+        self._selected = None
+        self._states.clear()
+        reply = self._channel.run_for(_STEP_PATIENCE, heed=False, how=b"vCont;s:p1.%x" % cpu)
+        if reply is None:
+            raise TargetError(
+                f"vCPU {cpu} has not come back from a step in {_STEP_PATIENCE:g} s: it ran away, and was stopped",
+                "the instruction has raised an exception that was not watched; see 'KVM' in the documentation",
+            )
+        if reply[:1] not in (b"T", b"S"):
+            raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")
+
+    def _step_by_trap_flag(self, cpu: CpuId) -> None:
+        """A step that looks like one of TCG: it ends at an exception, and no trap flag of ours is left anywhere."""
+        before = self.read_registers(cpu)
+        rip, flags = VirtAddr(before["rip"]), before["eflags"]
+        pushes = _PUSHF.match(self.read_current(cpu, rip, 4) or b"") is not None
+        with contextlib.ExitStack() as undo:
+            for number, entry in enumerate(self._faults):
+                if self._channel.send(b"Z1,%x,1" % entry) == b"OK":
+                    undo.callback(self._channel.send, b"z1,%x,1" % entry)
+                elif number < _NEEDED_ENTRIES:
+                    raise TargetError(
+                        f"vCPU {cpu} cannot be stepped: a step under KVM needs {_NEEDED_ENTRIES} of the processor's "
+                        f"{self.quirks.hardware_breakpoints} breakpoints, and they are in use",
+                        "delete hardware breakpoints or watchpoints of yours",
+                    )
+            if not flags & _TF:
+                self.write_registers(cpu, {"eflags": flags | _TF})
+            self._step(cpu)
+        if flags & _TF:
+            return  # it was the guest's own
+        self.drop_trap_flag(cpu)
+        after = self.read_registers(cpu)
+        if pushes and after["rip"] != rip and after["rip"] not in self._faults:
+            self._clear_pushed_flag(cpu, VirtAddr(after["rsp"]))
+
+    def _clear_pushed_flag(self, cpu: CpuId, addr: VirtAddr) -> None:
+        pushed = self.read_current(cpu, addr, 2)
+        if pushed is None:
+            raise TargetError(f"vCPU {cpu}: the RFLAGS that a step has left at {addr:#x} cannot be read")
+        word = int.from_bytes(pushed, "little")
+        if word & _TF and not self.write_current(cpu, addr, (word & ~_TF).to_bytes(2, "little")):
+            raise TargetError(f"vCPU {cpu}: the RFLAGS that a step has left at {addr:#x} cannot be written")
 
     def _expect_ok(self, packet: bytes, what: str) -> None:
         reply = self._channel.send(packet)

@@ -32,6 +32,9 @@ class StubClient:
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         assert not addrs, "no user steps here"
 
+    def hardware_taken(self) -> int:
+        return 0
+
     def wait_stop(self, seconds: float = 10) -> CpuId:
         """Wait until the resumed machine stops; which vCPU did."""
         reply = self._channel.wait_stop(seconds)

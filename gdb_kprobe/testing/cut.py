@@ -40,9 +40,9 @@ class CutChannel(RspSocket):
         self._count(packet)
         return super().send(packet)
 
-    def resume(self) -> None:
-        self._count(RUN)
-        super().resume()
+    def resume(self, how: bytes = RUN) -> None:
+        self._count(how)
+        super().resume(how)
         self._end_if_cut()
 
     def _count(self, packet: bytes) -> None:

@@ -4,15 +4,20 @@ While a vCPU runs, KVM has its registers and QEMU has those of an earlier stop. 
 (``cpu_synchronize_state``, which also notes that QEMU's are to be handed back); ``p`` and ``P`` work on QEMU's,
 whatever they are. So a ``p`` may tell the registers of an earlier stop, and what a ``P`` writes may be lost; neither is
 an error. With :attr:`KvmStub.strict` both are.
+
+A step is one by the trap flag, which KVM sets only where RIP is what it was when QEMU asked for the step, and QEMU asks
+before it hands over RIP: without a trap flag of the client's own, a step after RIP was written runs away.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Final, Protocol
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.target.packets import RUN
 
 LAYOUT: Final = (
     *((name, 8) for name in ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp")),
@@ -25,11 +30,17 @@ LAYOUT: Final = (
 """The registers of the target description, with their sizes in bytes."""
 
 
+TF: Final = 0x100
+DEBUG_REGISTERS: Final = 4
+
+
 class Vcpus(Protocol):
     """The machine behind the stub."""
 
     runs: int
-    """Changes with everything that executes instructions or sets registers, but for what comes through the stub."""
+    """Changes with everything that executes instructions or sets registers."""
+    exception_entries: Collection[int]
+    """Where the handlers of exceptions begin."""
 
     def cpus(self) -> tuple[CpuId, ...]: ...
     def read_registers(self, cpu: CpuId) -> dict[str, int]: ...
@@ -47,6 +58,10 @@ class StaleRegistersError(AssertionError):
     """A ``p`` or ``P`` came without a ``g`` since the vCPU has run."""
 
 
+class RanAwayError(AssertionError):
+    """A vCPU was to be stepped, and nothing stopped it behind its instruction."""
+
+
 class KvmStub:
     """A :class:`~gdb_kprobe.target.protocols.PacketChannel` to *machine*."""
 
@@ -59,6 +74,9 @@ class KvmStub:
         self._held: dict[CpuId, dict[str, int]] = {cpu: machine.read_registers(cpu) for cpu in machine.cpus()}
         self._fetched: dict[CpuId, int] = {}
         self._is_physical = False
+        self._moved: set[CpuId] = set()
+        self.breakpoints: set[int] = set()
+        """Those of the hardware kind that the client has set."""
         self.packets: list[bytes] = []
 
     def send(self, packet: bytes) -> bytes:
@@ -67,6 +85,8 @@ class KvmStub:
             return self._step(CpuId(int(packet[11:], 16)))
         if packet.startswith(b"qXfer:features:read:target.xml:"):
             return b"l" + _description().encode()
+        if packet == b"qqemu.sstepbits":
+            return b"ENABLE=1,NOIRQ=2,NOTIMER=4"
         if packet.startswith(b"Qqemu.PhyMemMode:"):
             self._is_physical = packet.endswith(b"1")
             return b"OK"
@@ -94,6 +114,15 @@ class KvmStub:
                 return self._write({name: int.from_bytes(bytes.fromhex(data.decode()), "little")})
             case b"m" | b"M":
                 return self._memory(packet)
+            case b"Z" | b"z":
+                addr = int(packet[3:].partition(b",")[0], 16)
+                if packet[:1] == b"z":
+                    self.breakpoints.discard(addr)
+                elif len(self.breakpoints) >= DEBUG_REGISTERS:
+                    return b"E22"
+                else:
+                    self.breakpoints.add(addr)
+                return b"OK"
             case b"?":
                 self._machine.drop_breakpoints()
                 return b"T05thread:p01.01;"
@@ -105,8 +134,9 @@ class KvmStub:
     def check_can_run(self) -> None:
         """A machine of a test always can."""
 
-    def run_for(self, seconds: float, *, heed: bool = True) -> None:
-        raise NotImplementedError("a machine of a test does not run by itself")
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
+        """The machine executes nothing by itself; it may be stepped."""
+        return None if how == RUN else self.send(how)
 
     # -- private ------------------------------------------------------------------------------------------------
 
@@ -121,6 +151,7 @@ class KvmStub:
 
     def _fetch(self) -> None:
         if not self._is_fresh():
+            self._moved.discard(self._selected)
             self._held[self._selected] = self._machine.read_registers(self._selected)
             self._fetched[self._selected] = self._machine.runs
 
@@ -129,12 +160,26 @@ class KvmStub:
         if self._is_fresh():  # else the next fetch takes it back
             others = [other for other, runs in self._fetched.items() if runs == self._machine.runs]
             self._machine.write_registers(cpu, values)
+            if values.get("rip", held["rip"]) != held["rip"]:
+                self._moved.add(cpu)
             self._fetched.update(dict.fromkeys(others, self._machine.runs))
         held |= values
         return b"OK"
 
     def _step(self, cpu: CpuId) -> bytes:
-        self._machine.step(cpu)
+        machine = self._machine
+        before = machine.read_registers(cpu)
+        if cpu in self._moved and not before["eflags"] & TF:
+            raise RanAwayError(f"vCPU {cpu} at {before['rip']:#x}: RIP was written, and TF was not")
+        if not before["eflags"] & TF:
+            machine.write_registers(cpu, {"eflags": before["eflags"] | TF})
+        machine.step(cpu)
+        after = machine.read_registers(cpu)
+        if after["rip"] in machine.exception_entries and after["rip"] not in self.breakpoints:
+            raise RanAwayError(f"vCPU {cpu} is in the handler of an exception at {after['rip']:#x}")
+        if after["eflags"] & TF:
+            machine.write_registers(cpu, {"eflags": after["eflags"] & ~TF})
+        self._moved.discard(cpu)
         self._fetched.pop(cpu, None)
         return b"T05thread:p01.%02x;" % cpu
 

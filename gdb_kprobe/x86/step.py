@@ -4,8 +4,9 @@ The copy is :func:`gdb_kprobe.x86.relocate.copy_for_step`'s: wherever a step of 
 goes on right. This takes it to where the original would have left it, with no address of the slot on its stack.
 
 The rules are the kernel's ``resume_execution`` (arch/x86/kernel/kprobes/core.c before v5.13). The step is made by QEMU,
-which uses no trap flag and holds interrupts off without touching IF; so ``popf``, ``cli``, ``sti`` and ``mov ss`` need
-nothing, and ``pushf`` is only checked. (A step under KVM does use the trap flag.)
+which holds interrupts off without touching IF and shows no trap flag, neither in the registers nor in what the
+instruction pushes (:mod:`gdb_kprobe.target.stub`); so ``popf``, ``cli``, ``sti`` and ``mov ss`` need nothing, and
+``pushf`` is only checked.
 
 A step of a repeated string instruction executes one iteration and stays in the slot. Wherever that ends, at an
 exception or because somebody has enough of it, the registers say what is left to do, and the original address is where

@@ -14,6 +14,7 @@ from gdb_kprobe.kprobes import guest_dispatch as code
 from gdb_kprobe.kprobes.handler import Handler, Program
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.x86.decode import iter_insns
 
 CODE, TABLE, COUNTERS, STACK = (VirtAddr(0x10_0000 * n) for n in range(1, 5))
 PROGRAM = Program(check(lower(None), REGIONS), COUNTER)
@@ -136,6 +137,26 @@ def test_a_hit_for_the_host_stops_at_the_gate_and_is_a_miss_when_nobody_is_there
     else:
         assert machine.hit(KERNEL) == (BACK, CODE + 0x4000)
     assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(not somebody)
+
+
+@pytest.mark.parametrize("handlers", [0, 1, 3])
+def test_whatever_an_indirect_branch_leads_to_begins_with_endbr64(machine: Machine, handlers: int) -> None:
+    """So that the code runs with indirect branch tracking on: read from what is emitted, for TCG has no tracking."""
+    programs = [Handler(PROGRAM, VirtAddr(COUNTERS + 32 * index)) for index in range(handlers)]
+    at = VirtAddr(CODE + 0x2000)
+    handler = code.emit_handler(at, programs, VirtAddr(KERNEL), VirtAddr(CODE + 0x4000))
+    stopping = code.emit_stopping_handler(at, GATE, VirtAddr(COUNTERS + 8), VirtAddr(CODE + 0x4000))
+    gate = machine.gate.code
+    retired = gate[machine.gate.retired - GATE :]
+    assert [target[:4] for target in (handler, stopping, retired)] == [code.ENDBR64] * 3
+
+    def indirect(text: bytes, start: VirtAddr) -> list[str]:
+        found = (str(insn) for insn in iter_insns(text, start))
+        return [text for text in found if text.startswith(("jmp", "call")) and "0x" not in text.split("[")[0]]
+
+    dispatcher = code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD)
+    assert indirect(dispatcher, DISPATCHER) == ["jmp qword ptr [r8 + 8]"]
+    assert [indirect(text, at) for text in (handler, stopping, gate)] == [[], [], []]
 
 
 def test_an_int3_that_was_removed_meanwhile_leads_back_to_the_instruction(machine: Machine) -> None:

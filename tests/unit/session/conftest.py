@@ -12,7 +12,7 @@ import ctypes
 import functools
 import mmap
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,11 @@ from gdb_kprobe.session.moment import MARK_OFFSET, MARK_SIZE
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.region import Region, create_mapped
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.protocols import Machine
+from gdb_kprobe.target.quirks import Accelerator, Quirks
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.kvm_stub import KvmStub
+from gdb_kprobe.testing.kvm_stub import TF, KvmStub
 from gdb_kprobe.x86.decode import decode
 
 RAM_SIZE = 8 << 20
@@ -138,6 +140,10 @@ class ToyMachine:
         self.others_runs = 0
         """The same, but for what comes through :class:`ToyWire`."""
         self.is_on_wire = False
+        self.traps = 0
+        """How many #DB the guest has taken that nobody had asked for."""
+        self.flushes_at_write = True
+        self.exception_entries = (self.symbols["pf_entry"],)
         self.registers = {cpu: _Registers(self, self._reset(cpu)) for cpu in (1, 2)}
 
         self.breakpoints: set[int] = set()
@@ -254,14 +260,21 @@ class ToyMachine:
         found = self.walk(rip)
         if found is not None and found[1] & unicorn.UC_PROT_EXEC and self.ram[found[0]] == 0xCC:
             return self.raise_exception(cpu, "bp_entry", rip + 1)
+        trap = values["eflags"] & TF
+        if trap and not self.is_on_wire:
+            # What Linux does with a #DB that nobody has asked for: it warns, and goes on without.
+            self.traps += 1
+            trap = 0
+            values["eflags"] &= ~TF
         for name, number in _REGISTER.items():
-            self._uc.reg_write(number, values[name])
+            self._uc.reg_write(number, values[name] & ~TF if name == "eflags" else values[name])
         try:
             self._uc.emu_start(rip, 0, 0, 1)
         except unicorn.UcError:
             return self.raise_exception(cpu, "pf_entry", rip, 0)
         for name, number in _REGISTER.items():
             values[name] = self._uc.reg_read(number)
+        values["eflags"] |= trap
         return None
 
     def raise_exception(self, cpu: int, entry: str, rip: int, *error_code: int) -> None:
@@ -271,7 +284,7 @@ class ToyMachine:
         frame = (*error_code, rip, values["cs"], values["eflags"], values["rsp"], values["ss"])
         rsp = (top & -16) - 8 * len(frame)
         self._store(rsp, struct.pack(f"<{len(frame)}Q", *frame))
-        values.update(rip=self.symbols[entry], rsp=rsp, cs=KERNEL_CS)
+        values.update(rip=self.symbols[entry], rsp=rsp, cs=KERNEL_CS, eflags=values["eflags"] & ~TF)
 
     def iretq(self, cpu: int) -> None:
         values = self.registers[cpu]
@@ -352,8 +365,35 @@ class ToyMachine:
         if values:
             self._change()
             self.registers[cpu] |= values
-        if "cr3" in values:
-            self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+        if "cr4" in values and self.flushes_at_write:
+            self.flush_tlb()
+
+    def flush_tlb(self) -> None:
+        self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+
+    @property
+    def quirks(self) -> Quirks:
+        return Quirks(Accelerator.TCG)
+
+    def watch_faults(self, entries: Any) -> None:
+        """A step ends at each."""
+
+    def drop_trap_flag(self, cpu: CpuId) -> None:
+        """There is none."""
+
+    @contextlib.contextmanager
+    def flushed(self) -> Iterator[None]:
+        yield
+        self.flush_tlb()
+
+    def check_can_run(self) -> None:
+        """It always can."""
+
+    def run_briefly(self) -> None:
+        raise AssertionError("there is no need")
+
+    def run_to(self, addrs: Any, seconds: float, *, heed: bool = True) -> CpuId | None:
+        raise NotImplementedError
 
     def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
         pages = range(addr & -0x1000, addr + size, 0x1000)
@@ -383,6 +423,8 @@ class ToyMachine:
         self.breakpoints.clear()
 
     def monitor(self, command: str) -> str:
+        if command == "info kvm":
+            return "kvm support: enabled"
         assert command == "info registers -a", command
         return "".join(
             f"CPU#{cpu - 1}\nCPL=0 HLT=0\nGS =0000 0 0\nIDT=     {self.symbols['idt']:016x} {self.idt_limit:08x}\n"
@@ -402,6 +444,9 @@ class ToyMachine:
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         self.watched = frozenset(addrs)
 
+    def hardware_taken(self) -> int:
+        return len(self.users_breakpoints)
+
 
 class ToyWire(KvmStub):
     """What QEMU's stub is for :class:`ToyMachine` under KVM. A packet that speaks of stale registers is an error."""
@@ -411,6 +456,15 @@ class ToyWire(KvmStub):
     def __init__(self, machine: ToyMachine) -> None:
         super().__init__(machine)
         self._toy = machine
+        machine.flushes_at_write = False
+        self._ran_with = {cpu: machine.registers[cpu]["cr4"] for cpu in machine.cpus()}
+
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
+        for cpu, before in self._ran_with.items():
+            self._ran_with[cpu] = self._toy.registers[cpu]["cr4"]
+            if before != self._ran_with[cpu]:
+                self._toy.flush_tlb()
+        return super().run_for(seconds, heed=heed, how=how)
 
     def send(self, packet: bytes) -> bytes:
         self._toy.is_on_wire = True

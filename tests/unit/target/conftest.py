@@ -128,6 +128,12 @@ class FakeChannel:
             return self._memory_packet(packet)
         return b""
 
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = b"vCont;c") -> bytes | None:
+        return self.send(how)
+
+    def check_can_run(self) -> None:
+        pass
+
     def monitor(self, command: str) -> str:
         return self.monitor_texts.get(command, "Error: no such command\r\n")
 

@@ -8,8 +8,9 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.kvm_stub import LAYOUT, KvmStub
+from gdb_kprobe.testing.kvm_stub import LAYOUT, KvmStub, RanAwayError
 
 CPU = CpuId(1)
 
@@ -252,7 +253,7 @@ def test_one_register_is_written_after_all_were_fetched_and_read_again_after_it(
 def run_to(channel: Any, stops: list[int], addrs: list[int], seconds: float) -> CpuId | None:
     """The machine has one vCPU, which stops at *stops*, one after another."""
 
-    def run_for(seconds: float, *, heed: bool = True) -> None:
+    def run_for(seconds: float, *, heed: bool = True, how: bytes = b"") -> None:
         channel.packets.append(b"run")
         channel.answers[b"g"] = (bytes(8) + stops.pop(0).to_bytes(8, "little")).hex().encode()
 
@@ -281,6 +282,7 @@ class Vcpus:
 
     def __init__(self) -> None:
         self.runs = 0
+        self.exception_entries = (0x9000,)
         self.registers = {cpu: dict.fromkeys((name for name, _ in LAYOUT), 0x100 * cpu) for cpu in (CPU, CpuId(2))}
         self.breakpoints: list[str] = []
 
@@ -316,7 +318,7 @@ class Vcpus:
         self.registers[cpu]["rip"] += 1
 
     def monitor(self, command: str) -> str:
-        return ""
+        return "kvm support: enabled\r\n"
 
     def drop_breakpoints(self) -> None:
         pass
@@ -329,11 +331,11 @@ class RunningStub(KvmStub):
         super().__init__(machine)
         self._vcpus = machine
 
-    def send(self, packet: bytes) -> bytes:
-        return b"OK" if packet[:1] in b"Zz" else super().send(packet)
-
-    def run_for(self, seconds: float, *, heed: bool = True) -> None:
+    def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
+        if how != RUN:
+            return super().run_for(seconds, heed=heed, how=how)
         self._vcpus.run()
+        return None
 
 
 def test_under_kvm_p_tells_an_earlier_stop_and_p_without_g_is_lost() -> None:
@@ -385,3 +387,161 @@ def test_under_kvm_no_write_is_lost(strict: bool, values: dict[str, int]) -> Non
             stub.write_registers(cpu, values)
             assert vcpus.registers[cpu] == stub.read_registers(cpu) == expected
         vcpus.registers[CPU] |= dict.fromkeys(values, 1)
+
+
+# -- steps by the trap flag ---------------------------------------------------------------------------------------
+
+FAULT, OTHER_FAULT = VirtAddr(0x9000), VirtAddr(0xA000)
+STACK_TOP = 0x2000
+
+
+class Stepping(Vcpus):
+    """vCPUs with memory, and an instruction of a test's choice at any address."""
+
+    def __init__(self, code: bytes = b"\x90", *, leads_to: int = 1, pushes: bool = False) -> None:
+        super().__init__()
+        self.code, self.leads_to, self.pushes = code, leads_to, pushes
+        self.stack = bytearray(0x100)
+        self.stepped_with: list[int] = []
+        for registers in self.registers.values():
+            registers |= {"rsp": STACK_TOP, "eflags": 0x246}
+
+    def step(self, cpu: CpuId) -> None:
+        self.runs += 1
+        registers = self.registers[cpu]
+        self.stepped_with.append(registers["eflags"])
+        if self.leads_to in self.exception_entries:
+            registers["rsp"] -= 48
+            self.stack[24:32] = registers["eflags"].to_bytes(8, "little")
+            registers |= {"rip": self.leads_to, "eflags": registers["eflags"] & ~0x100}
+        else:
+            registers["rip"] += self.leads_to
+            if self.pushes:
+                registers["rsp"] -= 8
+                self.stack[:8] = registers["eflags"].to_bytes(8, "little")
+
+    def read_current(self, cpu: CpuId, addr: VirtAddr, size: int) -> bytes | None:
+        if addr == self.registers[cpu]["rip"]:
+            return self.code.ljust(size, b"\x90")[:size]
+        start = addr - self.registers[cpu]["rsp"]
+        return bytes(self.stack[start : start + size])
+
+    def write_current(self, cpu: CpuId, addr: VirtAddr, data: bytes) -> bool:
+        start = addr - self.registers[cpu]["rsp"]
+        self.stack[start : start + len(data)] = data
+        return True
+
+
+def stepping(vcpus: Stepping) -> tuple[QemuStub, RunningStub]:
+    channel = RunningStub(vcpus)
+    stub = QemuStub(channel)
+    stub.watch_faults({FAULT: 24, OTHER_FAULT: 24, VirtAddr(0xB000): 24, VirtAddr(0xC000): 16})
+    return stub, channel
+
+
+def test_under_kvm_a_step_after_rip_was_written_sets_the_trap_flag_and_leaves_none() -> None:
+    vcpus = Stepping()
+    stub, channel = stepping(vcpus)
+    stub.write_registers(CPU, {"rip": 0x5000})
+    stub.step(CPU)
+    assert vcpus.stepped_with == [0x346]
+    assert (vcpus.registers[CPU]["rip"], vcpus.registers[CPU]["eflags"]) == (0x5001, 0x246)
+    assert channel.breakpoints == set()
+
+
+def test_the_stub_of_this_test_runs_away_without_it() -> None:
+    vcpus = Stepping()
+    stub, channel = stepping(vcpus)
+    stub.write_registers(CPU, {"rip": 0x5000})
+    with pytest.raises(RanAwayError):
+        channel.send(b"vCont;s:p1.1")
+
+
+@pytest.mark.parametrize("code", [b"\x9c", b"\x66\x9c", b"\x48\x9c"])
+def test_flags_that_a_step_pushes_have_no_trap_flag(code: bytes) -> None:
+    vcpus = Stepping(code, leads_to=len(code), pushes=True)
+    stub, _ = stepping(vcpus)
+    stub.step(CPU)
+    assert vcpus.stack[:8] == (0x246).to_bytes(8, "little")
+
+
+def test_a_fault_ends_a_step_and_its_frame_has_no_trap_flag() -> None:
+    vcpus = Stepping(leads_to=FAULT)
+    stub, channel = stepping(vcpus)
+    stub.step(CPU)
+    assert stub.read_register(CPU, "rip") == FAULT
+    assert vcpus.stack[24:32] == (0x246).to_bytes(8, "little")
+    assert channel.breakpoints == set()
+
+
+def test_a_trap_flag_of_the_guests_own_is_left_in_what_a_fault_pushes() -> None:
+    vcpus = Stepping(leads_to=FAULT)
+    vcpus.registers[CPU]["eflags"] = 0x346
+    stub, _ = stepping(vcpus)
+    stub.step(CPU)
+    assert vcpus.stack[24:32] == (0x346).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("taken", range(5))
+def test_a_step_needs_two_of_the_four_breakpoints_and_says_so(taken: int) -> None:
+    vcpus = Stepping()
+    stub, channel = stepping(vcpus)
+    channel.breakpoints |= set(range(taken))
+    if taken <= 2:
+        stub.step(CPU)
+    else:
+        with pytest.raises(TargetError, match="cannot be stepped: a step under KVM needs 2 of the processor's 4"):
+            stub.step(CPU)
+        assert vcpus.stepped_with == []
+    assert channel.breakpoints == set(range(taken))
+
+
+def test_what_a_step_that_was_cut_off_has_left_is_taken_away() -> None:
+    vcpus = Stepping()
+    stub, _ = stepping(vcpus)
+    vcpus.registers[CPU] |= {"eflags": 0x346, "rip": FAULT, "rsp": STACK_TOP - 48}
+    vcpus.stack[24:32] = (0x346).to_bytes(8, "little")
+    stub.forget()
+    stub.drop_trap_flag(CPU)
+    assert (vcpus.registers[CPU]["eflags"], vcpus.stack[24:26]) == (0x246, b"\x46\2")
+
+
+def test_under_tcg_nothing_is_set_for_a_step(stub: QemuStub, described: Any) -> None:
+    described.answers[b"vCont;s:p1.1"] = b"T05thread:p01.01;"
+    stub.watch_faults({FAULT: 24})
+    stub.step(CPU)
+    stub.drop_trap_flag(CPU)
+    assert described.packets == [b"vCont;s:p1.1"]
+
+
+def test_a_step_that_does_not_come_back_is_an_error(stub: QemuStub, described: Any) -> None:
+    described.run_for = lambda seconds, *, heed, how: None
+    with pytest.raises(TargetError, match="vCPU 1 has not come back from a step in 30 s"):
+        stub.step(CPU)
+
+
+# -- what caches of page tables hold ------------------------------------------------------------------------------
+
+
+def test_under_kvm_a_flush_is_another_cr4_while_the_machine_runs() -> None:
+    vcpus = Vcpus()
+    stub = QemuStub(RunningStub(vcpus))
+    for registers in vcpus.registers.values():
+        registers["cr4"] = 0xA0
+    ran_with: list[int] = []
+    vcpus.run = lambda: ran_with.extend(registers["cr4"] for registers in vcpus.registers.values())  # type: ignore[method-assign]
+    assert not stub.quirks.flushes_at_write
+    with stub.flushed():
+        stub.run_briefly()
+    assert ran_with == [0x20, 0x20]
+    assert [registers["cr4"] for registers in vcpus.registers.values()] == [0xA0, 0xA0]
+
+
+@pytest.mark.parametrize("error", [TargetError("x"), KeyboardInterrupt()])
+def test_cr4_is_put_back_whatever_happens(error: BaseException) -> None:
+    vcpus = Vcpus()
+    stub = QemuStub(RunningStub(vcpus))
+    before = vcpus.registers[CPU]["cr4"]
+    with pytest.raises(type(error)), stub.flushed():
+        raise error
+    assert vcpus.registers[CPU]["cr4"] == before
