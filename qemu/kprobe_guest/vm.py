@@ -34,6 +34,9 @@ from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError,
 from kprobe_guest.private import UMASK, private_directory, private_file
 from kprobe_guest.spec import MIB, GuestSpec
 
+BOOT_TIMEOUT = 300.0
+"""Seconds in which a guest is up: a hundred times what it takes, for a host that has other things to do."""
+
 TICK = 0.1
 """Seconds between two looks at the console and at QEMU while waiting for something else."""
 
@@ -262,7 +265,7 @@ class GuestVm(GuestCommands):
                 f"  {self.paths.stderr.read_text(errors='replace').strip()}"
             )
 
-    def wait_ready(self, timeout: float = 120) -> None:
+    def wait_ready(self, timeout: float = BOOT_TIMEOUT) -> None:
         """Wait until the guest's shell (or the bare-metal guest's loop) is up.
 
         :raises GuestFailedError: it failed on the way.
@@ -423,7 +426,7 @@ class GuestVm(GuestCommands):
         finally:
             self.cont()
 
-    def reset(self, timeout: float = 120, *, wait: bool = True) -> None:
+    def reset(self, timeout: float = BOOT_TIMEOUT, *, wait: bool = True) -> None:
         """Reset the machine, as its button would; with *wait* until the guest is up again."""
         self.expect_reset()
         self.qmp("system_reset")
