@@ -27,6 +27,8 @@ from gdb_kprobe.launcher.torture.owners.steps import Sequence, parse, sequence, 
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 from kprobe_guest import Template, template_of
 
+_WIDTH = 400
+"""Characters that are printed of a line of what was said with gdb."""
 _REPORT = 50
 """Sequences from one line about the progress to the next."""
 
@@ -48,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
     spec = spec_of(options)
     with template_of(spec) as template, Arena(template) as arena:
         if options.replay:
-            path = Path(options.replay)
-            wrong = arena.play(parse(path.read_text() if path.exists() else options.replay))
+            # A path has no blank in it, and a sequence has.
+            wrong = arena.play(parse(options.replay if " " in options.replay else Path(options.replay).read_text()))
             print(wrong or "nothing is wrong", flush=True)
             return conclude(started, int(not wrong), int(bool(wrong)))
         seed = options.seed if options.seed is not None else random.randrange(10**6)
@@ -133,7 +135,7 @@ class Arena:
             wrong = ""
         self._tally(match)
         if wrong:
-            wrong += "\n" + "\n".join(f"    {line[:200]}" for line in match.ours.transcript)
+            wrong += "\n" + "\n".join(f"    {line[:_WIDTH]}" for line in match.ours.transcript)
             self._drop()
         return wrong
 

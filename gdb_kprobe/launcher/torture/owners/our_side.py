@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.torture.owners.steps import Step
-from gdb_kprobe.testing import GdbCommandError, GdbMi
+from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTimeoutError
 from kprobe_guest import GuestVm
 
 _TIMEOUT = 120
+_TRIES = 4
 _CONDITIONS = {"true": " if ip != 12345", "false": " if ip == 12345"}
 _NEEDS_GDB = "single-step"
 
@@ -41,6 +42,7 @@ class OurSide:
         self._runs = True
         self._probes: dict[str, _Probe] = {}
         self._is_killed = False
+        self.lost_interrupts = 0
         self.refusals: list[str] = []
         """What was refused, and why."""
         self.reasons: list[str] = []
@@ -139,7 +141,15 @@ class OurSide:
     def _stop(self) -> None:
         assert self._gdb is not None
         if self._runs:
-            self._gdb.interrupt(_TIMEOUT)
+            for _ in range(_TRIES):
+                try:
+                    self._gdb.interrupt(_TIMEOUT / _TRIES)
+                    break
+                except GdbTimeoutError:
+                    # A Ctrl-C at the very end of a command may be taken for one that is to end that.
+                    self.lost_interrupts += 1
+            else:
+                raise WrongError("the guest does not stop")
             self._runs = False
 
     def _listed(self) -> dict[str, dict[str, str]]:

@@ -73,7 +73,7 @@ def sequence(chosen: random.Random, ground: Field) -> Sequence:
     for _ in range(chosen.randint(*_LENGTHS)):
         steps.append(next_step(chosen, shadow, ground.functions[function], ground.has_fprobe))
     steps.append(_call(chosen))
-    ours = "restore" if shadow.is_killed else chosen.choice(("delete", "delete", "detach"))
+    ours = "restore" if shadow.is_killed else chosen.choice(("delete",) * 7 + ("detach",))
     ending = [Step("guest.clear"), Step(f"our.{ours}", ("all",) if ours == "delete" else ())]
     chosen.shuffle(ending)
     steps += [ending[0], _call(chosen), ending[1], _call(chosen)]
@@ -115,8 +115,9 @@ def next_step(chosen: random.Random, shadow: _Shadow, places: int, has_fprobe: b
                 add(2, "our.enable", name, *live)
             add(1.5, "our.delete", name)
             add(2, "our.stop")
-            add(0.6, "our.detach")
-            add(0.8, "our.kill", chosen.choice(("running", "stopped")))
+            # A new session takes longer than many steps.
+            add(0.2, "our.detach")
+            add(0.4, "our.kill", chosen.choice(("running", "stopped")))
     step = chosen.choices([option for _, option in options], [weight for weight, _ in options])[0]
     _follow(shadow, step)
     return step
