@@ -16,6 +16,7 @@ import argparse
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -122,9 +123,13 @@ class Arena:
 
     def play(self, sequence: Sequence) -> str:
         """Play a sequence; returns what is wrong, nothing if nothing is."""
+        return self.go(lambda match: match.play(sequence))
+
+    def go(self, act: Callable[[Match], None]) -> str:
+        """Have something done; returns what is wrong, nothing if nothing is. Then other guests come."""
         match = self.match()
         try:
-            match.play(sequence)
+            act(match)
         except FAILURES as error:
             lost = "the guest is lost: " if not match.is_alive() else ""
             self.lost += bool(lost)

@@ -10,6 +10,7 @@ from kprobe_guest import GuestVm
 TRACING = "/sys/kernel/tracing"
 GROUP = "owners"
 
+_TIMEOUT = 120
 _LIBRARY = "/tmp/owners.sh"
 _FUNCTIONS = f"""\
 cd {TRACING}
@@ -50,11 +51,18 @@ has() {{ echo $1 >set_ftrace_filter; echo "filter $?"; echo >set_ftrace_filter; 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function of the guest's that only *call*, of the program ``workload``, enters; *places* are offsets in it."""
+    """A function of the guest's that only *call*, of the program ``workload``, enters.
+
+    *places* are where the two meet, as offsets of instructions.
+    """
 
     name: str
     call: str
     places: tuple[int, ...]
+
+    def place(self, number: str) -> int:
+        """The offset of a place by its number, of which there may be fewer."""
+        return self.places[int(number) % len(self.places)]
 
     def workload(self, times: str) -> str:
         number, _, arguments = self.call.partition(" ")
@@ -69,7 +77,7 @@ def prepare(guest: GuestVm) -> None:
 
 def take(guest: GuestVm, function: Function, step: Step) -> str:
     """Have the guest take its step; returns what it says: status, and what its own have counted."""
-    return guest.run(f". {_LIBRARY}; {_command(function, step)}")[1]
+    return guest.run(f". {_LIBRARY}; {_command(function, step)}", _TIMEOUT)[1]
 
 
 def _command(function: Function, step: Step) -> str:
@@ -78,7 +86,7 @@ def _command(function: Function, step: Step) -> str:
         case "call":
             return f"{function.workload(words[0])} >/dev/null; profile"
         case "guest.define":
-            return f"define {words[0]} {words[1]} {function.name} {function.places[int(words[2])]}"
+            return f"define {words[0]} {words[1]} {function.name} {function.place(words[2])}"
         case "guest.enable":
             return f"switch {words[0]} 1"
         case "guest.disable":

@@ -73,8 +73,8 @@ class Ground:
         places = {name: len(function.places) for name, function in self.functions.items()}
         self.field = Field(places, has_fprobe)
 
-    def address(self, function: Function, place: int) -> int:
-        return self._starts[function.name] + function.places[place % len(function.places)]
+    def address(self, function: Function, place: str) -> int:
+        return self._starts[function.name] + function.place(place)
 
     def leftovers(self, guest: GuestVm) -> list[str]:
         """What of the text of *guest* is not that of one that has never met us."""
@@ -134,7 +134,7 @@ class Match:
         elif step.verb.startswith("our."):
             addr = None
             if step.verb == "our.add":
-                addr = self._ground.address(self._function, int(step.words[1]))
+                addr = self._ground.address(self._function, step.words[1])
             self.ours.take(step, addr, bool(self._owners))
         else:
             self.ours.let_run()
@@ -166,8 +166,8 @@ class Match:
         :raises WrongError: it is not that.
         """
         if step.verb == "guest.define" and step.words[1] == "p":
-            addr = self._ground.address(self._function, int(step.words[2]))
-            if self.ours.covers(addr):
+            addr = self._ground.address(self._function, step.words[2])
+            if said.endswith("define 1\n") and self.ours.hides(addr):
                 self.excused.append(said)
                 guest_side.take(self._reference, self._function, Step("guest.remove", step.words[:1]))
                 return
@@ -179,6 +179,7 @@ class Match:
         :raises WrongError: something is.
         """
         self.ours.let_run()
+        self.ours.give_way()
         said = guest_side.take(self._subject, self._function, Step("guest.has"))
         if said != "filter 0\n":
             raise WrongError(f"its function tracer does not take the function any more: {said}")

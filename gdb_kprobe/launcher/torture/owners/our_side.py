@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.torture.owners.steps import Step
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTimeoutError
 from kprobe_guest import GuestVm
 
 _TIMEOUT = 120
+_SAVED = "has saved our jump"
 _TRIES = 4
 _CONDITIONS = {"true": " if ip != 12345", "false": " if ip == 12345"}
 _NEEDS_GDB = "single-step"
@@ -29,7 +29,13 @@ class _Probe:
     is_enabled: bool
     never: bool
     rung: str = ""
+    size: int = 1
+    """Bytes that are patched."""
     hits: int | None = 0
+
+    def is_as(self, found: dict[str, str]) -> None:
+        """Take over what ``-kprobe-list`` says of how it is armed."""
+        self.rung, self.size = found["rung"], int(found["bytes"])
 
 
 class OurSide:
@@ -42,6 +48,8 @@ class OurSide:
         self._runs = True
         self._probes: dict[str, _Probe] = {}
         self._is_killed = False
+        self._is_waited_for = False
+        """The user was told that a jump stays until the guest has removed its kprobe there."""
         self.lost_interrupts = 0
         self.refusals: list[str] = []
         """What was refused, and why."""
@@ -58,11 +66,26 @@ class OurSide:
             self._gdb.close()
             self._gdb = None
 
-    def covers(self, addr: int) -> bool:
-        """Whether *addr* is hidden by a jump of ours to elsewhere."""
+    def hides(self, addr: int) -> bool:
+        """Whether the guest must refuse a kprobe of its own at *addr*.
+
+        It is that of an int3 of ours, or within the instructions that a jump of ours displaces.
+        """
         return any(
-            probe.rung == "optimized" and probe.addr < addr < probe.addr + JUMP_SIZE for probe in self._probes.values()
+            probe.addr < addr < probe.addr + probe.size or (addr == probe.addr and probe.rung != "optimized")
+            for probe in self._probes.values()
         )
+
+    def give_way(self) -> None:
+        """Have a look at the guest, now that its own owners are gone: what had to wait for that is done."""
+        if self._is_attached:
+            self._stop()
+            self._look()
+            self.let_run()
+        elif self._is_waited_for:
+            self._need_attached()
+            self._command("kprobe detach")
+            self._is_attached, self._runs, self._is_waited_for = False, True, False
 
     def let_run(self) -> None:
         """Have the guest run."""
@@ -94,7 +117,8 @@ class OurSide:
                 if self._is_attached:
                     self._stop()
                     self._look()
-                    self._command("kprobe detach")
+                    said = self._command("kprobe detach")
+                    self._is_waited_for = _SAVED in said
                     self._is_attached, self._runs = False, True
                     self._probes.clear()
             case "our.attach":
@@ -163,7 +187,7 @@ class OurSide:
             if name not in listed:
                 raise WrongError(f"{name} is not listed any more")
             found = listed[name]
-            probe.rung = found["rung"]
+            probe.is_as(found)
             counted = int(found["hits"])
             if probe.hits is None:
                 probe.hits = counted
@@ -216,7 +240,8 @@ class OurSide:
             return
         found = self._listed()[name]
         # It may be behind what stands at a function's entry.
-        probe = _Probe(int(found["addr"], 16), is_enabled=not disabled, never="false" in how, rung=found["rung"])
+        probe = _Probe(int(found["addr"], 16), is_enabled=not disabled, never="false" in how)
+        probe.is_as(found)
         self._probes[name] = probe
 
     def _switch(self, name: str, enabled: bool, *, live: bool, others: bool) -> None:
@@ -252,9 +277,11 @@ class OurSide:
             return
         if when == "stopped":
             self._stop()
+            self._look()
         else:
             self.let_run()
-        self._look_if_stopped()
+            # gdb says that the guest runs before it has told the stub.
+            self._guest.check_output("true", _TIMEOUT)
         self._gdb.signal(signal.SIGKILL)
         self._gdb.wait_exit()
         self._gdb.close()
@@ -265,10 +292,6 @@ class OurSide:
                 probe.hits = None
             self._guest.cont()
         self._is_attached, self._is_killed, self._runs = False, True, True
-
-    def _look_if_stopped(self) -> None:
-        if not self._runs:
-            self._look()
 
     def _adopt(self, others: bool) -> None:
         if not self._is_killed:
@@ -291,5 +314,6 @@ class OurSide:
         said = self._command(f"kprobe restore {profile(self._guest)}")
         if "Detached; the guest runs." not in said:
             raise WrongError(f"restore: {said}")
+        self._is_waited_for = _SAVED in said
         self._probes.clear()
         self._is_killed = False

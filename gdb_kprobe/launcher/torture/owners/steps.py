@@ -56,7 +56,7 @@ class Field:
 
 
 @dataclass
-class _Shadow:
+class Shadow:
     """What there is, as far as a sequence itself tells."""
 
     events: dict[str, bool] = field(default_factory=dict)
@@ -64,12 +64,38 @@ class _Shadow:
     tracer: str = "nop"
     is_killed: bool = False
 
+    def follow(self, step: Step) -> None:
+        """Have seen *step*."""
+        words = step.words
+        match step.verb:
+            case "guest.define":
+                self.events[words[0]] = False
+            case "guest.enable" | "guest.disable":
+                self.events[words[0]] = step.verb == "guest.enable"
+            case "guest.remove":
+                del self.events[words[0]]
+            case "guest.tracer":
+                self.tracer = words[0]
+            case "our.add":
+                self.probes[words[0]] = "disabled" not in words
+            case "our.enable" | "our.disable":
+                self.probes[words[0]] = step.verb == "our.enable"
+            case "our.delete":
+                del self.probes[words[0]]
+            case "our.kill":
+                self.is_killed = True
+            case "our.adopt":
+                self.is_killed = False
+            case "our.restore" | "our.attach" | "our.detach":
+                self.is_killed = False
+                self.probes.clear()
+
 
 def sequence(chosen: random.Random, ground: Field) -> Sequence:
     """A sequence by chance, which ends with both owners gone."""
     function = chosen.choice(sorted(ground.functions))
     steps = [Step("on", (function,))]
-    shadow = _Shadow()
+    shadow = Shadow()
     for _ in range(chosen.randint(*_LENGTHS)):
         steps.append(next_step(chosen, shadow, ground.functions[function], ground.has_fprobe))
     steps.append(_call(chosen))
@@ -80,7 +106,7 @@ def sequence(chosen: random.Random, ground: Field) -> Sequence:
     return tuple(steps)
 
 
-def next_step(chosen: random.Random, shadow: _Shadow, places: int, has_fprobe: bool) -> Step:
+def next_step(chosen: random.Random, shadow: Shadow, places: int, has_fprobe: bool) -> Step:
     """One more step, that makes sense after those that *shadow* has seen."""
     options: list[tuple[float, Step]] = [(4, _call(chosen))]
 
@@ -119,35 +145,9 @@ def next_step(chosen: random.Random, shadow: _Shadow, places: int, has_fprobe: b
             add(0.2, "our.detach")
             add(0.4, "our.kill", chosen.choice(("running", "stopped")))
     step = chosen.choices([option for _, option in options], [weight for weight, _ in options])[0]
-    _follow(shadow, step)
+    shadow.follow(step)
     return step
 
 
 def _call(chosen: random.Random) -> Step:
     return Step("call", (str(chosen.randint(1, MOST_CALLS)),))
-
-
-def _follow(shadow: _Shadow, step: Step) -> None:
-    words = step.words
-    match step.verb:
-        case "guest.define":
-            shadow.events[words[0]] = False
-        case "guest.enable" | "guest.disable":
-            shadow.events[words[0]] = step.verb == "guest.enable"
-        case "guest.remove":
-            del shadow.events[words[0]]
-        case "guest.tracer":
-            shadow.tracer = words[0]
-        case "our.add":
-            shadow.probes[words[0]] = "disabled" not in words
-        case "our.enable" | "our.disable":
-            shadow.probes[words[0]] = step.verb == "our.enable"
-        case "our.delete":
-            del shadow.probes[words[0]]
-        case "our.kill":
-            shadow.is_killed = True
-        case "our.adopt":
-            shadow.is_killed = False
-        case "our.restore" | "our.attach" | "our.detach":
-            shadow.is_killed = False
-            shadow.probes.clear()
