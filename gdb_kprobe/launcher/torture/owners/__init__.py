@@ -30,7 +30,7 @@ from kprobe_guest import Template, template_of
 
 _WIDTH = 400
 """Characters that are printed of a line of what was said with gdb."""
-_REPORT = 50
+_REPORT = 20
 """Sequences from one line about the progress to the next."""
 
 

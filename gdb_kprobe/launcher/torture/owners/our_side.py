@@ -31,11 +31,13 @@ class _Probe:
     rung: str = ""
     size: int = 1
     """Bytes that are patched."""
+    is_saved: bool = False
+    """A kprobe of the guest's own has saved its jump, which stays until that is gone, whatever becomes of the probe."""
     hits: int | None = 0
 
     def is_as(self, found: dict[str, str]) -> None:
         """Take over what ``-kprobe-list`` says of how it is armed."""
-        self.rung, self.size = found["rung"], int(found["bytes"])
+        self.rung, self.size, self.is_saved = found["rung"], int(found["bytes"]), found["saved"] == "1"
 
 
 class OurSide:
@@ -48,6 +50,8 @@ class OurSide:
         self._runs = True
         self._probes: dict[str, _Probe] = {}
         self._is_killed = False
+        self._staying: list[_Probe] = []
+        """Probes that are gone, but for their jumps."""
         self._is_waited_for = False
         """The user was told that a jump stays until the guest has removed its kprobe there."""
         self.lost_interrupts = 0
@@ -73,11 +77,12 @@ class OurSide:
         """
         return any(
             probe.addr < addr < probe.addr + probe.size or (addr == probe.addr and probe.rung != "optimized")
-            for probe in self._probes.values()
+            for probe in (*self._probes.values(), *self._staying)
         )
 
     def give_way(self) -> None:
         """Have a look at the guest, now that its own owners are gone: what had to wait for that is done."""
+        self._staying.clear()
         if self._is_attached:
             self._stop()
             self._look()
@@ -120,9 +125,10 @@ class OurSide:
                     said = self._command("kprobe detach")
                     self._is_waited_for = _SAVED in said
                     self._is_attached, self._runs = False, True
-                    self._probes.clear()
+                    self._forget(*self._probes)
             case "our.attach":
-                self._probes.clear()
+                if self._is_killed:
+                    self._forget_killed()
                 self._need_attached()
             case "our.kill":
                 self._kill(step.words[0])
@@ -175,6 +181,19 @@ class OurSide:
             else:
                 raise WrongError("the guest does not stop")
             self._runs = False
+
+    def _forget(self, *names: str) -> None:
+        """They are gone, but for jumps that the guest has saved."""
+        for name in names:
+            probe = self._probes.pop(name)
+            if probe.is_saved:
+                self._staying.append(probe)
+
+    def _forget_killed(self) -> None:
+        """All are gone. What has been saved of the guest since gdb was killed is not known."""
+        for probe in self._probes.values():
+            probe.is_saved = probe.rung == "optimized"
+        self._forget(*self._probes)
 
     def _listed(self) -> dict[str, dict[str, str]]:
         assert self._gdb is not None
@@ -267,10 +286,10 @@ class OurSide:
         self._look()
         if name != "all":
             self._command(f"kprobe delete {name}")
-            del self._probes[name]
+            self._forget(name)
         elif self._probes:
             self._command("kprobe delete all")
-            self._probes.clear()
+            self._forget(*self._probes)
 
     def _kill(self, when: str) -> None:
         if self._gdb is None or not self._is_attached:
@@ -304,7 +323,7 @@ class OurSide:
             if not others:
                 raise WrongError(f"{name} was not adopted: {said}")
             self.refusals.append(said)
-            del self._probes[name]
+            self._forget(name)
         self._look()
 
     def _restore(self) -> None:
@@ -315,5 +334,5 @@ class OurSide:
         if "Detached; the guest runs." not in said:
             raise WrongError(f"restore: {said}")
         self._is_waited_for = _SAVED in said
-        self._probes.clear()
+        self._forget_killed()
         self._is_killed = False

@@ -80,13 +80,13 @@ class Shadow:
                 self.probes[words[0]] = "disabled" not in words
             case "our.enable" | "our.disable":
                 self.probes[words[0]] = step.verb == "our.enable"
-            case "our.delete":
+            case "our.delete" if words[0] != "all":
                 del self.probes[words[0]]
             case "our.kill":
                 self.is_killed = True
             case "our.adopt":
                 self.is_killed = False
-            case "our.restore" | "our.attach" | "our.detach":
+            case "our.restore" | "our.attach" | "our.detach" | "our.delete":
                 self.is_killed = False
                 self.probes.clear()
 
