@@ -158,6 +158,9 @@ class Sites:
     def settle_saved(self, site: Site) -> None:
         """No kprobe of the guest's has the jump of *site* saved any more: have it as its probes want."""
         site.saved = False
+        if self._routes.lifted and self._guest.memory.read(site.addr, len(site.plan.patch.new)) == site.plan.patch.new:
+            # As all others while the machine stays stopped.
+            apply(self._guest.memory, [site.plan.patch.inverse])
         self.match(site)
         self._drop_unused(site)
 
