@@ -39,7 +39,7 @@ def load(guest: Any) -> None:
 
 def unload(guest: Any) -> None:
     guest.guest.check_output(f"echo 0 >{PATCHES}/{NAME}/enabled")
-    guest.guest.check_output(f"while test -e {PATCHES}/{NAME}; do sleep 0.2; done; rmmod {NAME}", timeout=120)
+    guest.guest.check_output(f"until rmmod {NAME} 2>/dev/null; do sleep 0.2; done", timeout=120)
 
 
 def shown(guest: Any, times: int = 1) -> set[str]:
