@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def test_every_mistake_is_told_and_nothing_is_armed(probed: Callable[[GuestSpec]
 
 def test_what_is_said_of_a_probe_that_is_added(probed: Callable[[GuestSpec], Any]) -> None:
     guest = probed(GuestSpec())
-    names = guest.guest.check_output("cut -d' ' -f3 /proc/kallsyms").split()
-    clones = {name for name in names if name.endswith(".isra.0")}
-    base = next(name for name in sorted(clones) if names.count(name) == 1 and names.count(name[:-7]) == 1)[:-7]
+    names = Counter(symbol.name for symbol in guest.snapshot.guest.kallsyms if symbol.is_text)
+    clones = sorted(name for name in names if name.endswith(".isra.0"))
+    base = next(name for name in clones if names[name] == 1 and names[name[:-7]] == 1)[:-7]
     with guest.gdb() as gdb:
         waiting = gdb.console("kprobe p:w nosuchmod:foo")
         assert waiting == "w: no module nosuchmod is loaded; it is armed when one of that name comes.\n"
