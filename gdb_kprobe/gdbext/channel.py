@@ -59,6 +59,20 @@ class GdbChannel:
         self._stream = PacketStream(descriptor, self.address)
         self.heeds_ctrl_c = False
         """Whether a Ctrl-C that is held back is raised as KeyboardInterrupt before the next packet is sent."""
+        self._tells_gdb = True
+
+    @contextlib.contextmanager
+    def within_gdb(self) -> Iterator[None]:
+        """Around packets that are sent while gdb itself resumes, or handles a stop.
+
+        gdb must not find out there that the connection is lost: it would free the threads that it is working on, and
+        crash (gdb 13). gdb finds out by its own next packet.
+        """
+        before, self._tells_gdb = self._tells_gdb, False
+        try:
+            yield
+        finally:
+            self._tells_gdb = before
 
     @property
     def address(self) -> str:
@@ -119,8 +133,9 @@ class GdbChannel:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.descriptor)) as sock:
                     sock.shutdown(socket.SHUT_RDWR)  # a reply that is late would be taken for another's
                 # gdb notices, and tells of it by its event, at a packet of its own.
-                with contextlib.suppress(gdb.error, RuntimeError):
-                    self._connection.send_packet(b"qC")
+                if self._tells_gdb:
+                    with contextlib.suppress(gdb.error, RuntimeError):
+                        self._connection.send_packet(b"qC")
                 raise
 
     @contextlib.contextmanager

@@ -167,12 +167,13 @@ class Link:
     def lower(self) -> tuple[str, ...]:
         """The machine is about to run for the user. gdb calls its threads running already."""
         self.stub.forget()
-        try:
-            return self.session.lower()
-        finally:
-            with contextlib.suppress(TargetError):
-                self.stub.forget()
-                self.stub.select(selected_cpu())
+        with self.channel.within_gdb():
+            try:
+                return self.session.lower()
+            finally:
+                with contextlib.suppress(TargetError):
+                    self.stub.forget()
+                    self.stub.select(selected_cpu())
 
 
 class Plugin:
