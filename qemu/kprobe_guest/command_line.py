@@ -98,7 +98,8 @@ def qemu_command(
     With *saved* it waits for the devices of that machine, and has its memory: a copy in the file of *paths*, or, where
     memory is private, that file itself, of which QEMU copies what is written to.
     """
-    command = [QEMU, "-S", "-accel", f"tcg,thread={spec.tcg_thread}", "-nodefaults", "-display", "none", "-no-reboot"]
+    accelerator = f"tcg,thread={spec.tcg_thread}" if spec.accelerator == "tcg" else spec.accelerator
+    command = [QEMU, "-S", "-accel", accelerator, "-nodefaults", "-display", "none", "-no-reboot"]
     machine = spec.machine
     if spec.shared_ram:
         backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={paths.ram},share=on"

@@ -11,6 +11,7 @@ RegionSource = Literal["reserved", "ivshmem", "none"]
 Machine = Literal["q35", "pc"]
 GdbTransport = Literal["unix", "tcp"]
 TcgThread = Literal["multi", "single"]
+Accelerator = Literal["tcg", "kvm"]
 
 PROFILES: dict[RegionSource, str] = {"reserved": "debian", "ivshmem": "ivshmem", "none": "plain"}
 """The plugin's profile, in configs/, for each kind of region."""
@@ -37,7 +38,7 @@ class GuestSpec:
     with its *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max`` or QEMU's default model. *region*: where
     the physical memory for a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone),
     ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map.
-    *tcg_thread*: a thread of QEMU for each vCPU, or one for all.
+    *accelerator*: ``kvm`` needs /dev/kvm. *tcg_thread*: under TCG, a thread of QEMU for each vCPU, or one for all.
     """
 
     kernel: str = "debian"
@@ -51,6 +52,7 @@ class GuestSpec:
     shared_ram: bool = True
     machine: Machine = "q35"
     gdb: GdbTransport = "unix"
+    accelerator: Accelerator = "tcg"
     tcg_thread: TcgThread = "multi"
     extra_args: tuple[str, ...] = ()
     modules: Path | None = None
@@ -110,6 +112,8 @@ class GuestSpec:
             words.append("gdbstub by TCP")
         if not self.kaslr:
             words.append("no KASLR")
+        if self.accelerator != default.accelerator:
+            words.append(self.accelerator.upper())
         if self.tcg_thread != default.tcg_thread:
             words.append("one thread for all vCPUs")
         return ", ".join([*words, *self.extra_cmdline, *self.extra_args])

@@ -101,6 +101,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private-ram", action="store_true", help="no file that the host shares with the guest")
     parser.add_argument("--tcp", action="store_true", help="the gdbstub listens at a TCP port")
     parser.add_argument("--no-kaslr", action="store_true")
+    parser.add_argument("--accelerator", choices=["tcg", "kvm"], default="tcg", help="kvm needs /dev/kvm")
     parser.add_argument("--tcg-thread", choices=["multi", "single"], default="multi")
     parser.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
     parser.add_argument("--qemu", default="", metavar="WORDS", help="more words for QEMU's command line")
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
         shared_ram=not options.private_ram,
         gdb="tcp" if options.tcp else "unix",
         kaslr=not options.no_kaslr,
+        accelerator=options.accelerator,
         tcg_thread=options.tcg_thread,
         extra_cmdline=tuple(options.append.split()),
         extra_args=tuple(shlex.split(options.qemu)),
