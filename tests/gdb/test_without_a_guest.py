@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +152,18 @@ def test_nobody_at_the_address(gdb: GdbMi, tmp_path: Path) -> None:
     text = fails(gdb, f"kprobe attach {profile}")
     assert f"cannot connect to the gdbstub at {tmp_path}/nobody" in text
     assert "is QEMU running with -gdb" in text
+
+
+def test_nobody_at_the_port_is_told_at_once(gdb: GdbMi, tmp_path: Path) -> None:
+    """gdb itself asks a port that refuses for 15 seconds."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(f"gdbstub: localhost:{port}\nregion: {{source: borrowed}}\n")
+    started = time.monotonic()
+    assert f"cannot connect to the gdbstub at localhost:{port}" in fails(gdb, f"kprobe attach {profile}")
+    assert time.monotonic() - started < 12
+    assert gdb.console("show tcp auto-retry").strip().endswith("is on.")
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="it starts as many threads as there are CPUs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import re
 import signal
 import time
@@ -20,13 +21,13 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError
 from gdb_kprobe.launcher.guests import environment, unprepared
-from gdb_kprobe.launcher.torture.matrix import Cell, check
+from gdb_kprobe.launcher.torture.cell import Cell, check
 from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing import GdbCommandError, GdbMi
+from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
 from gdb_kprobe.testing.cut import CutChannel, change_of
 from kprobe_guest import GuestSpec, GuestVm
 
@@ -315,3 +316,40 @@ def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Boot) -> None:
             with GdbMi(environment(vm)) as gdb:
                 gdb.console("kprobe attach plain")
                 assert gdb.command("-kprobe-detach")["unmapped"] == "1"
+
+
+def test_ctrl_c_at_any_moment_of_an_attach_leaves_nothing(probed: Boot) -> None:
+    """It is attached then, or as before; a call of the guest's allocator that is on its way is waited for."""
+    guest = probed(unprepared())
+    ended = 0
+    with nothing_missing(guest.guest), GdbTerminal(guest.environment) as gdb:
+        begin = time.monotonic()
+        assert "Attached to Linux" in gdb.command("kprobe attach plain", timeout=120)
+        longest = time.monotonic() - begin
+        gdb.command("kprobe detach", timeout=120)
+        for _ in range(2 * ROUNDS):
+            gdb.type("kprobe attach plain")
+            gdb.wait_text("attach plain")
+            time.sleep(random.uniform(0, longest))
+            gdb.press_ctrl_c()
+            told = gdb.wait_prompt(120)
+            assert "Python" not in told, told
+            if "interrupted by Ctrl-C" in told:
+                ended += 1
+                assert "kprobe attach PROFILE" in gdb.command("kprobe info")
+                gdb.command("detach")
+            else:
+                assert "Attached to Linux" in told or "Quit" in told, told
+                gdb.command("kprobe detach", timeout=120)
+            assert guest.guest.qmp("query-status")["running"]
+        gdb.command("kprobe attach plain", timeout=120)
+        gdb.command(f"kprobe p:jump {FUNCTION}")
+        guest.touched |= set(range(at := guest.snapshot.guest.kallsyms.address(FUNCTION), at + 10))
+        gdb.command("continue &")
+        calls = call(guest.guest)
+        assert str(calls) in gdb.command("kprobe stats")
+        gdb.press_ctrl_c()
+        gdb.wait_text("SIGINT")
+        gdb.wait_prompt()
+        gdb.command("kprobe detach", timeout=120)
+    assert ended, "in the middle of one, at least"

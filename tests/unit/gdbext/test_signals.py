@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import dis
+import subprocess
 import sys
 import traceback
 from types import FrameType
@@ -104,3 +105,47 @@ def test_an_interrupt_while_an_exception_is_printed_is_told(monkeypatch: pytest.
     assert told == [False, True]
     callback("another one")
     assert told == [False, True, False]
+
+
+HELD = """
+import os, signal, socket, time
+from gdb_kprobe.gdbext.signals import InterruptWatch, ctrl_c_is_pending, raise_ctrl_c, uninterrupted
+ours, stub = socket.socketpair()
+watch = InterruptWatch(ours.fileno())
+with uninterrupted():
+    {resume}
+    os.kill(os.getpid(), signal.SIGINT)
+    stub.settimeout({seconds})
+    try:
+        print("asked", stub.recv(1))
+    except TimeoutError:
+        print("pending", ctrl_c_is_pending())
+    try:
+        raise_ctrl_c()
+    except KeyboardInterrupt:
+        print("raised")
+watch.close()
+"""
+
+
+def heard(resume: str, seconds: float) -> list[str]:
+    """What becomes of a SIGINT that comes while a command holds it back."""
+    done = subprocess.run(
+        ["env", "--default-signal=INT", sys.executable, "-c", HELD.format(resume=resume, seconds=seconds)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_while_the_guest_is_stopped_a_ctrl_c_is_the_commands() -> None:
+    assert heard("pass", 0.3) == ["pending True", "raised"]
+
+
+def test_while_the_guest_runs_it_is_the_watchs_which_asks_the_stub() -> None:
+    assert heard("watch.resumed()", 30) == ["asked b'\\x03'"]
+
+
+def test_once_it_is_given_back_it_is_the_commands_again() -> None:
+    gives_back = "watch.resumed(); watch.stopped(); watch.release(); signal.pthread_sigmask(signal.SIG_BLOCK, [2])"
+    assert heard(gives_back, 0.3) == ["pending True", "raised"]
