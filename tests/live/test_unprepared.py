@@ -349,7 +349,6 @@ def test_ctrl_c_at_any_moment_of_an_attach_leaves_nothing(probed: Boot) -> None:
         calls = call(guest.guest)
         assert str(calls) in gdb.command("kprobe stats")
         gdb.press_ctrl_c()
-        gdb.wait_text("SIGINT")
-        gdb.wait_prompt()
+        gdb.wait_text(" in ?? ()")  # the prompt was there before
         gdb.command("kprobe detach", timeout=120)
     assert ended, "in the middle of one, at least"
