@@ -32,7 +32,11 @@ def _source(kernel: LinuxGuest, another: bytes, old: str) -> str:
     info = ["license=GPL", f"vermagic={vermagic[1].decode()}", f"name={NAME}", "livepatch=Y", "retpoline=Y", "depends="]
     module = _struct(
         btf.size_of("module"),
-        {btf.offset_of("module", "name"): f'.asciz "{NAME}"', btf.offset_of("module", "init"): ".quad init"},
+        {
+            btf.offset_of("module", "name"): f'.asciz "{NAME}"',
+            btf.offset_of("module", "init"): ".quad init",
+            btf.offset_of("module", "exit"): ".quad exit",
+        },
         {btf.offset_of("module", "name"): len(NAME) + 1},
     )
     func = _struct(
@@ -70,6 +74,9 @@ init:   push rbp
         pop rbp
         ret
         .size init, . - init
+        .type exit, @function
+exit:   ret
+        .size exit, . - exit
         .type {NEW}, @function
 {NEW}:  push rbp
         lea rsi, [rip + shown]

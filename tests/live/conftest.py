@@ -40,7 +40,7 @@ class Probed:
         """A profile that borrows the nops at the entries of functions."""
         text = (CONFIGS / f"{self.profile}.yaml").read_text()
         path = self.guest.directory / "borrow.yaml"
-        path.write_text(text.replace("policy:\n", "policy:\n  entry: borrow\n"))
+        path.write_text(text.replace("entry: behind", "entry: borrow"))
         return path
 
     @contextlib.contextmanager

@@ -52,8 +52,8 @@ def call(guest: Any, calls: int = CALLS) -> None:
 
 def second(gdb: Any) -> str:
     """A place in the function whose window has an interior."""
-    start = window(gdb, FUNCTION)[2]
-    entry = int(gdb.command(f"-kprobe-plan {FUNCTION}")["plan"]["addr"], 16)
+    start = window(gdb, FUNCTION)[0]
+    entry = int(gdb.command(f"-kprobe-plan {FUNCTION}")["plan"]["asked"], 16)
     place = f"{FUNCTION}+{start - entry:#x}"
     assert window(gdb, place)[1]
     return place
