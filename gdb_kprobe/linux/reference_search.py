@@ -25,6 +25,7 @@ _MASK: Final = (1 << 32) - 1
 _BLOCK: Final = 1 << 18
 """Bytes of text that are looked at together: what is computed of them stays in the processor's cache."""
 _INT3: Final = b"\xcc"
+_SHORT_REACH: Final = 130
 _SHORT_OPCODES: Final = (*range(0x70, 0x80), *range(0xE0, 0xE4), 0xEB)
 """jcc, loop, jrcxz, jmp with a displacement of one byte."""
 
@@ -115,10 +116,14 @@ class Run:
 
     def short_into(self, start: int, end: int) -> list[int]:
         """The offsets of what may be branches of one byte to *start* or above it, below *end*."""
+        if end <= self.window.start - _SHORT_REACH or start >= self.window.end + _SHORT_REACH:
+            return []
         if self._short is None:
             self._short = _find_short(self._code)
         places, leads = self._short
-        first, last = np.searchsorted(leads, [start - self.window.start, end - self.window.start])
+        # Of the same type: else numpy converts all of them first.
+        bounds = np.array([start - self.window.start, end - self.window.start], leads.dtype)
+        first, last = np.searchsorted(leads, bounds)
         found: list[int] = places[first:last].tolist()
         return found
 
