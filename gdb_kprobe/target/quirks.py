@@ -1,6 +1,6 @@
 """What differs between accelerators, each fact once, with where it is from. All is asked of QEMU, nothing is guessed.
 
-The facts about KVM are of Linux 6.12 (arch/x86/kvm/x86.c) and QEMU 10 (accel/kvm/kvm-all.c, target/i386/kvm/kvm.c).
+The facts about KVM are of Linux 6.12 (arch/x86/kvm/x86.c and regs.c) and QEMU 10 (accel/kvm/kvm-all.c, target/i386/kvm/kvm.c).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Quirks:
         """A control register that is written empties the TLB at once.
 
         TCG does so (``cpu_x86_update_cr4``). KVM does when the vCPU is about to run, and when the value is another
-        one than before (``__set_sregs`` resets the MMU, and ``kvm_mmu_load`` flushes what belongs to the new root).
+        one than before (``__set_sregs`` resets the MMU and requests ``KVM_REQ_TLB_FLUSH_GUEST``).
         """
         return self.accelerator is not Accelerator.KVM
 
