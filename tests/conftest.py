@@ -21,6 +21,9 @@ from kprobe_guest.cli import boot_command
 # to gdb and to the launcher, as from a terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup does the same to SIGHUP, by which tests end gdb.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A machine that is busy with guests is slow at times; how long an example takes proves nothing.
 settings.register_profile("guests", deadline=None)
