@@ -256,7 +256,7 @@ def good(hit):
         gdb.cont()
         job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 20")
         assert guest.guest.finish(job)[0] == 0
-        # Its text is back already: what is left of differences is the other probe's byte.
+        # Its text is back already: what is left of differences is the other probe's instruction.
         differing = guest.probed_bytes()
         gdb.interrupt()
         probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
@@ -267,7 +267,8 @@ def good(hit):
         told = text_of(gdb)
         assert "bad" in told
         assert "five is too many" in told.split("-kprobe-list")[1]
-        assert differing == {int(probes["good"]["addr"], 16)}
+        good = int(probes["good"]["addr"], 16)
+        assert differing == set(range(good, good + int(probes["good"]["bytes"])))
         gdb.console("kprobe detach")
 
 
@@ -294,7 +295,7 @@ def slow(hit):
         gdb.press_ctrl_c()
         gdb.wait_prompt()
         assert (
-            gdb.command("python print(kprobe.get('slow').place.addr == int(gdb.parse_and_eval('(unsigned long)$pc')))")
+            gdb.command("python print(kprobe.get('slow').place.at == int(gdb.parse_and_eval('(unsigned long)$pc')))")
             == "True"
         )
         gdb.type("continue")
