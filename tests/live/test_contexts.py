@@ -97,10 +97,10 @@ def test_the_kernel_by_itself(
     with guest.gdb() as gdb:
         probe = guest.add(gdb, f"p:it {function}", rung)
         assert probe["rung"] == rung
-        addr = int(probe["addr"], 16)
-        counts = executed(guest, gdb, work, [addr])
-        assert guest.hits(gdb) == {"it": counts[addr]}
-        print(f"{counts[addr]} hits; the guest's own counter around the work: {bounds}")
+        entry = int(probe["asked"], 16)  # the probe is behind it, where no block begins
+        counts = executed(guest, gdb, work, [entry])
+        assert guest.hits(gdb) == {"it": counts[entry]}
+        print(f"{counts[entry]} hits; the guest's own counter around the work: {bounds}")
         gdb.console("kprobe detach")
 
 
