@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits, missed
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.testing.places import behind_jump
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
@@ -28,12 +29,10 @@ on_each_guest = pytest.mark.parametrize(
 )
 
 
-def next_boundary(gdb: Any, function: str) -> VirtAddr:
-    """The second instruction of *function* that is no nop: no place for ftrace, nor for an entry marker."""
-    insns = gdb.console(f"x/4i {int(gdb.command(f'-kprobe-plan {function}')['plan']['addr'], 16):#x}").splitlines()
-    start = int(insns[0].split()[0].rstrip(":"), 16)
-    addrs = [int(line.split()[0].rstrip(":"), 16) for line in insns if "nop" not in line and "endbr" not in line]
-    return VirtAddr(next(addr for addr in addrs if addr > start))
+def behind(guest: Any, function: str) -> VirtAddr:
+    """The first instruction behind the jump of a probe on *function*: the guest may have kprobes of its own there."""
+    linux = guest.snapshot.guest
+    return offset(linux.kallsyms.address(function), behind_jump(linux, function))
 
 
 COUNT_STOPS = (
@@ -55,7 +54,7 @@ def test_a_million_hits_are_counted_without_a_stop_and_read_while_the_guest_runs
     with guest.gdb() as gdb:
         gdb.console(COUNT_STOPS)
         guest.add(gdb, "p:entry __x64_sys_getpriority")
-        guest.add(gdb, f"p:inner {next_boundary(gdb, '__x64_sys_getpriority'):#x}")
+        guest.add(gdb, f"p:inner {behind(guest, '__x64_sys_getpriority'):#x}")
         gdb.cont()
         calls = MILLION // 2 // vcpus
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} {calls}", timeout=60) for _ in range(vcpus)]
@@ -129,7 +128,7 @@ def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: i
     with guest.gdb() as gdb:
         gdb.console(COUNT_STOPS)
         guest.add(gdb, "p:ours __x64_sys_getpriority")
-        theirs = next_boundary(gdb, "__x64_sys_getpriority")
+        theirs = behind(guest, "__x64_sys_getpriority")
         gdb.cont()
         with events(vm, [theirs], Way.INT3):
             jobs = [vm.spawn(f"workload syscall {GETPRIORITY} 50000", timeout=60) for _ in range(vcpus)]
@@ -152,7 +151,7 @@ def test_int3_of_the_guests_kprobe_on_a_probed_function_after_ours_is_gone(probe
     vm = guest.guest
     with guest.gdb() as gdb:
         gdb.console(COUNT_STOPS)
-        place = next_boundary(gdb, "__x64_sys_getpriority")
+        place = behind(guest, "__x64_sys_getpriority")
         guest.add(gdb, f"p:ours {place:#x}")
         gdb.cont()
         vm.run(f"workload syscall {GETPRIORITY} 100")
@@ -174,7 +173,7 @@ def test_the_stub_dispatches_when_asked_to(probed: Boot, vcpus: int) -> None:
     with guest.gdb(dispatch="stub") as gdb:
         gdb.console(COUNT_STOPS)
         guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
-        guest.add(gdb, f"p:stepped {next_boundary(gdb, '__x64_sys_getpriority'):#x}", "single-step")
+        guest.add(gdb, f"p:stepped {behind(guest, '__x64_sys_getpriority'):#x}", "single-step")
         gdb.cont()
         jobs = [guest.guest.spawn(f"workload syscall {GETPRIORITY} 50") for _ in range(vcpus)]
         for job in jobs:
