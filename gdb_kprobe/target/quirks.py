@@ -1,6 +1,7 @@
 """What differs between accelerators, each fact once, with where it is from. All is asked of QEMU, nothing is guessed.
 
-The facts about KVM are of Linux 6.12 (arch/x86/kvm/x86.c and regs.c) and QEMU 10 (accel/kvm/kvm-all.c, target/i386/kvm/kvm.c).
+The facts about KVM are of Linux 6.12 (x86.c and regs.c in arch/x86/kvm/) and QEMU 10 (accel/kvm/kvm-all.c,
+target/i386/kvm/kvm.c).
 """
 
 from __future__ import annotations
