@@ -11,7 +11,7 @@ usage: ./install.sh [COMMAND]
   matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
                 --list names them, --only REGEX chooses, --markdown FILE writes the table; other releases of Debian
                 are made in chroots, which needs root and debootstrap
-  test          set up, then run everything that CI runs: about 20 minutes on two idle cores
+  test          set up, then run everything that CI runs: half an hour or more on two idle cores
   bench         set up, then run the benchmarks
   --uninstall   remove the virtual environment, the cache and what builds and tests left here
   --help        this text
