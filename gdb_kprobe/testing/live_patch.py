@@ -27,6 +27,8 @@ def make_live_patch(kernel: LinuxGuest, another: bytes, old: str, directory: Pat
 
 def _source(kernel: LinuxGuest, another: bytes, old: str) -> str:
     btf, address = kernel.btf, kernel.kallsyms.address
+    # In newer kernels (6.12) seq_puts() is inline, and calls what it was.
+    puts = "seq_puts" if kernel.kallsyms.find("seq_puts") else "__seq_puts"
     vermagic = re.search(rb"vermagic=([^\0]+)", another)
     assert vermagic is not None
     info = ["license=GPL", f"vermagic={vermagic[1].decode()}", f"name={NAME}", "livepatch=Y", "retpoline=Y", "depends="]
@@ -80,7 +82,7 @@ exit:   ret
         .type {NEW}, @function
 {NEW}:  push rbp
         lea rsi, [rip + shown]
-        movabs rax, {address("seq_puts"):#x}
+        movabs rax, {address(puts):#x}
         call rax
         xor eax, eax
         pop rbp

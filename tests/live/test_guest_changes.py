@@ -61,7 +61,7 @@ def test_a_breakpoint_right_behind_a_probe_stops_every_time(probed: Callable[[Gu
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
         probe = guest.add(gdb, "p:mine __x64_sys_getpriority", strategy)
-        behind = int(probe["addr"], 16) + 5
+        behind = int(probe["addr"], 16) + int(probe["bytes"])
         gdb.console(f"break *{behind:#x}")
         gdb.cont()
         # It runs only between the stops: a thread waits for it.
