@@ -109,7 +109,9 @@ def test_what_only_gdb_can_step_is_not_probed_without_it(probed: Boot) -> None:
     start = kernel.kallsyms.address("__get_user_4")
     insns = iter_insns(kernel.memory.read(start, 64), VirtAddr(start))
     faulting = next(insn.addr for insn in insns if kernel.fixup_of(insn.addr))
-    guest.touched.add(kernel.fixup_of(faulting))
+    fixup = kernel.fixup_of(faulting)
+    watched = range(fixup, next(iter_insns(kernel.memory.read(fixup, 16), fixup)).end)
+    guest.touched.update(watched)
     with guest.gdb() as gdb:
         probe = guest.add(gdb, f"p:bad {faulting:#x}")
         assert probe["rung"] == "single-step"
@@ -122,8 +124,8 @@ def test_what_only_gdb_can_step_is_not_probed_without_it(probed: Boot) -> None:
     wait_for_end(pid)
     assert guest.guest.finish(job) == (0, f"workload: {CALLS} calls done, last result -14\n")
     # What watches the fixup for gdb is passed as any other place.
-    jump = range(int(counted["addr"], 16), int(counted["addr"], 16) + 5)
-    assert guest.probed_bytes() == {*jump, kernel.fixup_of(faulting)}
+    jump = range(int(counted["addr"], 16), int(counted["addr"], 16) + int(counted["bytes"]))
+    assert guest.probed_bytes() == {*jump, *watched}
     guest.guest.check_output(LOAD)
     with guest.gdb(attach=False) as gdb:
         assert f"getp: {FUNCTION}+0x0, {CALLS} hit(s), 0 missed." in gdb.console(f"kprobe adopt {guest.profile}")
