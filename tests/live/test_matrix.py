@@ -120,7 +120,7 @@ def test_every_instruction_of_the_bare_metal_guest(
             stops += 1
         assert rounds() == first + turns
         found = {
-            VirtAddr(int(probe["addr"], 16)): int(probe["hits"])
+            VirtAddr(int(probe["asked"], 16)): int(probe["hits"])
             for probe in gdb.command("-kprobe-list")["probes"]
             if probe["missed"] == "0" and probe["rung"] == rung
         }
