@@ -6,7 +6,7 @@ need, what else was put within the jump's 5 bytes, and who is executing there or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from functools import partial
 
@@ -50,6 +50,7 @@ class Jumps:
         self._hidden: dict[VirtAddr, VirtAddr] = {}
         """An address that a jump hides, and the site of that."""
         self._words: frozenset[int] | None = None
+        self._taken: Collection[int] | None = None
 
     def wish(self, addr: VirtAddr, probes: Iterable[Probe], watched: bool = False) -> Wish | Refusal:
         """The jump for *probes* at *addr*, or why there must be none.
@@ -81,7 +82,7 @@ class Jumps:
         for inside in window.interior:
             if inside in self._sites:
                 return Refusal(Reason.PROBED_INSIDE, addr, f"at {place(inside)}")
-            if self._breakpoints.is_taken(inside):
+            if inside in self._users():
                 return Refusal(Reason.BREAKPOINT_INSIDE, addr, f"at {place(inside)}")
         traced = self._guest.ftrace_use(AddressRange(window.start, window.jump_end))
         if traced is not None:
@@ -103,8 +104,9 @@ class Jumps:
         return words is None or addr in words
 
     def forget(self) -> None:
-        """The machine may have run: who is where must be found out anew."""
+        """The machine may have run, and the user may have typed: who is where must be found out anew."""
         self._words = None
+        self._taken = None
 
     def add(self, site: Site) -> None:
         """The jump of *site* is armed."""
@@ -128,7 +130,7 @@ class Jumps:
         """
         if not self._hidden:
             return
-        for addr in self._breakpoints.taken():
+        for addr in self._users():
             site = self.hiding(VirtAddr(addr))
             if site is not None:
                 at = self._guest.place_of(VirtAddr(addr))
@@ -141,6 +143,12 @@ class Jumps:
     def _positions(self) -> Iterator[tuple[CpuId, int]]:
         for cpu in self._machine.cpus():
             yield cpu, self._machine.read_register(cpu, "rip")
+
+    def _users(self) -> Collection[int]:
+        """Where the user has breakpoints. Many jumps are planned in one act, and gdb is asked once in it."""
+        if self._taken is None:
+            self._taken = self._breakpoints.taken()
+        return self._taken
 
     def _live_words(self) -> frozenset[int] | None:
         """All that is on any stack, or in a program counter, and points into text."""

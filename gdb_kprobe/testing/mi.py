@@ -155,7 +155,9 @@ class GdbMi:
     def close(self) -> None:
         """End gdb, by force if it does not want to."""
         if self._process.poll() is None:
-            with contextlib.suppress(OSError, GdbTimeoutError, GdbDiedError, GdbCommandError):
+            with contextlib.suppress(
+                OSError, subprocess.TimeoutExpired, GdbTimeoutError, GdbDiedError, GdbCommandError
+            ):
                 self._send("-gdb-exit")
                 self.wait_exit(10)
         if self._process.poll() is None:
