@@ -26,6 +26,7 @@ from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
 from gdb_kprobe.gdbext.signals import ctrl_c_is_pending, raise_ctrl_c, uninterrupted
 from gdb_kprobe.model import CpuId
 from gdb_kprobe.target.packets import INTERRUPT, RUN, PacketStream
+from gdb_kprobe.target.socket_peer import is_input_of_another
 from gdb_kprobe.target.stub import QemuStub
 
 _PATIENCE = 30.0
@@ -213,8 +214,9 @@ def find_descriptor(address: str) -> int | None:
             continue
         if peer == wanted or (isinstance(peer, tuple) and str(peer[1]) == port):
             return number
-    # gdb gives a command that it starts one end of a pair of sockets without names.
-    return pipes[0] if wanted.startswith("|") and len(pipes) == 1 else None
+    # gdb gives a command that it starts one end of a pair of sockets without names, and of another pair for its errors.
+    ends = [number for number in pipes if is_input_of_another(number)] if wanted.startswith("|") else []
+    return ends[0] if len(ends) == 1 else None
 
 
 _STANDARD = 2

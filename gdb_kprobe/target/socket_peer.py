@@ -68,6 +68,20 @@ def clients_of(address: str) -> tuple[tuple[int, str], ...]:
     return tuple((pid, _command_of(pid)) for pid in _holders(inodes))
 
 
+def is_input_of_another(descriptor: int) -> bool:
+    """Whether the other end of the unix socket *descriptor* is the standard input of another process.
+
+    So it is of the pair of sockets that a debugger makes for a command it starts (``target remote | COMMAND``), and of
+    no other that the debugger may have open; ``False`` where sock_diag(7) is not to be had.
+    """
+    wanted = f"socket:[{_unix_peers().get(os.fstat(descriptor).st_ino)}]"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if int(process.name) != os.getpid() and os.readlink(process / "fd" / "0") == wanted:
+                return True
+    return False
+
+
 def _unix_peers() -> dict[int, int]:
     """The inode of each connected unix socket of this host -> that of its peer (sock_diag(7)); empty without that."""
     found: dict[int, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -187,6 +188,37 @@ def test_attaching_twice(probed: Boot) -> None:
         gdb.console("kprobe detach")
         # gdb is disconnected now, and connects again by itself.
         assert "Attached to Linux" in gdb.console("kprobe attach debian")
+        gdb.console("kprobe detach")
+
+
+RELAY = """
+import os, socket, sys, threading
+stub = socket.socket(socket.AF_UNIX)
+stub.connect(sys.argv[1])
+def send():
+    while data := os.read(0, 65536):
+        stub.sendall(data)
+    stub.shutdown(socket.SHUT_WR)
+threading.Thread(target=send, daemon=True).start()
+while data := stub.recv(65536):
+    os.write(1, data)
+"""
+
+
+def test_by_a_command_that_leads_to_the_stub(probed: Boot, tmp_path: Path) -> None:
+    """As of ``ssh HOST ...``. gdb's end of it is one unnamed socket of several."""
+    guest = probed(GuestSpec(vcpus=2))
+    relay = tmp_path / "relay.py"
+    relay.write_text(RELAY)
+    with guest.gdb(attach=False) as gdb:
+        gdb.console("python import socket; kept = [socket.socketpair() for _ in range(3)]")
+        gdb.console(f"target remote | {sys.executable} {relay} {guest.guest.gdb_address}")
+        assert "Attached to Linux" in gdb.console("kprobe attach debian")
+        guest.add(gdb, "p:mine __x64_sys_getpriority")
+        gdb.cont()
+        assert guest.guest.run(f"workload syscall {GETPRIORITY} 5")[0] == 0
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"mine": 5}
         gdb.console("kprobe detach")
 
 
