@@ -9,8 +9,8 @@ usage: ./install.sh [COMMAND]
   (none)        set up; a second run only looks whether everything is there
   demo          set up, then put kprobes on a live Debian guest
   matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
-                --list names them, --only REGEX chooses, --markdown FILE writes the table; other releases of Debian
-                are made in chroots, which needs root and debootstrap
+                --list names them, --only REGEX chooses, --full does all in each that a cell can do, --markdown FILE
+                writes the table; other releases of Debian are made in chroots, which needs root and debootstrap
   test          set up, then run everything that CI runs: half an hour or more on two idle cores
   bench         set up, then run the benchmarks
   --uninstall   remove the virtual environment, the cache and what builds and tests left here
@@ -148,7 +148,7 @@ chroot_packages() {
 }
 
 # The cells of the matrix that each run of the tests has.
-sample='^debian13/debian/tcg/demo$'
+sample='^debian13/(debian/tcg/demo|6.1-cloud/kvm/2cpu)$'
 
 failed=()
 check() { # HEADING COMMAND...

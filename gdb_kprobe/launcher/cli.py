@@ -45,6 +45,7 @@ def _run(words: list[str]) -> int:
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)
     arguments = parser.parse_args(words)
+    arguments.words = words
     try:
         return int(arguments.run(arguments))
     except ValueError as error:  # of a guest that cannot be

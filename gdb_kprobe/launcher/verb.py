@@ -19,6 +19,7 @@ class Verb:
 OF_GUESTS = {
     "build": "make everything that guests boot",
     "boot": "boot a guest and show its console",
+    "nested": "run a command in an emulated machine that has KVM",
     "demo": "put kprobes on a live Debian guest and count them",
     "bench": "measure what a hit costs",
     "check": "classify every instruction of a guest's kernel",

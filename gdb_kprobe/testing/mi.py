@@ -19,9 +19,13 @@ from typing import Any, Self
 from pygdbmi.gdbcontroller import GdbController
 
 from gdb_kprobe.config.installation import LOADER
+from kprobe_guest.patience import patient, slowness
 
 _POLL = 0.05
 """Seconds of one look for output; a bound on how late the end of gdb is noticed."""
+
+_REMOTE_TIMEOUT = 2
+"""Seconds that gdb waits for an answer of the stub, if it is told nothing else."""
 
 
 class GdbCommandError(Exception):
@@ -39,7 +43,8 @@ class GdbDiedError(Exception):
 class GdbMi:
     """A gdb with the plugin; a context manager, which ends gdb by ``-gdb-exit``.
 
-    *environment* is added to the process's own (profiles may refer to it).
+    *environment* is added to the process's own (profiles may refer to it). Time limits are those of a usual machine
+    (:mod:`kprobe_guest.patience`).
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None, *, load: bool = True) -> None:
@@ -64,6 +69,8 @@ class GdbMi:
         self.command("-gdb-set mi-async on")
         self.command("-gdb-set pagination off")
         self.command("-gdb-set confirm off")
+        if slowness() > 1:
+            self.command(f"-gdb-set remotetimeout {patient(_REMOTE_TIMEOUT):.0f}")
         if load:
             self.console(f"source {LOADER}")
 
@@ -135,7 +142,7 @@ class GdbMi:
 
     def wait_stop(self, timeout: float = 30) -> dict[str, Any]:
         """Wait until the guest has stopped, and return the record that says why."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while not self._stops:
             self._read(deadline, "the guest to stop")
         return self._stops.popleft()
@@ -147,10 +154,10 @@ class GdbMi:
     def wait_exit(self, timeout: float = 30) -> int:
         """Wait for the end of gdb; returns its exit status."""
         with contextlib.suppress(GdbDiedError, GdbTimeoutError):
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + patient(timeout)
             while True:
                 self._read(deadline, "gdb to end")
-        return self._process.wait(timeout)
+        return self._process.wait(patient(timeout))
 
     def close(self) -> None:
         """End gdb, by force if it does not want to."""
@@ -184,7 +191,7 @@ class GdbMi:
         return self._token
 
     def _wait(self, token: int, timeout: float) -> tuple[dict[str, Any], str]:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while token not in self._results:
             self._read(deadline, f"the answer to command {token}")
         record = self._results.pop(token)

@@ -14,6 +14,7 @@ from kprobe_guest.build.bare import build_bare_image
 from kprobe_guest.build.initramfs import build_initramfs
 from kprobe_guest.build.kernel import fetch_kernel
 from kprobe_guest.errors import GuestError
+from kprobe_guest.nesting import run_nested
 from kprobe_guest.spec import KERNEL_NAMES, PROFILES, GuestSpec
 from kprobe_guest.terminal import held_interrupts, how_to_end, join_console, open_console
 from kprobe_guest.vm import GuestVm
@@ -109,6 +110,18 @@ def _boot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _nested_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="end it then (%(default).0f)")
+    parser.add_argument("program", metavar="COMMAND")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+
+
+def _nested(arguments: argparse.Namespace) -> int:
+    """Run a command where there is KVM; returns its exit status."""
+    command = [arguments.program, *arguments.words]
+    return run_nested(command, lambda line: print(line, flush=True), timeout=arguments.timeout)
+
+
 def boot_command(spec: GuestSpec) -> str:
     """The shell command that boots a guest like *spec*, for messages."""
     default = GuestSpec()
@@ -150,6 +163,7 @@ def _how_to_attach(guest: GuestVm) -> str:
 SUBCOMMANDS = (
     Subcommand("build", "make everything that guests boot", _build_arguments, _build),
     Subcommand("boot", "boot a guest and show its console", _boot_arguments, _boot),
+    Subcommand("nested", "run a command in an emulated machine that has KVM", _nested_arguments, _nested),
 )
 """The harness's own verbs; the launcher adds those that need gdb."""
 

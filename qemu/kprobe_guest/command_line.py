@@ -9,6 +9,9 @@ from kprobe_guest.spec import GuestSpec
 
 QEMU = "qemu-system-x86_64"
 
+ROOT_TAG = "host"
+"""The name of the host's root file system, in the guest."""
+
 
 @dataclass(frozen=True, slots=True)
 class GuestPaths:
@@ -68,8 +71,16 @@ class BootFiles:
     initramfs: Path | None = None
 
 
-def kernel_command_line(spec: GuestSpec) -> str:
-    """The Linux guest's ``-append``."""
+_WORDS_ON_A_SLOW_MACHINE = (
+    "rcupdate.rcu_cpu_stall_suppress=1",  # a vCPU that gets no time for so long has not stalled
+    "nosoftlockup",
+    "mitigations=off",  # they write MSRs: that leaves a guest of KVM, which costs much where KVM is emulated
+)
+"""For a kernel that is slow because of what executes it: nothing is wrong with it then."""
+
+
+def kernel_command_line(spec: GuestSpec, *, slow: bool = False) -> str:
+    """The Linux guest's ``-append``; *slow*: this machine is a slow one."""
     words = [
         "console=ttyS0",
         # Warnings and worse are printed, the rest is in the guest's log; printing all of it takes a second.
@@ -83,6 +94,10 @@ def kernel_command_line(spec: GuestSpec) -> str:
         words.append("nokaslr")
     if spec.reserved_base is not None:
         words.append(f"memmap={spec.region_mb}M${spec.reserved_base:#x}")
+    if spec.root == "host":
+        words.append(f"guest.root={ROOT_TAG}")  # for /init; a word with a dot is none of the kernel's concern
+    if slow:
+        words += _WORDS_ON_A_SLOW_MACHINE
     return " ".join([*words, *spec.extra_cmdline])
 
 
@@ -92,8 +107,10 @@ def qemu_command(
     paths: GuestPaths,
     gdb_port: int | None = None,
     saved: SavedMachine | None = None,
+    *,
+    slow: bool = False,
 ) -> list[str]:
-    """The argument vector, QEMU's name first. The machine is created stopped (``-S``).
+    """The argument vector, QEMU's name first. The machine is created stopped (``-S``). *slow*: this machine is slow.
 
     With *saved* it waits for the devices of that machine, and has its memory: a copy in the file of *paths*, or, where
     memory is private, that file itself, of which QEMU copies what is written to.
@@ -122,9 +139,13 @@ def qemu_command(
             "-object", f"memory-backend-file,id=region,size={spec.region_mb}M,mem-path={paths.region},share=on",
             "-device", "ivshmem-plain,memdev=region",
         ]  # fmt: skip
+    if spec.root == "host":
+        # Files of several file systems may have one number: the guest is given others.
+        share = f"local,path=/,mount_tag={ROOT_TAG},security_model=none,readonly=on,multidevs=remap"
+        command += ["-virtfs", share]
     command += ["-kernel", str(boot.kernel)]
     if boot.initramfs is not None:
-        command += ["-initrd", str(boot.initramfs), "-append", kernel_command_line(spec)]
+        command += ["-initrd", str(boot.initramfs), "-append", kernel_command_line(spec, slow=slow)]
     command += [
         *_serial("console", paths.console, f",logfile={paths.console_log}"),
         *_serial("channel", paths.channel),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from kprobe_guest.channel import CommandChannel
 from kprobe_guest.console import find_problems
 from kprobe_guest.errors import GuestError, GuestTimeoutError
+from kprobe_guest.patience import patient
 
 _SETTINGS = (
     "/sys/devices/system/cpu/online",
@@ -57,7 +58,7 @@ class GuestCommands(ABC):
         return status, output.decode(errors="replace")
 
     def _run(self, command: str, timeout: float) -> tuple[int, bytes]:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         markers = self._send(command, deadline)
         while (result := self.channel.take_result(markers)) is None:
             try:
@@ -88,7 +89,7 @@ class GuestCommands(ABC):
         """
 
         def take_line() -> str:
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + patient(timeout)
             while (line := channel.take_line()) is None:
                 self._tick(deadline, f"an answer of: {command}")
             return line
@@ -112,6 +113,28 @@ class GuestCommands(ABC):
         assert last.startswith(end), last
         if int(last.removeprefix(end)):
             raise GuestError(f"in the guest: {command}: status {last.removeprefix(end).decode()}")
+
+    def follow(self, command: str, say: Callable[[str], None], timeout: float = 60) -> int:
+        """Run a shell command in the guest, and *say* each line of its output when it comes; returns its exit status.
+
+        :raises GuestFailedError: the guest failed meanwhile.
+        :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
+        """
+        deadline = time.monotonic() + patient(timeout)
+        channel, (begin, end) = self.channel, (mark.decode() for mark in self._send(command, deadline))
+        try:
+            while True:
+                while (line := channel.take_line()) is None:
+                    self._tick(deadline, f"the end of: {command}")
+                text, found, status = line.partition(end)
+                if f"{text}\n" != begin and (text or not found):
+                    say(text)
+                if found:
+                    return int(status)
+        except BaseException:
+            channel.interrupt()
+            self._interrupted = True
+            raise
 
     def check_output(self, command: str, timeout: float = 60) -> str:
         """Like :meth:`run`, for a command that must succeed.
@@ -137,7 +160,7 @@ class GuestCommands(ABC):
         if wait:
             self.check_output(start, timeout)
         else:
-            self._send(start, time.monotonic() + timeout)
+            self._send(start, time.monotonic() + patient(timeout))
         return self._jobs
 
     def finish(self, job: int, timeout: float = 60, *, kill: bool = False) -> tuple[int, str]:

@@ -12,6 +12,7 @@ Machine = Literal["q35", "pc"]
 GdbTransport = Literal["unix", "tcp"]
 TcgThread = Literal["multi", "single"]
 Accelerator = Literal["tcg", "kvm"]
+Root = Literal["own", "host"]
 
 PROFILES: dict[RegionSource, str] = {"reserved": "debian", "ivshmem": "ivshmem", "none": "plain"}
 """The plugin's profile, in configs/, for each kind of region."""
@@ -39,6 +40,8 @@ class GuestSpec:
     the physical memory for a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone),
     ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map.
     *accelerator*: ``kvm`` needs /dev/kvm. *tcg_thread*: under TCG, a thread of QEMU for each vCPU, or one for all.
+    *root*: the root file system of the guest's commands: the initramfs (``own``), or that of the machine that QEMU runs
+    on (``host``), read-only, with what they write in the guest's memory; then KVM's module is loaded, too.
     """
 
     kernel: str = "debian"
@@ -56,6 +59,7 @@ class GuestSpec:
     tcg_thread: TcgThread = "multi"
     extra_args: tuple[str, ...] = ()
     modules: Path | None = None
+    root: Root = "own"
 
     def __post_init__(self) -> None:
         if self.modules is not None and "/" not in self.kernel:
@@ -116,4 +120,6 @@ class GuestSpec:
             words.append(self.accelerator.upper())
         if self.tcg_thread != default.tcg_thread:
             words.append("one thread for all vCPUs")
+        if self.root != default.root:
+            words.append("the host's root file system")
         return ", ".join([*words, *self.extra_cmdline, *self.extra_args])

@@ -31,11 +31,15 @@ from kprobe_guest.command_line import GuestPaths, SavedMachine, qemu_command
 from kprobe_guest.commands import GuestCommands
 from kprobe_guest.console import ConsoleLog, find_problems
 from kprobe_guest.errors import GuestError, GuestFailedError, GuestTimeoutError, LaunchError
+from kprobe_guest.patience import patient, slowness
 from kprobe_guest.private import UMASK, private_directory, private_file
 from kprobe_guest.spec import MIB, GuestSpec
 
 BOOT_TIMEOUT = 300.0
 """Seconds in which a guest is up: a hundred times what it takes, for a host that has other things to do."""
+
+_START_TIMEOUT = 20.0
+"""Seconds in which QEMU has its sockets."""
 
 TICK = 0.1
 """Seconds between two looks at the console and at QEMU while waiting for something else."""
@@ -170,10 +174,10 @@ class GuestVm(GuestCommands):
         self._paths = self._make_paths()
         self._console = ConsoleLog(self.console_log)
         self._gdb_port = _free_port() if self.spec.gdb == "tcp" else None
-        command = qemu_command(self.spec, boot, self.paths, self._gdb_port, self._saved)
+        command = qemu_command(self.spec, boot, self.paths, self._gdb_port, self._saved, slow=slowness() > 1)
         try:
             self._launch(command)
-            self._connect(deadline=time.monotonic() + 20)
+            self._connect(deadline=time.monotonic() + patient(_START_TIMEOUT))
             if self._saved is not None:
                 self._load(self._saved)
         except BaseException:
@@ -247,7 +251,7 @@ class GuestVm(GuestCommands):
 
         :raises GuestError: it cannot, or is not done in *timeout* seconds.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while True:
             answer = self.qmp("query-migrate")
             assert isinstance(answer, dict)
@@ -274,7 +278,7 @@ class GuestVm(GuestCommands):
         if self._saved is not None and not self._resetting:
             self.check_output("true", timeout)  # its shell has said long ago that it listens
             return
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while not (self._bare_is_ready() if self.spec.kernel == "bare" else self.channel.take_ready()):
             self._tick(deadline, "the guest to come up")
         if self._resetting:

@@ -145,6 +145,12 @@ class TestCommands:
     def test_status_and_output_come_back_exactly(self, guest: GuestVm) -> None:
         assert guest.run("printf 'a\\tb\\n\\n>>x 0\\n'; echo e >&2; exit 7") == (7, "a\tb\n\n>>x 0\ne\n")
 
+    def test_lines_of_a_command_are_told_as_they_come(self, guest: GuestVm) -> None:
+        said: list[str] = []
+        assert guest.follow("echo a; echo; echo b >&2; printf c; exit 7", said.append) == 7
+        assert said == ["a", "", "b", "c"]
+        assert guest.check_output("echo on") == "on\n"
+
     def test_a_syntax_error_is_a_status_not_a_hang(self, guest: GuestVm) -> None:
         status, output = guest.run("if then 'x", timeout=10)
         assert status == 2

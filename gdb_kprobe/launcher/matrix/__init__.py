@@ -40,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose name matches")
+    parser.add_argument("--full", action="store_true", help="do in each cell all that one can do, not only count")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to a file")
 
 
@@ -61,17 +62,18 @@ def run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     try:
         for userland in dict.fromkeys(cell.userland for cell in cells):
-            rows += _run_userland(userland, [cell for cell in cells if cell.userland == userland], versions)
+            of_it = [cell for cell in cells if cell.userland == userland]
+            rows += _run_userland(userland, of_it, versions, full=options.full)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     if options.markdown is not None:
-        only = f" --only '{options.only}'" if options.only else ""
+        only = (" --full" if options.full else "") + (f" --only '{options.only}'" if options.only else "")
         options.markdown.write_text(markdown(rows, versions, f"./install.sh matrix{only}"))
     print(summary(rows))
     return 1 if len(rows) < len(cells) or any(row.result is Result.FAILED for row in rows) else 0
 
 
-def _run_userland(name: str, cells: Sequence[Cell], versions: dict[str, str]) -> list[Row]:
+def _run_userland(name: str, cells: Sequence[Cell], versions: dict[str, str], *, full: bool) -> list[Row]:
     logs = cache_directory() / "matrix"
     userland = _userland(name)
     print(f"{name}: {len(cells)} {'cell' if len(cells) == 1 else 'cells'}", flush=True)
@@ -85,7 +87,7 @@ def _run_userland(name: str, cells: Sequence[Cell], versions: dict[str, str]) ->
             print(*rows, sep="\n", flush=True)
             return rows
         print(f"{name}: {versions[name]}", flush=True)
-        return list(_run_cells(userland, cells, logs))
+        return list(_run_cells(userland, cells, logs, full=full))
 
 
 def _userland(name: str) -> Userland:
@@ -101,13 +103,13 @@ def _versions(userland: Userland, log: Path) -> str:
     return last_line(log)
 
 
-def _run_cells(userland: Userland, cells: Sequence[Cell], logs: Path) -> Iterator[Row]:
+def _run_cells(userland: Userland, cells: Sequence[Cell], logs: Path, *, full: bool) -> Iterator[Row]:
     for cell in cells:
         log = logs / f"{str(cell).replace('/', '_')}.log"
         log.unlink(missing_ok=True)
         started = time.monotonic()
         try:
-            words = userland.command(userland.program("gdb-kprobe"), *cell.arguments())
+            words = userland.command(userland.program("gdb-kprobe"), *cell.arguments(full=full))
             status = run_logged(words, log, str(cell), _CELL_TIMEOUT)
             result, detail = _STATUS.get(status, Result.FAILED), _said(cell, log, status)
         except KprobeError as error:

@@ -39,6 +39,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 KERNELS = {"6.1-nomodules": "small", "6.1-nobtf": "small-nobtf"}
 """Kernels that a cell calls by what they are, and ``gdb-kprobe torture cell`` by another name."""
 
+KVM = "kvm"
+_KVM_ACTS = ("trace", "handler", "fault", "ctrl-c")
+"""What a cell under KVM does beyond counting, also in short: KVM is different there. What needs another boot or attach
+is left out: where KVM is emulated each of them takes a minute."""
+
 _USERLANDS = ("debian12", "debian13", "debian13-backports", "sid")
 _SERIES = ("6.1", "6.12", "6.16", "6.17", "6.18", "6.19", "7.0", "7.1", "7.2", "7.3")
 _FLAVOURS = ("6.1-generic", "6.12-generic", "7.3-generic", "6.1-rt", "6.12-rt", "7.3-rt", *KERNELS)
@@ -57,11 +62,15 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.userland}/{self.kernel}/{self.accelerator}/{self.options}"
 
-    def arguments(self) -> list[str]:
-        """Return the words behind ``gdb-kprobe`` that run this cell in its userland."""
+    def arguments(self, *, full: bool = False) -> list[str]:
+        """Return the words behind ``gdb-kprobe`` that run this cell in its userland; *full*: all that a cell can do."""
         if self.options == DEMO:
             return ["demo", "--kernel", self.kernel, "--calls", _DEMO_CALLS]
-        return ["torture", "cell", "--kernel", KERNELS.get(self.kernel, self.kernel), *OPTIONS[self.options]]
+        words = ["torture", "cell", "--kernel", KERNELS.get(self.kernel, self.kernel), *OPTIONS[self.options]]
+        if self.accelerator == KVM:
+            words += ["--accelerator", KVM, "--nested"]
+        also = "all" if full else ",".join(_KVM_ACTS) if self.accelerator == KVM else ""
+        return [*words, "--also", also] if also else words
 
 
 def all_cells() -> list[Cell]:
@@ -75,6 +84,9 @@ def _cells() -> Iterator[Cell]:
         for kernel in ("debian", "newest"):
             for options in (DEMO, "default", "2cpu", "borrowed"):
                 yield Cell(userland, kernel, "tcg", options)
+    # KVM: the machine's own, or one that is emulated, which takes a QEMU that is newer than Debian 12's.
+    for options in ("2cpu", "borrowed-2cpu"):
+        yield Cell("debian13", "6.1-cloud", KVM, options)
     # Each kernel on one userland.
     for series in _SERIES:
         yield Cell("debian12", f"{series}-cloud", "tcg", "default")

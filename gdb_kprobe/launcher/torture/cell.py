@@ -1,17 +1,18 @@
 """One cell of the matrix: probes on one kind of guest, against a known number of calls.
 
 It attaches, puts a probe on every rung and one with a condition, has calls made on every vCPU, compares the counts, and
-detaches. Text and log of the guest must be as before.
+detaches. Text and log of the guest must be as before. What it may do then: :mod:`gdb_kprobe.launcher.torture.acts`.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,36 +22,41 @@ from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.launcher.oracle import text_of
+from gdb_kprobe.launcher.torture import acts
+from gdb_kprobe.launcher.torture.acts import FCHOWNAT, INNER
 from gdb_kprobe.launcher.torture.report import FAILURES
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.places import behind_jump, first_insns
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestSpec, GuestVm, nesting
 from kprobe_guest.boot_files import boot_files
 from kprobe_guest.build.debug_info import fetch_debug_info
 from kprobe_guest.build.kernel import find_kernel
 from kprobe_guest.errors import BuildError
 from kprobe_guest.spec import KERNEL_NAMES
 
-FCHOWNAT = 260
-OUTER, INNER = "__x64_sys_fchownat", "do_fchownat"
-"""A system call that nothing else in the guest makes, and what it calls with its arguments in registers. No compiler
-inlines the second: three system calls call it."""
+OUTER = "__x64_sys_fchownat"
+"""What calls INNER, with its arguments in registers. No compiler inlines INNER: three system calls call it."""
 CALLS, OF_ONE = 20, 7
 """Calls on each vCPU that give a file to user 0, and to user 1."""
 _TIMEOUT = 120
+_NESTED_TIMEOUT = 3000
 CANNOT_BE_RUN = 77
 """Exit status of a cell whose kernel cannot be had here; that of a skipped test in automake."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A kind of guest. *after* are commands of gdb right behind the attach; *debug_info*: gdb is given it there."""
+    """A kind of guest. *after* are commands of gdb right behind the attach; *debug_info*: gdb is given it there.
+
+    *acts* is what is done beyond counting.
+    """
 
     spec: GuestSpec
     after: tuple[str, ...] = ()
     debug_info: bool = False
+    acts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class Outcome:
     hits: int = 0
     wrong: tuple[str, ...] = ()
     release: str = ""
+    acts: tuple[str, ...] = ()
 
     @property
     def result(self) -> str:
@@ -71,7 +78,8 @@ class Outcome:
         if self.wrong:
             return "; ".join(_one_line(problem) for problem in self.wrong)
         attach, add, read = self.times.columns() if self.times else ("", "", "")
-        return f"{', '.join(self.rungs)}; {self.hits} hits; attach {attach} s, add {add} ms, read {read} ms"
+        done = f"; {', '.join(self.acts)}" if self.acts else ""
+        return f"{', '.join(self.rungs)}; {self.hits} hits; attach {attach} s, add {add} ms, read {read} ms{done}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accelerator", choices=["tcg", "kvm"], default="tcg", help="kvm needs /dev/kvm")
     parser.add_argument("--tcg-thread", choices=["multi", "single"], default="multi")
     parser.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
+    parser.add_argument(
+        "--also", default="", metavar="ACTS", help=f"what to do beyond counting: all, or some of {','.join(acts.ALL)}"
+    )
+    parser.add_argument("--nested", action="store_true", help="where there is no /dev/kvm, have QEMU emulate one")
     parser.add_argument("--qemu", default="", metavar="WORDS", help="more words for QEMU's command line")
 
 
@@ -125,14 +137,37 @@ def run(options: argparse.Namespace) -> int:
         extra_cmdline=tuple(options.append.split()),
         extra_args=tuple(shlex.split(options.qemu)),
     )
+    chosen = acts.ALL if options.also == "all" else tuple(filter(None, options.also.split(",")))
+    if unknown := [act for act in chosen if act not in acts.ALL]:
+        raise KprobeError(f"--also: there is no act {', '.join(unknown)}", f"there are all, {', '.join(acts.ALL)}")
     try:
         boot_files(spec)
+        lacking = nesting.what_kvm_lacks() if spec.accelerator == "kvm" else None
+        if lacking is not None and not options.nested:
+            raise BuildError(f"{lacking}; with --nested KVM is emulated")
+        if lacking is not None:
+            nesting.prepare()
     except BuildError as error:
         print(f"skipped ({spec.describe()}): {_one_line(error)}", flush=True)
         return CANNOT_BE_RUN
-    outcome = run_cell(Cell(spec))
+    if lacking is not None:
+        return _run_nested(options.words)
+    outcome = run_cell(Cell(spec, acts=chosen))
     print(f"{outcome.result} {outcome.release or '?'} ({spec.describe()}): {outcome}", flush=True)
     return 1 if outcome.wrong else 0
+
+
+def _run_nested(words: Sequence[str]) -> int:
+    """Run this very command, *words*, where there is KVM; returns its status."""
+    try:
+        return nesting.run_nested(
+            [sys.executable, "-m", "gdb_kprobe.launcher.cli", *words],
+            lambda line: print(line, flush=True),
+            timeout=_NESTED_TIMEOUT,
+        )
+    except FAILURES as error:
+        print(f"FAILED ? (nested): {_one_line(error)}", flush=True)
+        return 1
 
 
 def run_cell(cell: Cell) -> Outcome:
@@ -183,17 +218,23 @@ def check(guest: GuestVm, cell: Cell) -> Outcome:
             read = None  # the profile says that nothing is to be shared
         gdb.interrupt()
         probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
+        wrong: list[str] = []
+        if any(act in cell.acts for act in acts.IN_SESSION):
+            gdb.console("kprobe delete all", timeout=_TIMEOUT)
+            wrong += acts.in_session(cell.acts, acts.Stage(guest, gdb, text.guest))
         done = gdb.command("-kprobe-detach", timeout=_TIMEOUT)
     every = (CALLS + OF_ONE) * guest.spec.vcpus
     expected = {"jump": every, "trap": every, "step": every, "one": OF_ONE * guest.spec.vcpus}
     found = {name: int(probe["hits"]) for name, probe in probes.items()}
-    wrong = [] if found == expected else [f"counted {found}, not {expected}"]
+    wrong += [] if found == expected else [f"counted {found}, not {expected}"]
     wrong += [f"{name} missed {probe['missed']}" for name, probe in probes.items() if probe["missed"] != "0"]
     wrong += [f"detach: {problem}" for problem in done["problems"]]
     wrong += guest.dmesg_problems()
     wrong += text.leftovers(addr + byte for addr in places.values() for byte in range(JUMP_SIZE))
+    wrong += acts.of_their_own(cell.acts, guest)
     rungs = tuple(dict.fromkeys(probe["rung"] for probe in probes.values()))
-    return Outcome(Times(attach, add, read), rungs, sum(found.values()), tuple(wrong), text.guest.release)
+    times = Times(attach, add, read)
+    return Outcome(times, rungs, sum(found.values()), tuple(wrong), text.guest.release, cell.acts)
 
 
 def _timed(gdb: GdbMi, command: str) -> float:

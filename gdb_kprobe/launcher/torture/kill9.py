@@ -8,6 +8,7 @@ probes over must have counted every call that was made since they were armed, wh
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import random
@@ -34,7 +35,6 @@ from kprobe_guest import GuestVm
 
 GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
-CALLS, LOAD = 10_000, 200_000
 FUNCTION = "__x64_sys_getpriority"
 PATTERN = "sched_*"
 """Many probes, to be killed among them."""
@@ -67,6 +67,18 @@ class After(StrEnum):
     """A guest that is stopped gets a plain ``cont`` of QMP."""
     ADOPT = "adopted"
     RESTORE = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the guest does: calls at a time, and calls of a load during which gdb is killed.
+
+    *strategies* are those of the probe that needs gdb, one of them by chance in each round.
+    """
+
+    calls: int = 10_000
+    load: int = 200_000
+    strategies: tuple[str, ...] = ("auto", "boosted", "single-step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +125,9 @@ def summary(rounds: list[Round]) -> str:
 class Kill9:
     """One guest, of which gdb after gdb is killed."""
 
-    def __init__(self, guest: GuestVm, chosen: random.Random) -> None:
+    def __init__(self, guest: GuestVm, chosen: random.Random, work: Work | None = None) -> None:
         self._guest = guest
+        self._work = work or Work()
         self._random = chosen
         self._text = text_of(guest)
         self._environment = environment(guest)
@@ -137,7 +150,6 @@ class Kill9:
             *(place.addr for place in kernel.functions(PATTERN)),
         ]
         self._touched = {addr + byte for addr in addrs for byte in range(MAX_PATCH)}
-        self._adding, self._detaching = self._measure()
 
     def rounds(self) -> Iterator[Round]:
         """One after another, for ever: each phase with each of what is done then."""
@@ -178,6 +190,7 @@ class Kill9:
     def _kill(self, phase: Phase) -> None:
         """Have a gdb in *phase*, and kill it."""
         self._calls = 0
+        adding, detaching = self._measured if phase in (Phase.ARMING, Phase.DISARMING) else (0.0, 0.0)
         with self._gdb() as gdb:
             # Without a watchdog the guest must live through it too, but where it waits for somebody to handle its hits.
             watchdog = phase is Phase.HANDLING or self._random.random() < 1 / 2
@@ -187,7 +200,7 @@ class Kill9:
             match phase:
                 case Phase.ARMING:
                     gdb.start(_ADD_MANY)
-                    self._wait(self._adding)
+                    self._wait(adding)
                 case Phase.RESUMING:
                     gdb.console(_ADD_MANY)
                     gdb.start("continue&")
@@ -202,14 +215,14 @@ class Kill9:
                     self._wait(0.2)
                 case Phase.LOAD:
                     gdb.cont()
-                    self._job = self._guest.spawn(_workload(LOAD), timeout=60)
+                    self._job = self._guest.spawn(_workload(self._work.load), timeout=60)
                     self._wait(0.5)
                 case Phase.HANDLING:
-                    self._strategy = self._random.choice(("auto", "boosted", "single-step"))
+                    self._strategy = self._random.choice(self._work.strategies)
                     gdb.console(f"set kprobe strategy {self._strategy}")
                     gdb.console(_HANDLER)
                     gdb.cont()
-                    self._job = self._guest.spawn(_workload(LOAD), timeout=60)
+                    self._job = self._guest.spawn(_workload(self._work.load), timeout=60)
                     self._wait(0.5)
                 case Phase.STOPPED:
                     gdb.cont()
@@ -218,7 +231,7 @@ class Kill9:
                 case Phase.DISARMING:
                     gdb.console(_ADD_MANY)
                     gdb.start("kprobe detach")
-                    self._wait(self._detaching)
+                    self._wait(detaching)
                 case _:
                     assert_never(phase)
             gdb.signal(signal.SIGKILL)
@@ -233,7 +246,8 @@ class Kill9:
         gdb.console(f"kprobe add p:trap {self._last:#x}")
         # Jumps would need the text's branches read, which takes most of the time.
 
-    def _measure(self) -> tuple[float, float]:
+    @functools.cached_property
+    def _measured(self) -> tuple[float, float]:
         """Seconds that it takes to arm many, and to detach."""
         with self._gdb() as gdb:
             gdb.console(f"kprobe attach {self._profile}")
@@ -292,16 +306,16 @@ class Kill9:
 
     def _call(self) -> None:
         """Make the calls; the guest is alive."""
-        output = self._guest.check_output(_workload(CALLS))
-        assert output.startswith(f"workload: {CALLS} calls done"), output
-        self._calls += CALLS
+        output = self._guest.check_output(_workload(self._work.calls))
+        assert output.startswith(f"workload: {self._work.calls} calls done"), output
+        self._calls += self._work.calls
 
     def _finish(self) -> None:
         """Have the load come to its end, if there is one."""
         if self._job is not None:
             status, output = self._guest.finish(self._job, timeout=60)
-            assert (status, output.startswith(f"workload: {LOAD} calls done")) == (0, True), output
-            self._calls += LOAD
+            assert (status, output.startswith(f"workload: {self._work.load} calls done")) == (0, True), output
+            self._calls += self._work.load
             self._job = None
 
     def _wait(self, most: float) -> None:

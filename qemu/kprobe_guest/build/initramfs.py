@@ -26,6 +26,9 @@ BUSYBOX = (Path("/bin/busybox"), Path("/usr/bin/busybox"))
 # several modules under it. Only names that Debian's cloud kernels have had from 6.1 on.
 MODULES = ("dummy", "veth", "loop", "tun", "bridge")
 
+KVM_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd")
+"""For a guest that has the host's root file system, and is to have KVM: TCG emulates an AMD processor, with SVM."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -35,8 +38,8 @@ class _Entry:
     device: tuple[int, int] = (0, 0)
 
 
-def build_initramfs(kernel: Kernel) -> Path:
-    """Make (or find) the initramfs of *kernel* and return its path.
+def build_initramfs(kernel: Kernel, modules: tuple[str, ...] = MODULES) -> Path:
+    """Make (or find) the initramfs of *kernel*, with *modules* and what they depend on, and return its path.
 
     :raises BuildError: busybox is missing or not static, or a module is compressed in an unknown way.
     """
@@ -50,25 +53,26 @@ def build_initramfs(kernel: Kernel) -> Path:
         busybox,
         workload,
         init,
+        " ".join(modules).encode(),
     )
     digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in ingredients)).hexdigest()[:16]
     path = cache_directory() / "initramfs" / f"{kernel.release}-{digest}.cpio"
     if not path.exists():
         with build_lock():
             progress(f"writing the initramfs of {kernel.release}")
-            write_atomically(path, _newc(_entries(kernel, busybox, workload, init)))
+            write_atomically(path, _newc(_entries(kernel, modules, busybox, workload, init)))
     return path
 
 
-def _entries(kernel: Kernel, busybox: bytes, workload: bytes, init: bytes) -> list[_Entry]:
-    directories = ["bin", "sbin", "dev", "proc", "sys", "tmp", "etc", "modules", "root"]
+def _entries(kernel: Kernel, modules: tuple[str, ...], busybox: bytes, workload: bytes, init: bytes) -> list[_Entry]:
+    directories = ["bin", "sbin", "dev", "proc", "sys", "tmp", "etc", "modules", "root", "host"]
     entries = [_Entry(name, stat.S_IFDIR | 0o755) for name in directories]
     entries.append(_Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
     entries.append(_Entry("init", stat.S_IFREG | 0o755, init))
     entries.append(_Entry("bin/busybox", stat.S_IFREG | 0o755, busybox))
     entries += [_Entry(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in _applets()]
     entries.append(_Entry("bin/workload", stat.S_IFREG | 0o755, workload))
-    order = module_order(kernel, MODULES)
+    order = module_order(kernel, modules)
     entries += [
         _Entry(f"modules/{path.name.split('.')[0]}.ko", stat.S_IFREG | 0o644, _decompress(path)) for path in order
     ]

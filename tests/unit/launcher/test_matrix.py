@@ -69,6 +69,15 @@ def test_a_cell_is_a_command_of_the_launcher() -> None:
     assert Cell("sid", "newest", "tcg", "demo").arguments() == ["demo", "--kernel", "newest", "--calls", "100"]
     small = Cell("debian12", "6.1-nomodules", "tcg", "2cpu").arguments()
     assert small == ["torture", "cell", "--kernel", "small", *OPTIONS["2cpu"]]
+    assert Cell("sid", "newest", "tcg", "2cpu").arguments(full=True)[-2:] == ["--also", "all"]
+
+
+def test_a_cell_under_kvm_has_it_emulated_where_there_is_none() -> None:
+    cell = Cell("debian13", "6.1-cloud", "kvm", "2cpu")
+    words = ["torture", "cell", "--kernel", "6.1-cloud", *OPTIONS["2cpu"], "--accelerator", "kvm", "--nested", "--also"]
+    assert cell.arguments() == [*words, "trace,handler,fault,ctrl-c"]
+    assert cell.arguments(full=True) == [*words, "all"]
+    assert cell in all_cells()
 
 
 def test_each_cell_is_a_row_whatever_becomes_of_it(

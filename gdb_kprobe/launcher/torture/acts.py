@@ -1,0 +1,194 @@
+"""What a cell does beyond counting, each act against a known number of calls: the same on each accelerator.
+
+Those of :data:`IN_SESSION` are done by one gdb, which is attached, those of :data:`OF_THEIR_OWN` begin and end without
+one. Each leaves the guest as it found it, and returns what is wrong.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from gdb_kprobe.launcher.torture.kill9 import After, Kill9, Phase, Work
+from gdb_kprobe.launcher.torture.reset import How, ResetTorture, When
+from gdb_kprobe.launcher.torture.snapshot import Loaded, Saved, SnapshotTorture
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.places import first_insns
+from gdb_kprobe.x86.decode import iter_insns
+from kprobe_guest import GuestVm
+
+FCHOWNAT = 260
+"""A system call that nothing else in the guest makes."""
+INNER = "do_fchownat"
+SCHED_SETATTR = 314
+"""``sched_setattr(pid, attr, flags)`` reads ``attr->size`` by ``get_user``, in ``__get_user_4``."""
+_UNMAPPED = 0x10_0000
+_EFAULT = -14
+_TRACED = 5
+_CALLS = 8
+"""Of each vCPU, where each of them stops the machine."""
+_TIMEOUT = 120
+_STEPPED = Work(calls=20, load=500, strategies=("single-step",))
+"""Each call is stepped by gdb, while there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A guest, and a gdb that is attached to it, with no probe; the guest is stopped before and after each act."""
+
+    guest: GuestVm
+    gdb: GdbMi
+    kernel: LinuxGuest
+
+    @property
+    def entry(self) -> VirtAddr:
+        """The first instruction that each call of FCHOWNAT executes in INNER."""
+        return next(first_insns(self.kernel, INNER)).addr
+
+    @property
+    def fixed_up(self) -> VirtAddr:
+        """The instruction of ``__get_user_4`` whose fault the kernel fixes up."""
+        start = VirtAddr(self.kernel.kallsyms.address("__get_user_4"))
+        insns = iter_insns(self.kernel.memory.read(start, 64), start)
+        return next(insn.addr for insn in insns if self.kernel.fixup_of(insn.addr))
+
+    def call(self, command: str) -> list[str]:
+        """Run *command* on all vCPUs at once; returns the last line of each."""
+        words = " & ".join([command] * self.guest.spec.vcpus)
+        return self.guest.check_output(f"{words} & wait", timeout=_TIMEOUT).splitlines()
+
+    def probes(self) -> dict[str, tuple[int, int, str]]:
+        """Hits, misses and rung by name."""
+        probes = self.gdb.command("-kprobe-list", timeout=_TIMEOUT)["probes"]
+        return {probe["name"]: (int(probe["hits"]), int(probe["missed"]), probe["rung"]) for probe in probes}
+
+
+def in_session(names: Iterable[str], stage: Stage) -> list[str]:
+    """Do those acts of *names* that one gdb does; returns what is wrong, with the act's name."""
+    wrong = []
+    for name, act in IN_SESSION.items():
+        if name in names:
+            print(f"{name} ...", flush=True)
+            wrong += [f"{name}: {problem}" for problem in act(stage)]
+            stage.gdb.console("kprobe delete all", timeout=_TIMEOUT)
+    return wrong
+
+
+def of_their_own(names: Iterable[str], guest: GuestVm) -> list[str]:
+    """Do those acts of *names* that begin without a gdb; returns what is wrong, with the act's name."""
+    wrong = []
+    for name, act in OF_THEIR_OWN.items():
+        if name in names:
+            print(f"{name} ...", flush=True)
+            wrong += [f"{name}: {problem}" for problem in act(guest)]
+    return wrong
+
+
+def _trace(stage: Stage) -> Iterable[str]:
+    """``kprobe trace -n N`` stops at the N-th hit; what is called then is counted."""
+    gdb = stage.gdb
+    gdb.console("set kprobe strategy auto")
+    gdb.console(f"kprobe p:traced {stage.entry:#x} user=%dx:u32", timeout=_TIMEOUT)
+    gdb.console(f"kprobe trace -n {_TRACED}", timeout=_TIMEOUT)  # over MI it returns while the guest runs
+    calls = f"workload syscall {FCHOWNAT} {_CALLS} -100 s:/ 0 0 0"
+    jobs = [stage.guest.spawn(calls, wait=False) for _ in range(stage.guest.spec.vcpus)]
+    begin = len(gdb.transcript)
+    gdb.wait_stop(_TIMEOUT)
+    gdb.command("-kprobe-list", timeout=_TIMEOUT)  # what was printed at the stop is read by now
+    lines = sum("traced: (" in line for line in gdb.transcript[begin:])
+    if lines != _TRACED:
+        yield f"{lines} lines of {_TRACED} hits"
+    if (found := stage.probes()["traced"][:2]) != (_TRACED, 0):
+        yield f"stopped at {found}, hits and misses, not at {_TRACED} and 0"
+    gdb.cont()
+    for job in jobs:
+        stage.guest.finish(job, timeout=_TIMEOUT)
+    gdb.interrupt(_TIMEOUT)
+    yield from _differ(stage, {"traced": _CALLS * stage.guest.spec.vcpus})
+
+
+def _handler(stage: Stage) -> Iterable[str]:
+    """A handler in Python sees each hit, with its registers."""
+    gdb, vcpus = stage.gdb, stage.guest.spec.vcpus
+    add = f"api.add('p:handled {stage.entry:#x}', pre=lambda hit: seen.append(hit.regs.dx & 0xffffffff) and None)"
+    gdb.console(f"python import gdb_kprobe.gdbext.api as api; seen = []; {add}", timeout=_TIMEOUT)
+    gdb.cont()
+    stage.call(f"workload syscall {FCHOWNAT} {_CALLS} -100 s:/ 7 0 0; true")
+    gdb.interrupt(_TIMEOUT)
+    said = gdb.console("python print('seen', len(seen), set(seen))").strip()
+    if said != f"seen {_CALLS * vcpus} {{7}}":
+        yield f"the handler has {said}, not {_CALLS * vcpus} times user 7"
+    yield from _differ(stage, {"handled": _CALLS * vcpus})
+
+
+def _fault(stage: Stage) -> Iterable[str]:
+    """An instruction of the exception table, single-stepped, faults: the call fails as it should, and is one hit."""
+    gdb, vcpus = stage.gdb, stage.guest.spec.vcpus
+    gdb.console(f"kprobe p:faulting {stage.fixed_up:#x} if ax == {_UNMAPPED:#x}", timeout=_TIMEOUT)
+    gdb.cont()
+    said = stage.call(f"workload syscall {SCHED_SETATTR} {_CALLS} 0 {_UNMAPPED} 0")
+    gdb.interrupt(_TIMEOUT)
+    if said != [f"workload: {_CALLS} calls done, last result {_EFAULT}"] * vcpus:
+        yield f"the guest's calls: {said}"
+    if (rung := stage.probes()["faulting"][2]) != "single-step":
+        yield f"it is {rung}"
+    yield from _differ(stage, {"faulting": _CALLS * vcpus})
+
+
+def _interrupt(stage: Stage) -> Iterable[str]:
+    """Ctrl-C, while hits that gdb handles leave it hardly a moment, stops the guest at an address of its own."""
+    gdb, guest = stage.gdb, stage.guest
+    gdb.console("set kprobe strategy boosted")
+    gdb.console(f"python api.add('p:busy {stage.entry:#x}', pre=lambda hit: None)", timeout=_TIMEOUT)
+    gdb.cont()
+    calls = f"workload syscall {FCHOWNAT} -1 -100 s:/ 0 0 0"
+    jobs = [guest.spawn(calls, timeout=_TIMEOUT) for _ in range(guest.spec.vcpus)]
+    for _ in range(2):
+        stop = gdb.interrupt(_TIMEOUT)
+        if stop.get("signal-name") != "SIGINT":
+            yield f"the stop is {stop}"
+        if gdb.pc >> 47 and not any(gdb.pc in text for text in stage.kernel.text_ranges()):
+            yield f"stopped at {gdb.pc:#x}, which is none of the guest's own addresses"
+        hits, missed, _ = stage.probes()["busy"]
+        if not hits or missed:
+            yield f"{hits} hits, {missed} misses"
+        gdb.cont()
+    for job in jobs:
+        guest.finish(job, timeout=_TIMEOUT, kill=True)
+    gdb.interrupt(_TIMEOUT)
+    gdb.console("set kprobe strategy auto")
+
+
+def _differ(stage: Stage, expected: Mapping[str, int]) -> Iterable[str]:
+    found = {name: probe[:2] for name, probe in stage.probes().items()}
+    if found != {name: (hits, 0) for name, hits in expected.items()}:
+        yield f"hits and misses are {found}, not {dict(expected)} and 0"
+
+
+def _snapshot(guest: GuestVm) -> Iterable[str]:
+    return SnapshotTorture(guest, random.Random(0)).round(Saved.SAME, Loaded.STOPPED).wrong
+
+
+def _kill(guest: GuestVm) -> Iterable[str]:
+    return Kill9(guest, random.Random(0), _STEPPED).round(Phase.HANDLING, After.ADOPT).wrong
+
+
+def _reset(guest: GuestVm) -> Iterable[str]:
+    return ResetTorture(guest, random.Random(0)).round(How.RUNNING, When.UP).wrong
+
+
+IN_SESSION: Mapping[str, Callable[[Stage], Iterable[str]]] = {
+    "trace": _trace,
+    "handler": _handler,
+    "fault": _fault,
+    "ctrl-c": _interrupt,
+}
+OF_THEIR_OWN: Mapping[str, Callable[[GuestVm], Iterable[str]]] = {
+    "snapshot": _snapshot,
+    "kill": _kill,
+    "reset": _reset,
+}
+ALL = (*IN_SESSION, *OF_THEIR_OWN)

@@ -1,0 +1,79 @@
+"""KVM where there is none: the emulated machine's command line, and time limits that follow a stated slowness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gdb_kprobe.launcher.cli import main
+from kprobe_guest import GuestError, nesting
+from kprobe_guest.command_line import BootFiles, GuestPaths, kernel_command_line, qemu_command
+from kprobe_guest.errors import BuildError
+from kprobe_guest.patience import SLOWNESS, patient
+from kprobe_guest.spec import GuestSpec
+
+PATHS = GuestPaths(Path("/d"), Path("/d/ram"), Path("/d/region"))
+BOOT = BootFiles(Path("/k"), Path("/i"))
+
+
+def test_time_limits_follow_the_stated_slowness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SLOWNESS, raising=False)
+    assert patient(20) == 20
+    monkeypatch.setenv(SLOWNESS, "2.5")
+    assert patient(20) == 50
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0", "0.5", "-3", "nan", "inf"])
+def test_a_slowness_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(SLOWNESS, text)
+    with pytest.raises(GuestError, match="how many times slower than usual"):
+        patient(1)
+
+
+def test_a_guest_on_a_slow_machine_takes_no_delay_for_a_stall() -> None:
+    stall = "rcupdate.rcu_cpu_stall_suppress=1"
+    assert stall not in kernel_command_line(GuestSpec()).split()
+    assert stall in kernel_command_line(GuestSpec(), slow=True).split()
+    assert stall in " ".join(qemu_command(GuestSpec(), BOOT, PATHS, slow=True)).split()
+
+
+def test_the_emulated_machine_reads_the_hosts_files_and_cannot_write_them() -> None:
+    command = qemu_command(nesting.SPEC, BOOT, PATHS)
+    share = command[command.index("-virtfs") + 1].split(",")
+    assert {"local", "path=/", "readonly=on"} <= set(share)
+    assert "guest.root=host" in command[command.index("-append") + 1].split()
+    assert "-virtfs" not in qemu_command(GuestSpec(), BOOT, PATHS)
+
+
+def test_a_cell_under_kvm_without_one_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = "gdb_kprobe.launcher.torture.cell"
+    monkeypatch.setattr(f"{cell}.boot_files", lambda spec: BOOT)
+    monkeypatch.setattr(nesting, "what_kvm_lacks", lambda: "there is no /dev/kvm")
+    words = ["torture", "cell", "--accelerator", "kvm"]
+    assert main(words) == 77
+    assert "skipped (debian, KVM): there is no /dev/kvm; with --nested KVM is emulated" in capsys.readouterr().out
+
+    def cannot() -> None:
+        raise BuildError("no such kernel")
+
+    monkeypatch.setattr(nesting, "prepare", cannot)
+    assert main([*words, "--nested"]) == 77
+    assert "skipped (debian, KVM): no such kernel" in capsys.readouterr().out
+
+
+def test_a_kvm_that_runs_no_guest_of_ours_is_told_from_one_that_does(tmp_path: Path) -> None:
+    device, cpu = tmp_path / "kvm", tmp_path / "cpuinfo"
+    assert nesting.what_kvm_lacks(device, cpu) == f"there is no {device}"
+    device.touch()
+    cpu.write_text("model name\t: some\nflags\t\t: fpu hypervisor\n")
+    assert "neither SVM nor VMX" in (nesting.what_kvm_lacks(device, cpu) or "")
+    cpu.write_text("model name\t: some\nflags\t\t: fpu svm lm\n")
+    assert nesting.what_kvm_lacks(device, cpu) is None
+
+
+def test_an_act_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["torture", "cell", "--also", "trace,dance"]) == 1
+    assert "there is no act dance" in capsys.readouterr().err
