@@ -6,9 +6,10 @@ words of each and keeps only where it is and, for what can be asked for by name,
 
 from __future__ import annotations
 
+import functools
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError
@@ -20,7 +21,7 @@ _MAGIC = 0xEB9F
 # Kinds, include/uapi/linux/btf.h.
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 2, 3, 4, 5, 6
 _TYPEDEF, _VOLATILE, _CONST, _RESTRICT = 8, 9, 10, 11
-_FLOAT, _TYPE_TAG, _ENUM64 = 16, 18, 19
+_FUNC, _FLOAT, _TYPE_TAG, _ENUM64 = 12, 16, 18, 19
 _TRANSPARENT = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
 _NAMED = frozenset({_STRUCT, _UNION, _ENUM, _ENUM64})
 
@@ -142,6 +143,15 @@ class Btf:
                 return dict(self._enumerators(type_id))[name]
         return None
 
+    def functions(self, names: Collection[str]) -> dict[str, int]:
+        """Return the type ids of those of the functions *names* that it describes."""
+        wanted = {at: name for name in names if (at := self._string_offset(name)) is not None}
+        return {
+            wanted[self._words[start]]: type_id
+            for type_id, start in enumerate(self._starts)
+            if self._words[start] in wanted and self._kind(type_id) == _FUNC
+        }
+
     def _index(self) -> None:
         words, starts = self._words, self._starts
         extra = [_EXTRA.get(kind, (0, 0)) for kind in range(32)]
@@ -248,4 +258,10 @@ def read_btf(memory: Memory, kallsyms: Kallsyms) -> Btf | None:
     :raises GuestStateError: it is damaged.
     """
     section = kallsyms.section("__start_BTF", "__stop_BTF")
-    return Btf(memory.read(section.start, section.size)) if section is not None and section.size else None
+    return _parsed(memory.read(section.start, section.size)) if section is not None and section.size else None
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(data: bytes) -> Btf:
+    """A guest that is attached to again has, almost always, the kernel of the last time."""
+    return Btf(data)

@@ -24,6 +24,7 @@ addresses by the image's base.
 
 from __future__ import annotations
 
+import functools
 import struct
 from array import array
 from collections.abc import Iterator
@@ -143,12 +144,12 @@ class _NotThisOneError(Exception):
 def _decode(run: _Run, digits: int, image: KernelImage) -> SymbolTable:
     tokens, token_table, token_index = _find_tokens(run, digits)
     names, count = _find_names(run.data, token_table)
-    joined = _expand(run.data, names, count, tokens)
-    plain = [name[1:] for name in joined]
+    # The token table is behind the names, with the markers between the two.
+    plain, types = _expand(bytes(run.data[names:token_table]), count, tuple(tokens))
     addrs = _find_addrs(run, image, _Around(names, token_index + 512), plain)
     return SymbolTable(
         names=plain,
-        types="".join([name[0] for name in joined]),
+        types=types,
         addrs=addrs,
         ranges=(AddressRange(image.base, image.end),),
     )
@@ -248,12 +249,16 @@ def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array
     return end - at < 8 and not any(data[at:end])
 
 
-def _expand(data: bytearray, names: int, count: int, tokens: list[str]) -> list[str]:
-    """Return the names, each with its type letter in front."""
+@functools.lru_cache(maxsize=1)
+def _expand(data: bytes, count: int, tokens: tuple[str, ...]) -> tuple[list[str], str]:
+    """Return the names, and their type letters.
+
+    They are kept: a guest that is attached to again has, almost always, the kernel of the last time.
+    """
     joined = []
     token = tokens.__getitem__
     join = "".join
-    at = names
+    at = 0
     for _ in range(count):
         size = data[at]
         if size & 0x80:
@@ -262,7 +267,7 @@ def _expand(data: bytearray, names: int, count: int, tokens: list[str]) -> list[
         at += 1
         joined.append(join(map(token, data[at : at + size])))
         at += size
-    return joined
+    return [name[1:] for name in joined], "".join([name[0] for name in joined])
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,12 +194,12 @@ class LinuxGuest:
         return piece_at(self._facts, self.own_kprobes(), addr, code)
 
     def references(self, text: TextMap) -> References:
-        from gdb_kprobe.session.search import runs, search_references
+        from gdb_kprobe.session.search import core_runs, runs, search_references
 
         if self._references is None:
             core, *modules = self._facts.text
             if self._core_runs is None:
-                self._core_runs = runs(self._snapshot((core,), text))
+                self._core_runs = core_runs(self._snapshot((core,), text))
             self._references = search_references(
                 self._facts, [*self._core_runs, *runs(self._snapshot(tuple(modules), text))]
             )

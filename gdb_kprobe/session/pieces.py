@@ -19,6 +19,7 @@ from gdb_kprobe.target.protocols import Memory
 
 _THUNK = "__x86_indirect_thunk_"
 _THUNK_SIZE = 32
+_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,12 @@ def read_references(snapshot: Snapshot) -> CodeReferences:
 
 
 def thunks_of(kallsyms: Kallsyms) -> AddressRange | None:
-    """Where the kernel's ``__x86_indirect_thunk_*`` are; ``None`` when it was compiled without retpolines."""
-    named = (pair for table in kallsyms.tables for pair in zip(table.addrs, table.names, strict=True))
-    found = sorted(addr for addr, name in named if name.startswith(_THUNK))
-    return AddressRange(VirtAddr(found[0]), VirtAddr(found[-1] + _THUNK_SIZE)) if found else None
+    """Where the kernel's ``__x86_indirect_thunk_*`` are; ``None`` when it was compiled without retpolines.
+
+    There is one for each register (arch/x86/lib/retpoline.S).
+    """
+    found = sorted(addr for name in _REGISTERS if (addr := kallsyms.find(_THUNK + name)) is not None)
+    return AddressRange(found[0], VirtAddr(found[-1] + _THUNK_SIZE)) if found else None
 
 
 def _without(window: AddressRange, holes: tuple[AddressRange, ...]) -> Iterator[AddressRange]:

@@ -15,20 +15,35 @@ NEW = "patched_show"
 TEXT = "live patched"
 """What it shows."""
 _VERSION_SIZE = 64
+_LAYOUT = b"module_layout"
 
 
-def make_live_patch(kernel: LinuxGuest, another: bytes, old: str, directory: Path) -> bytes:
-    """A module that live-patches *old*, a seq_file's show function, for *kernel*, of which *another* is a module."""
+def make_live_patch(
+    kernel: LinuxGuest, another: bytes, old: str, directory: Path, *, returns: int | None = None
+) -> bytes:
+    """A module that live-patches *old* for *kernel*, of which *another* is a module.
+
+    *old* is a seq_file's show function; or, when *returns* is given, any function, which returns this number then.
+    """
     source, made = directory / "patch.S", directory / "patch.ko"
-    source.write_text(_source(kernel, another, old))
+    source.write_text(_source(kernel, another, old, _shows(kernel) if returns is None else f"mov eax, {returns}"))
     subprocess.run(["as", "--64", "-o", made, source], check=True)
     return made.read_bytes()
 
 
-def _source(kernel: LinuxGuest, another: bytes, old: str) -> str:
-    btf, address = kernel.btf, kernel.kallsyms.address
+def _shows(kernel: LinuxGuest) -> str:
+    """The code of a seq_file's show function that shows :data:`TEXT`."""
     # In newer kernels (6.12) seq_puts() is inline, and calls what it was.
     puts = "seq_puts" if kernel.kallsyms.find("seq_puts") else "__seq_puts"
+    return f"""\
+        lea rsi, [rip + shown]
+        movabs rax, {kernel.kallsyms.address(puts):#x}
+        call rax
+        xor eax, eax"""
+
+
+def _source(kernel: LinuxGuest, another: bytes, old: str, code: str) -> str:
+    btf, address = kernel.btf, kernel.kallsyms.address
     vermagic = re.search(rb"vermagic=([^\0]+)", another)
     assert vermagic is not None
     info = ["license=GPL", f"vermagic={vermagic[1].decode()}", f"name={NAME}", "livepatch=Y", "retpoline=Y", "depends="]
@@ -54,10 +69,7 @@ def _source(kernel: LinuxGuest, another: bytes, old: str) -> str:
         .intel_syntax noprefix
         .section .modinfo, "a"
         {chr(10).join(f'.asciz "{line}"' for line in info)}
-        .section __versions, "a"
-        .quad {_crc_of_layout(another):#x}
-        .asciz "module_layout"
-        .zero {_VERSION_SIZE - 8 - len("module_layout") - 1}
+        {_versions(another)}
         .section .gnu.linkonce.this_module, "aw"
         .globl module
 module: {module}
@@ -81,10 +93,7 @@ exit:   ret
         .size exit, . - exit
         .type {NEW}, @function
 {NEW}:  push rbp
-        lea rsi, [rip + shown]
-        movabs rax, {address(puts):#x}
-        call rax
-        xor eax, eax
+{code}
         pop rbp
         ret
         .size {NEW}, . - {NEW}
@@ -96,13 +105,23 @@ def _struct(size: int, members: dict[int, str], sizes: dict[int, int] | None = N
     """The lines of *size* bytes, zero but for *members* at their offsets, of 8 bytes or as in *sizes*."""
     lines, at = [], 0
     for offset, line in sorted(members.items()):
-        lines += [f".zero {offset - at}", line]
+        lines += [*_zeros(offset - at), line]
         at = offset + (sizes or {}).get(offset, 8)
-    return "\n".join([*lines, f".zero {size - at}"])
+    return "\n".join([*lines, *_zeros(size - at)])
 
 
-def _crc_of_layout(another: bytes) -> int:
-    """What the kernel checks its modules by: as *another* has it."""
-    at = another.index(b"module_layout\0") - 8
+def _zeros(size: int) -> list[str]:
+    return [f".zero {size}"] if size else []
+
+
+def _versions(another: bytes) -> str:
+    """What the kernel checks its modules by, as *another* has it; nothing without CONFIG_MODVERSIONS."""
+    at = another.find(_LAYOUT + b"\0") - 8
+    if at < 0:
+        return ""
     (crc,) = struct.unpack_from("<Q", another, at)
-    return int(crc)
+    return f"""\
+        .section __versions, "a"
+        .quad {crc:#x}
+        .asciz "{_LAYOUT.decode()}"
+        .zero {_VERSION_SIZE - 8 - len(_LAYOUT) - 1}"""

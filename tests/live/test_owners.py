@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from gdb_kprobe.launcher.torture.owners import Arena
 from gdb_kprobe.launcher.torture.owners.steps import (
+    BPF,
     EVENTS,
     HOW,
     MOST_CALLS,
@@ -26,7 +27,7 @@ from gdb_kprobe.launcher.torture.owners.steps import (
     Step,
     parse,
 )
-from kprobe_guest import GuestSpec, template_of
+from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
 
@@ -96,6 +97,19 @@ class Owners(RuleBasedStateMachine):
     def trace(self, tracer: str) -> None:
         self.take("guest.tracer", tracer)
 
+    @precondition(lambda self: self.arena.ground.field.has_bpf)
+    @rule(where=st.sampled_from(BPF))
+    def attach_bpf(self, where: str) -> None:
+        if self.shadow.bpf:
+            self.take("guest.unbpf")
+        else:
+            self.take("guest.bpf", where)
+
+    @precondition(lambda self: self.arena.ground.field.has_live_patch)
+    @rule()
+    def patch(self) -> None:
+        self.take("guest.unpatch" if self.shadow.patched else "guest.patch")
+
     @precondition(lambda self: any(self.shadow.events.values()))
     @rule()
     def settle(self) -> None:
@@ -136,7 +150,7 @@ class Owners(RuleBasedStateMachine):
 
 @pytest.fixture(params=["debian", "newest"])
 def arena(request: Any) -> Iterator[Arena]:
-    with template_of(GuestSpec(kernel=request.param)) as template, Arena(template) as made:
+    with Arena(GuestSpec(kernel=request.param)) as made:
         yield made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from kprobe_guest.build.cache import cache_directory, run_tool, write_atomically
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-SOURCES = (DATA / "workload.S", DATA / "workload_parts.S")
+SOURCES = (DATA / "workload.S", DATA / "workload_parts.S", DATA / "workload_bpf.S")
 
 SPIN = "spin"
 """No system calls: 40 ms of user mode a round."""

@@ -8,6 +8,7 @@
 #   workload int3                    a breakpoint of user mode's own, and whether its SIGTRAP arrived
 #   workload part NAME N             N times system calls of one kind (workload_parts.S)
 #   workload serve                   the same for each line "NAME N WORKERS" of the input
+#   workload bpf fentry|fexit ID     count calls of a function by a BPF program (workload_bpf.S)
 #   workload none                    nothing
 #
 # Numbers are decimal or 0x hexadecimal. Prints "workload: N calls done" at the end.
@@ -47,6 +48,9 @@ _start:
         lea     rsi, [rip + word_serve]
         call    same
         je      do_serve
+        lea     rsi, [rip + word_bpf]
+        call    same
+        je      do_bpf
         xor     ebx, ebx
         lea     rsi, [rip + word_none]
         call    same
@@ -388,6 +392,7 @@ word_spin:      .asciz "spin"
 word_int3:      .asciz "int3"
 word_part:      .asciz "part"
 word_serve:     .asciz "serve"
+word_bpf:       .asciz "bpf"
 word_none:      .asciz "none"
 text_workload:  .asciz "workload: "
 text_done:      .asciz " calls done, last result "
@@ -396,4 +401,4 @@ text_newline:   .asciz "\n"
 text_spun:      .asciz "workload: spin done\n"
 text_trapped:   .asciz "workload: SIGTRAP arrived\n"
 text_not_trapped: .asciz "workload: SIGTRAP did not arrive\n"
-text_usage:     .asciz "usage: workload syscall NR N|- [ARG...] | timed NR N|- [ARG...] | spin SECONDS | int3 | part NAME N | serve | none\n"
+text_usage:     .asciz "usage: workload syscall NR N|- [ARG...] | timed NR N|- [ARG...] | spin SECONDS | int3 | part NAME N | serve | bpf fentry|fexit ID | none\n"

@@ -9,7 +9,7 @@ import pytest
 from gdb_kprobe.launcher.torture.owners.shrink import shrink
 from gdb_kprobe.launcher.torture.owners.steps import Field, Sequence, Step, parse, sequence, written
 
-GROUND = Field({"one": 4, "other": 7}, has_fprobe=True)
+GROUND = Field({"one": 4, "other": 7}, has_fprobe=True, has_bpf=True, has_live_patch=True)
 
 
 def sequences(number: int = 300) -> list[Sequence]:
@@ -37,13 +37,15 @@ def test_both_owners_come_and_in_the_end_are_gone() -> None:
         assert last & {"our.delete all", "our.detach", "our.restore"}
     assert verbs >= {
         "guest.define", "guest.enable", "guest.disable", "guest.remove", "guest.tracer", "guest.settle",
+        "guest.bpf", "guest.unbpf", "guest.patch", "guest.unpatch",
         "our.add", "our.enable", "our.disable", "our.delete", "our.stop", "our.detach", "our.attach", "our.kill",
         "our.adopt", "our.restore", "call",
     }  # fmt: skip
 
 
-def test_fprobe_events_are_for_guests_that_have_them() -> None:
+def test_what_a_guest_does_not_have_is_not_asked_of_it() -> None:
     without = [sequence(random.Random(seed), Field({"one": 4}, has_fprobe=False)) for seed in range(300)]
+    assert not {step.verb for one in without for step in one} & {"guest.bpf", "guest.patch"}
     assert {step.words[1] for one in without for step in one if step.verb == "guest.define"} == {"p", "r"}
     assert {step.words[1] for one in sequences() for step in one if step.verb == "guest.define"} == {"p", "r", "f"}
 

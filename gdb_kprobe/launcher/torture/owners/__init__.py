@@ -1,10 +1,11 @@
 """``gdb-kprobe torture owners``: the guest's own kprobes and tracers come and go where probes of ours do.
 
 A sequence is some steps by chance at one function: the guest defines, enables, disables and removes kprobe events,
-return probes and fprobe events, and switches its function tracers; we add, switch and delete probes at the same places
-and beside, stop the guest, detach, are killed, adopted and restored; and calls are made. Each must be counted by all
-that are there, or whoever has not counted says why. What the guest's own count is compared with another guest, which
-never meets us. In the end no text is changed, and the log is clean.
+return probes and fprobe events, switches its function tracers, attaches BPF programs and loads live patches; we add,
+switch and delete probes at the same places and beside, stop the guest, detach, are killed, adopted and restored; and
+calls are made. Each must be counted by all that are there, or whoever has not counted says why. What the guest's own
+count is compared with another guest, which never meets us. In the end no text and no record of ftrace's is changed, and
+the log is clean.
 
 A sequence that fails is played again by a new guest, made shorter as long as it fails, and printed, to be played with
 ``--replay``.
@@ -26,7 +27,7 @@ from gdb_kprobe.launcher.torture.owners.our_side import WrongError
 from gdb_kprobe.launcher.torture.owners.shrink import shrink
 from gdb_kprobe.launcher.torture.owners.steps import Sequence, parse, sequence, written
 from gdb_kprobe.launcher.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
-from kprobe_guest import Template, template_of
+from kprobe_guest import GuestSpec, GuestVm, Template
 
 _WIDTH = 400
 """Characters that are printed of a line of what was said with gdb."""
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     started = time.monotonic()
     spec = spec_of(options)
-    with template_of(spec) as template, Arena(template) as arena:
+    with Arena(spec) as arena:
         if options.replay:
             # A path has no blank in it, and a sequence has.
             wrong = arena.play(parse(options.replay if " " in options.replay else Path(options.replay).read_text()))
@@ -76,11 +77,18 @@ def run(options: argparse.Namespace) -> int:
                 passed += 1
             if (passed + failed) % _REPORT == 0:
                 rate = 60 * (passed + failed) / (time.monotonic() - started)
-                print(f"{passed} passed, {failed} failed, {arena.lost} guests lost, {rate:.0f} a minute", flush=True)
+                print(
+                    f"up to {number}: {passed} passed, {failed} failed, {arena.lost} guests lost, "
+                    f"{arena.lost_interrupts} interrupts lost, {rate:.0f} a minute",
+                    flush=True,
+                )
         for what, counted in (("refused", arena.refused), ("not counted", arena.reasons), ("failed", kinds)):
             for text, times in counted.most_common(20):
                 print(f"{times:6} {what}: {text}")
-        print(f"{arena.excused} places of the guest's were hidden by a jump; {arena.lost} guests lost")
+        print(
+            f"{arena.excused} places of the guest's were hidden by a jump; {arena.lost} guests lost; "
+            f"{arena.lost_interrupts} interrupts that gdb took for others"
+        )
     return conclude(started, passed, failed)
 
 
@@ -104,22 +112,24 @@ def _kind(wrong: str) -> str:
 class Arena:
     """Where sequences are played: the guest of the last one, as long as nothing was wrong with it."""
 
-    def __init__(self, template: Template) -> None:
-        self._template = template
+    def __init__(self, spec: GuestSpec) -> None:
+        with GuestVm(spec) as guest:
+            self.ground = Ground(guest)
+            self._template = Template(guest)
         self._match: Match | None = None
         self._guests = ExitStack()
         self.refused: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.excused = 0
         self.lost = 0
-        with template.fork() as guest:
-            self.ground = Ground(guest)
+        self.lost_interrupts = 0
 
     def __enter__(self) -> Arena:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._drop()
+        self._template.close()
 
     def play(self, sequence: Sequence) -> str:
         """Play a sequence; returns what is wrong, nothing if nothing is."""
@@ -156,6 +166,8 @@ class Arena:
         self.refused.update(text.splitlines()[0] for text in match.ours.refusals if text)
         self.reasons.update(match.ours.reasons)
         self.excused += len(match.excused)
+        self.lost_interrupts += match.ours.lost_interrupts
+        match.ours.lost_interrupts = 0
         match.ours.refusals.clear()
         match.ours.reasons.clear()
         match.excused.clear()

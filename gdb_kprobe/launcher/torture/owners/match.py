@@ -6,18 +6,24 @@ step; and in the end the text of the other must be its own again, and its log cl
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.owners import guest_side
-from gdb_kprobe.launcher.torture.owners.guest_side import Function
+from gdb_kprobe.launcher.torture.owners.guest_side import TRACING, Function, GuestSide, prepare
 from gdb_kprobe.launcher.torture.owners.our_side import OurSide, WrongError
 from gdb_kprobe.launcher.torture.owners.steps import Field, Sequence, Step
-from gdb_kprobe.model import AddressRange, PhysAddr
+from gdb_kprobe.linux.ftrace import read_ftrace_records
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import TextSnapshot
 from gdb_kprobe.testing.functions import function_insns
+from gdb_kprobe.testing.live_patch import make_live_patch
 from kprobe_guest import GuestError, GuestVm
 
 _CALLS = {
@@ -37,6 +43,12 @@ _CALLS = {
 """System calls that nothing else in the guest makes, with harmless arguments. Their entries differ."""
 _REACH = 14
 """Bytes behind the nop of a function's entry in which the two meet."""
+_PATCHED = 77
+"""What a function returns that is live-patched."""
+
+
+_ASKED = 8
+"""Every so many sequences a guest is asked to find the function by its name, for which it looks at all it has."""
 
 
 class _Memory:
@@ -58,20 +70,31 @@ class _Memory:
 class Ground:
     """What is known of a kernel: its text, and the functions where the two meet.
 
-    Found once, in a copy of the guest that is thrown away: it has never met us.
+    Found once, in the guest of which copies are made: it has never met us.
     """
 
     def __init__(self, guest: GuestVm) -> None:
+        """Look at *guest*, and give it what its copies take their steps by."""
         self._memory = _Memory(guest)
-        self._text = TextSnapshot(GuestMonitor(guest), self._memory)
+        with guest.held():
+            self._text = TextSnapshot(GuestMonitor(guest), self._memory)
         kernel = self._text.guest
-        found = (_function(kernel, name, call) for name, call in _CALLS.items())
+        btf = kernel.btf.functions(_CALLS)
+        sites = list(read_ftrace_records(kernel.memory, kernel.kallsyms, kernel.btf))
+        numbers = {site.ip: number for number, site in enumerate(sites, start=1)}
+        found = (_function(kernel, name, call, numbers, btf.get(name, 0)) for name, call in _CALLS.items())
         self.functions = {function.name: function for function in found}
         self._starts = {name: int(kernel.kallsyms.address(name)) for name in self.functions}
+        self._nops = {int(site.record): site.ip for site in sites}
+        self._step = sites[0].layout.size
+        self._records = list(_runs(sorted(self._nops), self._step))
+        patches = _patches(kernel, guest, self.functions)
+        prepare(guest, patches)
         # Unlike the other files of tracefs, this one says what it takes.
-        has_fprobe = guest.run(f"grep -q 'f\\[' {guest_side.TRACING}/README")[0] == 0
+        has_fprobe = guest.run(f"grep -q 'f\\[' {TRACING}/README")[0] == 0
         places = {name: len(function.places) for name, function in self.functions.items()}
-        self.field = Field(places, has_fprobe)
+        has_bpf = all(btf.values()) and kernel.kallsyms.find("bpf_trampoline_link_prog") is not None
+        self.field = Field(places, has_fprobe, has_bpf, bool(patches))
 
     def address(self, function: Function, place: str) -> int:
         return self._starts[function.name] + function.place(place)
@@ -80,6 +103,23 @@ class Ground:
         """What of the text of *guest* is not that of one that has never met us."""
         self._memory.ram = GuestRam(guest)
         return self._text.leftovers(self._touched())
+
+    def different_records(self, guest: GuestVm, other: GuestVm) -> list[str]:
+        """Which records of the core kernel's ftrace are not the same in the two guests, and what the first has."""
+        here, there = self._read_records(guest), self._read_records(other)
+        return [
+            f"{self._text.guest.place_of(self._nops[start + at])} {found[at : at + self._step].hex()}"
+            for (start, _), found, expected in zip(self._records, here, there, strict=True)
+            if found != expected
+            for at in range(0, len(found), self._step)
+            if found[at : at + self._step] != expected[at : at + self._step]
+        ]
+
+    def _read_records(self, guest: GuestVm) -> list[bytes]:
+        memory = self._text.guest.memory
+        self._memory.ram = GuestRam(guest)
+        memory.invalidate()
+        return [memory.read(start, size) for start, size in self._records]
 
     def _touched(self) -> set[int]:
         """All bytes that belong to one of the two at times."""
@@ -90,12 +130,31 @@ class Ground:
         }
 
 
-def _function(kernel: LinuxGuest, name: str, call: str) -> Function:
+def _runs(starts: list[int], step: int) -> Iterator[tuple[VirtAddr, int]]:
+    """What things at sorted *starts*, each *step* bytes, take up: address and size of each run of them."""
+    first = starts[0]
+    for before, start in pairwise([*starts, 0]):
+        if start != before + step:
+            yield VirtAddr(first), before + step - first
+            first = start
+
+
+def _function(kernel: LinuxGuest, name: str, call: str, numbers: dict[VirtAddr, int], btf: int) -> Function:
     place = kernel.place_of(kernel.kallsyms.address(name))
     (nop,) = kernel.ftrace_sites(AddressRange(place.start, place.end))
     insns = function_insns(kernel, place.start, place.end)
     last = nop.window.end + _REACH
-    return Function(name, call, tuple(insn.addr - place.start for insn in insns if insn.addr < last))
+    places = tuple(insn.addr - place.start for insn in insns if insn.addr < last)
+    return Function(name, call, places, numbers[nop.ip], btf)
+
+
+def _patches(kernel: LinuxGuest, guest: GuestVm, functions: Iterable[str]) -> dict[str, bytes]:
+    """A live patch of each function, as far as the kernel has such."""
+    if kernel.kallsyms.find("klp_enable_patch") is None:
+        return {}
+    another = guest.read_file(guest.check_output("find /modules -name loop.ko").strip())
+    with tempfile.TemporaryDirectory() as directory:
+        return {name: make_live_patch(kernel, another, name, Path(directory), returns=_PATCHED) for name in functions}
 
 
 class Match:
@@ -105,12 +164,15 @@ class Match:
         self._ground = ground
         self._subject = subject
         self._reference = reference
-        for guest in (subject, reference):
-            guest_side.prepare(guest)
-        self.ours = OurSide(subject)
+        self._here = GuestSide(subject)
+        self._there = GuestSide(reference, by_number=True)
+        self.ours = OurSide(subject, self._here)
         self._function = next(iter(ground.functions.values()))
         self._owners: dict[str, bool] = {}
-        """The guest's own events, and its tracer; whether they are on."""
+        """The guest's own events, its tracer and BPF program; whether they are on."""
+        self._finished = 0
+        self._is_patched = False
+        """A live patch has calls go elsewhere: nobody enters the function behind the nop of its entry."""
         self.excused: list[str] = []
 
     def play(self, sequence: Sequence) -> None:
@@ -140,12 +202,13 @@ class Match:
             self.ours.let_run()
             self._take_guests(step)
             if step.verb == "call":
-                self.ours.count(int(step.words[0]))
+                calls = int(step.words[0]) * self._subject.spec.vcpus
+                self.ours.count(0 if self._is_patched else calls)
 
     def _take_guests(self, step: Step) -> None:
-        said = guest_side.take(self._subject, self._function, step)
+        said = self._here.take(self._function, step)
         if step.verb != "guest.settle":
-            expected = guest_side.take(self._reference, self._function, step)
+            expected = self._there.take(self._function, step)
             if said != expected:
                 self._excuse(step, said, expected)
         match step.verb:
@@ -157,8 +220,12 @@ class Match:
                 self._owners.pop(step.words[0], None)
             case "guest.tracer":
                 self._owners["tracer"] = True
+            case "guest.bpf" | "guest.patch":
+                self._owners[step.verb] = True
             case "guest.clear":
                 self._owners.clear()
+        if step.verb in ("guest.patch", "guest.unpatch", "guest.clear"):
+            self._is_patched = step.verb == "guest.patch"
 
     def _excuse(self, step: Step, said: str, expected: str) -> None:
         """The guest said something else than without us: the one reason is that a jump of ours hides the place.
@@ -167,9 +234,9 @@ class Match:
         """
         if step.verb == "guest.define" and step.words[1] == "p":
             addr = self._ground.address(self._function, step.words[2])
-            if said.endswith("define 1\n") and self.ours.hides(addr):
+            if "define 1" in said and self.ours.hides(addr):
                 self.excused.append(said)
-                guest_side.take(self._reference, self._function, Step("guest.remove", step.words[:1]))
+                self._there.take(self._function, Step("guest.remove", step.words[:1]))
                 return
         raise WrongError(f"at '{step}' the guest says\n{said}\nand without us\n{expected}")
 
@@ -180,20 +247,26 @@ class Match:
         """
         self.ours.let_run()
         self.ours.give_way()
-        said = guest_side.take(self._subject, self._function, Step("guest.has"))
-        if said != "filter 0\n":
-            raise WrongError(f"its function tracer does not take the function any more: {said}")
-        self._subject.check()
+        self._finished += 1
+        if self._finished % _ASKED == 1:
+            said = self._here.take(self._function, Step("guest.has"))
+            if said != "filter 0":
+                raise WrongError(f"its function tracer does not take the function any more: {said}")
+        if different := self._ground.different_records(self._subject, self._reference):
+            raise WrongError(f"its ftrace has other records than that of a guest without us: {different[:12]}")
         if left := self._ground.leftovers(self._subject):
             raise WrongError(f"text is left changed: {left[:12]}")
 
     def is_alive(self) -> bool:
         """Whether the guest with both owners still answers."""
         try:
-            return self._subject.alive() and self._subject.run("true", timeout=20)[0] == 0
+            return self._subject.alive() and self._here.answers()
         except GuestError:
             return False
 
     def close(self) -> None:
-        """End gdb."""
+        """End gdb, and what runs in the guests."""
         self.ours.close()
+        for side in (self._here, self._there):
+            with contextlib.suppress(GuestError, AssertionError, OSError):
+                side.close()

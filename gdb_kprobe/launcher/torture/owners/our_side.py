@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from gdb_kprobe.launcher.guests import environment, profile
+from gdb_kprobe.launcher.torture.owners.guest_side import GuestSide
 from gdb_kprobe.launcher.torture.owners.steps import Step
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTimeoutError
 from kprobe_guest import GuestVm
@@ -43,8 +44,9 @@ class _Probe:
 class OurSide:
     """What is attached to one guest, over several sequences and several gdbs."""
 
-    def __init__(self, guest: GuestVm) -> None:
+    def __init__(self, guest: GuestVm, inside: GuestSide) -> None:
         self._guest = guest
+        self._inside = inside
         self._gdb: GdbMi | None = None
         self._is_attached = False
         self._runs = True
@@ -300,7 +302,7 @@ class OurSide:
         else:
             self.let_run()
             # gdb says that the guest runs before it has told the stub.
-            self._guest.check_output("true", _TIMEOUT)
+            self._inside.answers()
         self._gdb.signal(signal.SIGKILL)
         self._gdb.wait_exit()
         self._gdb.close()

@@ -15,6 +15,8 @@ EVENTS = ("g0", "g1", "g2")
 """Of the guest's own events."""
 PROBES = ("ours0", "ours1", "ours2")
 TRACERS = ("function", "function_graph", "nop")
+BPF = ("fentry", "fexit")
+"""Where a BPF program of the guest's is called."""
 STRATEGIES = ("auto", "auto", "auto", "optimized", "boosted", "single-step")
 HOW = ("", "", "", "disabled", "true", "false")
 """How a probe of ours is added: disabled, or with a condition that is always true or never."""
@@ -49,10 +51,12 @@ def written(sequence: Iterable[Step]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Where the two meet: *functions*, each with the number of its places, and whether the guest has fprobe events."""
+    """Where the two meet: *functions*, each with the number of its places; and what the guest has."""
 
     functions: dict[str, int]
     has_fprobe: bool
+    has_bpf: bool = False
+    has_live_patch: bool = False
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Shadow:
     events: dict[str, bool] = field(default_factory=dict)
     probes: dict[str, bool] = field(default_factory=dict)
     tracer: str = "nop"
+    bpf: bool = False
+    patched: bool = False
     is_killed: bool = False
 
     def follow(self, step: Step) -> None:
@@ -76,6 +82,10 @@ class Shadow:
                 del self.events[words[0]]
             case "guest.tracer":
                 self.tracer = words[0]
+            case "guest.bpf" | "guest.unbpf":
+                self.bpf = step.verb == "guest.bpf"
+            case "guest.patch" | "guest.unpatch":
+                self.patched = step.verb == "guest.patch"
             case "our.add":
                 self.probes[words[0]] = "disabled" not in words
             case "our.enable" | "our.disable":
@@ -97,7 +107,7 @@ def sequence(chosen: random.Random, ground: Field) -> Sequence:
     steps = [Step("on", (function,))]
     shadow = Shadow()
     for _ in range(chosen.randint(*_LENGTHS)):
-        steps.append(next_step(chosen, shadow, ground.functions[function], ground.has_fprobe))
+        steps.append(next_step(chosen, shadow, ground.functions[function], ground))
     steps.append(_call(chosen))
     ours = "restore" if shadow.is_killed else chosen.choice(("delete",) * 7 + ("detach",))
     ending = [Step("guest.clear"), Step(f"our.{ours}", ("all",) if ours == "delete" else ())]
@@ -106,8 +116,8 @@ def sequence(chosen: random.Random, ground: Field) -> Sequence:
     return tuple(steps)
 
 
-def next_step(chosen: random.Random, shadow: Shadow, places: int, has_fprobe: bool) -> Step:
-    """One more step, that makes sense after those that *shadow* has seen."""
+def next_step(chosen: random.Random, shadow: Shadow, places: int, ground: Field) -> Step:
+    """One more step, at a function of so many places, that makes sense after those that *shadow* has seen."""
     options: list[tuple[float, Step]] = [(4, _call(chosen))]
 
     def add(weight: float, verb: str, *words: str) -> None:
@@ -116,7 +126,7 @@ def next_step(chosen: random.Random, shadow: Shadow, places: int, has_fprobe: bo
     # The first places are where the function begins; what is behind matters as far as a window reaches.
     place = str(min(chosen.randrange(places), chosen.randrange(places)))
     if free := [name for name in EVENTS if name not in shadow.events]:
-        kind = chosen.choice(("p", "p", "p", "r", *(("f",) if has_fprobe else ())))
+        kind = chosen.choice(("p", "p", "p", "r", *(("f",) if ground.has_fprobe else ())))
         add(4, "guest.define", free[0], kind, place if kind == "p" else "0")
     if off := [name for name, enabled in shadow.events.items() if not enabled]:
         add(5, "guest.enable", chosen.choice(off))
@@ -125,6 +135,10 @@ def next_step(chosen: random.Random, shadow: Shadow, places: int, has_fprobe: bo
         add(2, "guest.disable", chosen.choice(on))
         add(1.5, "guest.settle")
     add(2, "guest.tracer", chosen.choice([tracer for tracer in TRACERS if tracer != shadow.tracer]))
+    if ground.has_bpf:
+        add(*((2, "guest.unbpf") if shadow.bpf else (1, "guest.bpf", chosen.choice(BPF))))
+    if ground.has_live_patch:
+        add(*((1.5, "guest.unpatch") if shadow.patched else (0.4, "guest.patch")))
     if shadow.is_killed:
         add(3, "our.adopt")
         add(1, "our.restore")
