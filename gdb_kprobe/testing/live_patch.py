@@ -71,9 +71,11 @@ def _source(kernel: LinuxGuest, another: bytes, old: str, code: str) -> str:
         {chr(10).join(f'.asciz "{line}"' for line in info)}
         {_versions(another)}
         .section .gnu.linkonce.this_module, "aw"
+        .balign 64                      # the kernel keeps a color in the low bits of addresses within it
         .globl module
 module: {module}
         .data
+        .balign 8
 patch:  {patch}
 objects: {objects}
 funcs:  {func}
