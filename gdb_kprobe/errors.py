@@ -78,6 +78,22 @@ class GuestResetError(GuestStateError):
     """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
 
 
+class NeedsTypesError(GuestStateError):
+    """Something that only the types of the guest's kernel tell was asked of a kernel that has none (no BTF)."""
+
+    def __init__(self, what: str) -> None:
+        """*what* cannot be read; the beginning of a sentence."""
+        super().__init__(
+            f"{what} cannot be read without the types of the guest's kernel, and it has none (no BTF)", NEEDS_TYPES_HINT
+        )
+
+
+NEEDS_TYPES_HINT = (
+    "name its vmlinux, which has them: 'kprobe attach --vmlinux FILE', or 'kernel: {vmlinux: FILE}' in the profile; or "
+    "build it with CONFIG_DEBUG_INFO_BTF"
+)
+
+
 class RegionError(KprobeError):
     """The reserved region cannot be used as described."""
 

@@ -10,10 +10,10 @@ import functools
 import struct
 from array import array
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.types import Member
 from gdb_kprobe.target.protocols import Memory
 
 _MAGIC = 0xEB9F
@@ -38,15 +38,6 @@ _EXTRA = {
     17: (1, 0),  # DECL_TAG
     _ENUM64: (0, 3),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where a member is in its outermost structure, in bytes, and the size of its type."""
-
-    offset: int
-    size: int
-    type_id: int
 
 
 class Btf:
@@ -227,7 +218,7 @@ class Btf:
                 return None
             offset += found[0]
             type_id = found[1]
-        return Member(offset, self._size(type_id), type_id)
+        return Member(offset, self._size(type_id))
 
     def _direct(self, type_id: int, name: str) -> tuple[int, int] | None:
         """Return (byte offset, type) of the member *name*, also inside anonymous members."""

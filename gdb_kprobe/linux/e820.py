@@ -74,6 +74,10 @@ class E820Table:
             at = entry.end
         return at >= start + size
 
+    def is_ram(self, addr: PhysAddr) -> bool:
+        """Say whether the byte at *addr* is memory that the kernel uses."""
+        return any(entry.type == _RAM for entry in self.overlapping(addr, 1))
+
     def describe(self, start: PhysAddr, size: int) -> str:
         """Say in words what the range is to the guest, for a message."""
         found = self.overlapping(start, size)

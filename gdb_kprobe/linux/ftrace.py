@@ -41,10 +41,10 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_pointer, read_struct
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -65,7 +65,8 @@ _WORD = 8
 class FtraceLayout:
     """Where the members of ``struct dyn_ftrace`` are, in bytes, and what the bits of its flags mean.
 
-    *history* are the bits that stay when nobody uses the record any more (FTRACE_NOCLEAR_FLAGS without DISABLED).
+    *history* are the bits that stay when nobody uses the record any more (FTRACE_NOCLEAR_FLAGS without DISABLED). All
+    of them are 0 where they are not known.
     """
 
     size: int
@@ -74,6 +75,11 @@ class FtraceLayout:
     enabled: int
     disabled: int
     history: int
+
+    @property
+    def knows_flags(self) -> bool:
+        """Whether it is known what the flags mean; only then a record can be borrowed, or given back."""
+        return self.disabled != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,8 @@ class FtraceSite:
 
     def why_not_borrow(self, text: bytes) -> str | None:
         """Return why it cannot be borrowed now, or None. *text* is what is at :attr:`ip`, :data:`SITE_SIZE` bytes."""
+        if not self.layout.knows_flags:
+            return f"whether the guest's ftrace uses it is not known: {NeedsTypesError('its record').message}"
         if self.is_disabled:
             return "the guest's ftrace has this function disabled itself"
         if self.is_enabled:
@@ -219,13 +227,13 @@ class FtraceTracers:
         return None
 
 
-def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceRecords:
+def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, btf: Types) -> FtraceRecords:
     """Read all records. A kernel without CONFIG_DYNAMIC_FTRACE has none.
 
     :raises GuestStateError: the kernel has them, but they cannot be found.
     :raises UnmappedError: the list of pages leads to unmapped memory.
     """
-    if not btf.has_member("dyn_ftrace", "flags"):
+    if kallsyms.find("ftrace_pages_start") is None or not btf.has_member("dyn_ftrace", "flags"):
         return FtraceRecords(None, [])
     layout = _layout(btf)
     pages: list[tuple[VirtAddr, bytes]] = []
@@ -240,8 +248,12 @@ def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceR
     raise _endless("ftrace_pages_start")
 
 
-def _layout(btf: Btf) -> FtraceLayout:
+def _layout(btf: Types) -> FtraceLayout:
     ip, flags = btf.offset_of("dyn_ftrace", "ip"), btf.offset_of("dyn_ftrace", "flags")
+    try:
+        btf.enumerator("FTRACE_FL_ENABLED")
+    except NeedsTypesError:
+        return FtraceLayout(btf.size_of("dyn_ftrace"), ip, flags, 0, 0, 0)
     enabled, disabled = (btf.enumerator(f"FTRACE_FL_{name}") for name in ("ENABLED", "DISABLED"))
     if enabled is None or disabled is None:
         raise GuestStateError("the flags of struct dyn_ftrace are not as known here", "probe behind the function entry")
@@ -251,7 +263,7 @@ def _layout(btf: Btf) -> FtraceLayout:
     return FtraceLayout(btf.size_of("dyn_ftrace"), ip, flags, enabled, disabled, history)
 
 
-def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceTracers:
+def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Types) -> FtraceTracers:
     """Read who is registered with ftrace. A filter that waits for a module to be loaded counts as no filter.
 
     :raises GuestStateError: the list cannot be found, or has no end.
@@ -269,7 +281,13 @@ def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> FtraceT
     return FtraceTracers(tuple(tracers), changing)
 
 
-def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[Struct]:
+def has_ops(memory: Memory, kallsyms: Kallsyms) -> bool:
+    """Say whether anybody is registered with ftrace; nobody is in a kernel without it."""
+    head, end = kallsyms.find("ftrace_ops_list"), kallsyms.find("ftrace_list_end")
+    return head is not None and read_pointer(memory, head) not in (0, end)
+
+
+def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Iterator[Struct]:
     """Yield each ``struct ftrace_ops`` that is registered.
 
     :raises GuestStateError: the list cannot be found, or has no end.
@@ -286,7 +304,7 @@ def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[Struc
     raise _endless("ftrace_ops_list")
 
 
-def read_hash(memory: Memory, btf: Btf, addr: VirtAddr) -> frozenset[int]:
+def read_hash(memory: Memory, btf: Types, addr: VirtAddr) -> frozenset[int]:
     """Return the addresses in the ``struct ftrace_hash`` at *addr*; none for a null pointer."""
     if not addr:
         return frozenset()
@@ -297,7 +315,7 @@ def read_hash(memory: Memory, btf: Btf, addr: VirtAddr) -> frozenset[int]:
     return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, btf, head))
 
 
-def _chain(memory: Memory, btf: Btf, node: int) -> Iterator[Struct]:
+def _chain(memory: Memory, btf: Types, node: int) -> Iterator[Struct]:
     link = btf.offset_of("ftrace_func_entry", "hlist")
     for _ in range(_MOST_ENTRIES):
         if not node:

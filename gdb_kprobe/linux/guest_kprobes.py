@@ -19,20 +19,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_struct
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
 from gdb_kprobe.target.protocols import Memory
 
-_BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
+BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
 _MOST: Final = 1 << 16
 _OPTIMIZED: Final = 4  # KPROBE_FLAG_OPTIMIZED
 _ON_FTRACE: Final = 8  # KPROBE_FLAG_FTRACE
 _JMP_REL32: Final = b"\xe9"
 _JMP_REL32_SIZE: Final = 5
 _INT3_SIZE: Final = 1
-_MAX_RESERVED: Final = 4 + 15
+MAX_RESERVED: Final = 4 + 15
 """MAX_OPTIMIZED_LENGTH, arch/x86/include/asm/kprobes.h: a jump's bytes but for one, and the longest instruction."""
 
 
@@ -42,13 +42,15 @@ class GuestKprobe:
 
     *original* is what was at *addr* before its int3 or jump; empty where it patches nothing itself (ftrace calls it).
     *size*: bytes of text from *addr* on that it has patched, or may patch at any time. *leads_to* is where the jump
-    goes, rel32, that was there when it was registered; ``None`` where another instruction was.
+    goes, rel32, that was there when it was registered; ``None`` where another instruction was. *opaque*: what it has
+    patched is not known, so that its function cannot be decoded.
     """
 
     addr: VirtAddr
     original: bytes = b""
     size: int = _INT3_SIZE
     leads_to: VirtAddr | None = None
+    opaque: bool = False
 
     @property
     def range(self) -> AddressRange:
@@ -77,13 +79,13 @@ class GuestKprobes:
         """Those to which a byte of *text* belongs, the lowest first."""
         if not self._all:
             return
-        first = bisect_left(self._addrs, text.start - _MAX_RESERVED + 1)
+        first = bisect_left(self._addrs, text.start - MAX_RESERVED + 1)
         for kprobe in self._all[first : bisect_left(self._addrs, text.end)]:
             if kprobe.range.overlaps(text):
                 yield kprobe
 
 
-def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> GuestKprobes:
+def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Types) -> GuestKprobes:
     """Read all of them, as they are now. Without CONFIG_KPROBES there are none.
 
     :raises UnmappedError: the table leads to unmapped memory.
@@ -95,7 +97,7 @@ def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> GuestKpr
     link = btf.offset_of("kprobe", "hlist")
     # An aggregate (kprobe_aggrprobe()), which is part of a struct optimized_kprobe, is known by its handler.
     aggregate = kallsyms.find("aggr_pre_handler") if btf.has_member("optimized_kprobe", "optinsn") else None
-    heads = struct.unpack(f"<{_BUCKETS}Q", memory.read(table, 8 * _BUCKETS))
+    heads = struct.unpack(f"<{BUCKETS}Q", memory.read(table, 8 * BUCKETS))
     return GuestKprobes(
         _kprobe(memory, probe, aggregate)
         for head in heads
@@ -104,7 +106,7 @@ def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> GuestKpr
     )
 
 
-def _chain(memory: Memory, btf: Btf, node: VirtAddr, link: int) -> Iterator[Struct]:
+def _chain(memory: Memory, btf: Types, node: VirtAddr, link: int) -> Iterator[Struct]:
     for _ in range(_MOST):
         probe = read_struct(memory, btf, "kprobe", VirtAddr(node - link))
         yield probe
@@ -129,7 +131,7 @@ def _kprobe(memory: Memory, probe: Struct, aggregate: VirtAddr | None) -> GuestK
     if prepared and flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
         member = probe.btf.member("optimized_kprobe", "optinsn.copied_insn")
         original += memory.read(offset(optimized, member.offset), member.size)
-    return GuestKprobe(addr, original, min(max(prepared, len(original)), _MAX_RESERVED), leads_to)
+    return GuestKprobe(addr, original, min(max(prepared, len(original)), MAX_RESERVED), leads_to)
 
 
 def _leads_to(memory: Memory, probe: Struct, addr: VirtAddr) -> VirtAddr | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.image import read_string
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
 from gdb_kprobe.linux.structs import Struct, for_each_struct, read_struct
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -56,7 +56,7 @@ class Module:
         return sum(window.size for window in self.ranges)
 
 
-def read_modules(memory: Memory, btf: Btf, modules: VirtAddr) -> tuple[Module, ...]:
+def read_modules(memory: Memory, btf: Types, modules: VirtAddr) -> tuple[Module, ...]:
     """Read the list at symbol ``modules``, the last loaded first. Modules still being formed are left out.
 
     :raises GuestStateError: the list or the structures are not as known here.

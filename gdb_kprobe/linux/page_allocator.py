@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_ptr
 from gdb_kprobe.linux.structs import read_pointer
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -88,7 +88,7 @@ def way_points(kallsyms: Kallsyms) -> tuple[VirtAddr, ...]:
     return tuple(found for name in names if (found := kallsyms.find(name)) is not None)
 
 
-def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Btf, registers: dict[str, int]) -> bool:
+def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Types, registers: dict[str, int]) -> bool:
     """Whether a CPU with these *registers* is where it may be called: in the kernel, nothing held, nothing off.
 
     Not in an idle task: its CPU halts, and would not wake for us.

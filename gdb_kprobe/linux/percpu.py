@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
 
-def possible_cpus(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[int, ...]:
+def possible_cpus(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[int, ...]:
     """Return the numbers of the CPUs in ``cpu_possible_mask``.
 
     :raises GuestStateError: this kernel lacks the mask.
@@ -20,7 +20,7 @@ def possible_cpus(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[int, ..
     return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
 
 
-def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, int]:
+def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, btf: Types) -> dict[int, int]:
     """Return what to add to a per-CPU symbol's address (modulo 2**64), for each possible CPU.
 
     :raises GuestStateError: this kernel lacks the table.
@@ -35,7 +35,7 @@ def per_cpu_ptr(symbol: VirtAddr, offset: int) -> VirtAddr:
     return VirtAddr((symbol + offset) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
-def hot_symbol(kallsyms: Kallsyms, btf: Btf, name: str) -> VirtAddr:
+def hot_symbol(kallsyms: Kallsyms, btf: Types, name: str) -> VirtAddr:
     """A per-CPU variable that was a member of ``pcpu_hot`` for a while.
 
     Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from gdb_kprobe.linux.btf import Btf
-from gdb_kprobe.linux.ftrace import for_each_ops, read_hash
+from gdb_kprobe.linux.ftrace import for_each_ops, has_ops, read_hash
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_pointer, read_struct
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -35,13 +35,15 @@ class Redirect:
     changing: bool = False
 
 
-def read_redirects(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Mapping[VirtAddr, Redirect]:
+def read_redirects(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Mapping[VirtAddr, Redirect]:
     """Read which functions are redirected now, by the address of the nop at their entry.
 
     :raises GuestStateError: the list of tracers cannot be found, or has no end.
     :raises UnmappedError: it leads to unmapped memory.
     """
     found: dict[VirtAddr, Redirect] = {}
+    if not has_ops(memory, kallsyms):
+        return found
     ip_modify = btf.enumerator("FTRACE_OPS_FL_IPMODIFY")
     if ip_modify is None:
         return found
@@ -56,7 +58,7 @@ def read_redirects(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Mapping[Virt
     return found
 
 
-def _redirect(memory: Memory, kallsyms: Kallsyms, btf: Btf, ops: Struct) -> Redirect | None:
+def _redirect(memory: Memory, kallsyms: Kallsyms, btf: Types, ops: Struct) -> Redirect | None:
     symbol = kallsyms.symbol_at(ops.pointer("func"))
     name = "" if symbol is None else symbol[0].name
     if name in _HARMLESS:

@@ -164,11 +164,34 @@ class Run:
         return scan
 
 
-class ReferenceSearch(References):
-    """What *runs*, which are all live text, and the guest's *tables* refer to."""
+class OpaqueRun:
+    """A run of text, *code* at *start*, that cannot be decoded: all that may be a reference is taken for one."""
 
-    def __init__(self, runs: Iterable[Run], tables: TextTables, *, jump_tables: bool = True) -> None:
+    def __init__(self, start: VirtAddr, code: bytes) -> None:
+        self._start = start
+        self._code = code
+        self._fields: dict[AddressRange, _Fields] = {}
+
+    def leads(self, area: AddressRange, start: int, end: int) -> bool:
+        """Whether anything may lead to *start* or above it, below *end*, both within *area*."""
+        if area not in self._fields:
+            self._fields[area] = _find_fields(self._start, self._code, area)
+        return bool(self._fields[area].between(start, min(end, area.end)))
+
+
+class ReferenceSearch(References):
+    """What *runs*, which are all live text but for the *opaque* one, and the guest's *tables* refer to."""
+
+    def __init__(
+        self,
+        runs: Iterable[Run],
+        tables: TextTables,
+        *,
+        jump_tables: bool = True,
+        opaque: Iterable[OpaqueRun] = (),
+    ) -> None:
         self.jump_tables = jump_tables
+        self._opaque = tuple(opaque)
         self._runs = tuple(runs)
         self._tables = SortedAddresses(table_targets(tables))
         windows = [run.window for run in self._runs]
@@ -177,7 +200,7 @@ class ReferenceSearch(References):
         self._fields: dict[tuple[AddressRange, AddressRange], _Fields] = {}
 
     def is_target(self, start: int, end: int) -> bool:
-        if self._tables.any_in(start, end):
+        if self._tables.any_in(start, end) or self._may_lead(start, end):
             return True
         return any(
             any(start <= addr < end for addr in scan.targets) or self._takes(scan, start, end)
@@ -185,12 +208,16 @@ class ReferenceSearch(References):
         )
 
     def is_taken(self, start: int, end: int) -> bool:
-        return any(self._takes(scan, start, end) for scan in self._leading(start, end))
+        return self._may_lead(start, end) or any(self._takes(scan, start, end) for scan in self._leading(start, end))
 
     def has_indirect_jump(self, start: int, end: int) -> bool:
         runs = (run for run in self._runs if run.may_jump_indirectly(start, end))
         pieces = (scan for run in runs for scan in run.scans_within(start, end))
         return any(start <= addr < end for scan in pieces for addr in scan.indirect)
+
+    def _may_lead(self, start: int, end: int) -> bool:
+        area = next((area for area in self._areas if start in area), None)
+        return area is not None and any(run.leads(area, start, end) for run in self._opaque)
 
     def _takes(self, scan: Scan, start: int, end: int) -> bool:
         """Whether code that *scan* is of has such an address, which is of text."""

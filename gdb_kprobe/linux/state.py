@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestPanickedError, GuestStateError
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.target.protocols import Memory
 
 _RUNNING = "SYSTEM_RUNNING"
@@ -44,7 +44,7 @@ class GuestState:
             )
 
 
-def read_state(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> GuestState:
+def read_state(memory: Memory, kallsyms: Kallsyms, btf: Types) -> GuestState:
     """Read the state of the guest's kernel.
 
     :raises GuestStateError: this kernel lacks one of the variables.

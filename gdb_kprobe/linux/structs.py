@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.btf import Btf
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -17,7 +17,7 @@ _LONGEST_LIST = 1 << 17
 class Struct:
     """A copy of one structure: where it is, its type's name and its bytes."""
 
-    btf: Btf
+    btf: Types
     type_name: str
     addr: VirtAddr
     data: bytes
@@ -58,7 +58,7 @@ class Struct:
         return self.data[member.offset : member.offset + member.size].partition(b"\0")[0].decode("utf-8", "replace")
 
 
-def read_struct(memory: Memory, btf: Btf, type_name: str, addr: VirtAddr) -> Struct:
+def read_struct(memory: Memory, btf: Types, type_name: str, addr: VirtAddr) -> Struct:
     """Read the whole ``struct`` (or ``union``) *type_name* at *addr*.
 
     :raises UnmappedError: it is not there.
@@ -90,7 +90,7 @@ def for_each_list_entry(memory: Memory, head: VirtAddr, member_offset: int) -> I
     raise _endless(head)
 
 
-def for_each_struct(memory: Memory, btf: Btf, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
+def for_each_struct(memory: Memory, btf: Types, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
     """Yield copies of the structures on the ``list_head`` at *head*, linked by their *member*; one read for each.
 
     :raises UnmappedError: the list leads to unmapped memory.

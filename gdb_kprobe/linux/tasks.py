@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_pointer
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -73,7 +73,7 @@ class StackWord:
     value: int
 
 
-def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Task, ...]:
+def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Task, ...]:
     """Return every thread of every process, and the idle task (pid 0) of each possible CPU.
 
     :raises GuestStateError: this kernel's structures are not as known here.
@@ -97,7 +97,7 @@ def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Task, ...]
     return tuple(_read_task(memory, btf, addr) for addr in found)
 
 
-def _read_task(memory: Memory, btf: Btf, addr: VirtAddr) -> Task:
+def _read_task(memory: Memory, btf: Types, addr: VirtAddr) -> Task:
     members = ("pid", "tgid", "comm", "stack", "thread.sp")
     size = max(btf.offset_of("task_struct", name) + btf.member("task_struct", name).size for name in members)
     task = Struct(btf, "task_struct", addr, memory.read(addr, size))
@@ -120,7 +120,7 @@ def task_on_stack(tasks: Iterable[Task], rsp: int) -> Task | None:
     return next((task for task in tasks if rsp in task.stack), None)
 
 
-def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...]:
+def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Stack, ...]:
     """Return the interrupt, exception (IST) and entry stacks of all possible CPUs.
 
     :raises GuestStateError: this kernel's variables are not as known here.
@@ -145,7 +145,7 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> tuple[Stack, ...
     return tuple(stacks)
 
 
-def _storage(kallsyms: Kallsyms, btf: Btf, symbol: str, type_name: str, offset: int) -> AddressRange:
+def _storage(kallsyms: Kallsyms, btf: Types, symbol: str, type_name: str, offset: int) -> AddressRange:
     start = per_cpu_ptr(kallsyms.address(symbol), offset)
     return AddressRange(start, VirtAddr(start + btf.size_of(type_name)))
 
@@ -181,7 +181,7 @@ def task_stacks(tasks: Iterable[Task], running: Iterable[VirtAddr] = ()) -> Iter
         yield Stack(str(task), AddressRange(VirtAddr(start & ~7), task.stack.end))
 
 
-def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> dict[int, VirtAddr]:
+def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> dict[int, VirtAddr]:
     """Return the task that runs on each possible CPU, by its ``struct task_struct``.
 
     :raises GuestStateError: this kernel keeps the current task where it is not known here.

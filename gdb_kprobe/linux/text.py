@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module, ModuleState
 from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.linux.text_tables import TextTables, read_text_tables
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -228,7 +228,7 @@ class TextFacts:
         return f"{found[0]}+{found[1]:#x}" if found else f"{addr:#x}"
 
 
-def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...]) -> TextFacts:
+def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...]) -> TextFacts:
     """Read everything that decides what text may be touched. *kallsyms* has the symbols of *modules*.
 
     :raises GuestStateError: the kernel's structures are not as known here.
@@ -252,7 +252,7 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple
 
 
 def _read_forbidden(
-    memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: Iterable[Module]
+    memory: Memory, kallsyms: Kallsyms, btf: Types, modules: Iterable[Module]
 ) -> Iterator[ForbiddenRange]:
     for start, end, reason, what in _SECTIONS:
         section = kallsyms.section(start, end)

@@ -11,10 +11,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import for_each_struct
+from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -72,7 +72,7 @@ class TextTables:
     locks: array[int]
 
 
-def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...]) -> TextTables:
+def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...]) -> TextTables:
     """Read all tables of the core kernel and of *modules*. A table that this kernel does not have is empty.
 
     :raises GuestStateError: a table is there, but its entries are not as known here.
@@ -96,7 +96,7 @@ def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Btf, modules: tupl
 
 
 def _sections(
-    kallsyms: Kallsyms, btf: Btf, modules: tuple[Module, ...], table: _Table
+    kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...], table: _Table
 ) -> Iterator[tuple[AddressRange, tuple[AddressRange, ...]]]:
     """Yield where each copy of *table* is, and the memory of the kernel or module that it speaks of.
 
@@ -105,7 +105,7 @@ def _sections(
     core = kallsyms.section(table.start, table.stop)
     if core is not None and core.size:
         yield core, kallsyms.tables[0].ranges
-    if not btf.has_member("module", table.module_count):
+    if not modules or not btf.has_member("module", table.module_count):
         return
     for module in modules:
         count = module.raw.uint(table.module_count)
@@ -116,7 +116,7 @@ def _sections(
 
 
 def _relative_column(
-    memory: Memory, btf: Btf, section: AddressRange, type_name: str, member_name: str
+    memory: Memory, btf: Types, section: AddressRange, type_name: str, member_name: str
 ) -> Iterator[int]:
     """Yield what a self-relative 32-bit member of each entry in *section* points to."""
     member, step = btf.member(type_name, member_name), btf.size_of(type_name)
@@ -127,7 +127,7 @@ def _relative_column(
         yield (at + index * step + distance) & 0xFFFF_FFFF_FFFF_FFFF
 
 
-def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, btf: Btf) -> Iterator[int]:
+def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Iterator[int]:
     """Yield the places in ``smp_alt_modules``, the list of what the kernel may still patch.
 
     The section's own symbols do not help: after boot it is freed where no further CPU is possible.

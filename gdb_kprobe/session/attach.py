@@ -11,7 +11,7 @@ from typing import Final
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
-from gdb_kprobe.errors import GuestStateError, RegionError
+from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr, Rung
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
@@ -44,6 +44,14 @@ class Attached:
     memory: RamView
     left: tuple[tuple[Definition, Counter | None], ...] = ()
 
+    @property
+    def lacks(self) -> str:
+        """What is not known of the guest for want of its kernel's types, and what to do; empty if nothing."""
+        if not isinstance(self.guest, LinuxGuest) or self.guest.has_types:
+            return ""
+        unknown = "".join(f"; {what}" for what in self.guest.unknown)
+        return f"the guest's kernel has no types (no BTF){unknown}. To change that, {NEEDS_TYPES_HINT}"
+
 
 def attach(
     machine: Machine,
@@ -69,6 +77,8 @@ def attach(
     with contextlib.ExitStack() as undo:
         region, found = _put_region(machine, memory, guest, profile.region, messages)
         undo.callback(_take_away, region, machine)
+        if isinstance(guest, LinuxGuest):
+            guest.region = region.header.range
         left = _left(found, region)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from gdb_kprobe.errors import GuestStateError, KprobeError, RegionError
+from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestStateError, KprobeError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.linux.page_allocator import find_page_allocator
@@ -41,6 +41,9 @@ def examine(machine: Machine, guest: LinuxGuest, vcpus: int) -> Iterator[Finding
     yield _qemu(machine, guest.has_cmpxchg16b, vcpus)
     yield _acceleration(machine)
     yield Finding("kernel", guest.description)
+    if not guest.has_types:
+        unknown = f": {'; '.join(guest.unknown)}" if guest.unknown else ""
+        yield Finding("types", f"the kernel has none (no BTF){unknown}", NEEDS_TYPES_HINT)
     yield from _tables(guest)
     yield _dispatch(guest)
     yield _memory(machine)
@@ -81,7 +84,8 @@ def _tables(guest: LinuxGuest) -> Iterator[Finding]:
     except KprobeError as error:
         yield Finding("ftrace", f"its records cannot be read: {error.message}", "probe behind the entries' nops")
     else:
-        yield Finding("ftrace", f"{sites} nops at entries, which can be borrowed for jumps")
+        can = "which can be borrowed for jumps" if guest.has_types else "which are left alone"
+        yield Finding("ftrace", f"{sites} nops at entries, {can}")
 
 
 def _dispatch(guest: LinuxGuest) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdb_kprobe.errors import UnmappedError
+from gdb_kprobe.errors import NEEDS_TYPES_HINT, UnmappedError
 from gdb_kprobe.kprobes.padding import begins_padding, is_fill
 from gdb_kprobe.kprobes.patch import CodePatch, TextMap, recover
 from gdb_kprobe.linux.guest_kprobes import GuestKprobes
@@ -51,6 +51,13 @@ class FunctionText:
         """Why instruction *index* must not be probed on any rung; ``None`` where only the rungs' rules are left."""
         insn = self._insns[index]
         place = self._guest.place_of(insn.addr)
+        for kprobe in self.kprobes.within(AddressRange(self.place.start, max(self.place.end, insn.end))):
+            if kprobe.opaque:
+                detail = (
+                    f"the guest has put one at {self._guest.place_of(kprobe.addr)}, and what was there is not known"
+                )
+                hint = f"remove it in the guest, or probe another function; with the kernel's types: {NEEDS_TYPES_HINT}"
+                return Refusal(Reason.GUEST_KPROBE, insn.addr, detail, hint)
         refusal = self._guest.refusal_at(place, insn.length) or self._guest_kprobe(insn)
         if refusal is not None:
             return refusal
@@ -60,6 +67,16 @@ class FunctionText:
             self._insns[index - 1] if index else None, insn, self._at(index + 1) if may_shadow(insn) else None
         )
         return None if together is None else Refusal(together.reason, insn.addr, together.detail)
+
+    def _opaque(self, insn: Insn) -> Refusal | None:
+        """Why nothing of the function can be probed: it cannot be decoded."""
+        function = AddressRange(self.place.start, max(self.place.end, insn.end))
+        kprobe = next((kprobe for kprobe in self.kprobes.within(function) if kprobe.opaque), None)
+        if kprobe is None:
+            return None
+        detail = f"the guest has put one at {self._guest.place_of(kprobe.addr)}; what was there is not known"
+        hint = f"remove it in the guest, or probe another function; or {NEEDS_TYPES_HINT}"
+        return Refusal(Reason.GUEST_KPROBE, insn.addr, detail, hint)
 
     def _guest_kprobe(self, insn: Insn) -> Refusal | None:
         return guest_kprobe_in(self._guest, AddressRange(insn.addr, insn.end))

@@ -19,7 +19,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from gdb_kprobe.errors import GuestStateError, UnmappedError
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.linux.page_allocator import RETURN, may_call_here, way_points
 from gdb_kprobe.model import GENERAL_REGISTERS, CpuId, VirtAddr, offset
@@ -115,7 +115,8 @@ def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
     # That of the user's first: where another one calls, theirs goes on meanwhile.
     for cpu in sorted(machine.cpus(), key=lambda cpu: cpu != machine.shown):
         registers = machine.read_registers(cpu)
-        with contextlib.suppress(UnmappedError):
+        # Without the kernel's types that cannot be told of a vCPU that is not at the entry of a certain function.
+        with contextlib.suppress(UnmappedError, NeedsTypesError):
             if may_call_here(guest.memory, guest.kallsyms, guest.btf, registers):
                 return cpu
     reached = machine.run_to(way_points(guest.kallsyms), _PATIENCE)

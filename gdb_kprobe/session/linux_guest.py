@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdb_kprobe.errors import GuestStateError, RefusedError
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError, RefusedError
 from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
@@ -32,7 +32,9 @@ from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
+from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.redirects import Redirect, read_redirects
+from gdb_kprobe.linux.stack_areas import scan_all_stacks
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
     StackKind,
@@ -45,6 +47,8 @@ from gdb_kprobe.linux.tasks import (
     task_stacks,
 )
 from gdb_kprobe.linux.text import TextFacts, read_text_facts
+from gdb_kprobe.linux.types import Types
+from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.linux.vmlinux import build_id_of, types_of
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.session.guest import Place, runs_from
@@ -82,7 +86,9 @@ class LinuxGuest:
         self._bp_text = memory.walk(self.bp_entry)
         self.gates = gates.handlers()
         self._core = self.kallsyms = kallsyms
-        self.btf: Btf = read_btf(memory, kallsyms) or self._types_of(vmlinux)
+        self.btf: Types = read_btf(memory, kallsyms) or self._types_of(vmlinux)
+        self.region: AddressRange | None = None
+        """Where a session has put its own code, which is no text of the guest's."""
         self._modules: tuple[Module, ...] = ()
         self._read_modules()
 
@@ -177,15 +183,24 @@ class LinuxGuest:
 
     @cached_property
     def has_lahf(self) -> bool:
-        return self._has_feature(_FEATURE_LAHF_LM)
+        try:
+            return self._has_feature(_FEATURE_LAHF_LM)
+        except NeedsTypesError:
+            return False
 
     @property
     def has_cmpxchg16b(self) -> bool:
-        """Whether all vCPUs have it."""
-        return self._has_feature(_FEATURE_CX16)
+        """Whether all vCPUs have it, as far as is known."""
+        try:
+            return self._has_feature(_FEATURE_CX16)
+        except NeedsTypesError:
+            return True
 
     def _has_feature(self, number: int) -> bool:
-        """Linux keeps the features that all its CPUs have in ``boot_cpu_data``."""
+        """Linux keeps the features that all its CPUs have in ``boot_cpu_data``.
+
+        :raises NeedsTypesError: where in there is not known.
+        """
         at = self.kallsyms.address("boot_cpu_data") + self.btf.offset_of("cpuinfo_x86", "x86_capability")
         word, bit = divmod(number, 32)
         return bool(int.from_bytes(self.memory.read(VirtAddr(at + 4 * word), 4), "little") >> bit & 1)
@@ -201,9 +216,26 @@ class LinuxGuest:
             if self._core_runs is None:
                 self._core_runs = core_runs(self._snapshot((core,), text))
             self._references = search_references(
-                self._facts, [*self._core_runs, *runs(self._snapshot(tuple(modules), text))]
+                self._facts, [*self._core_runs, *runs(self._snapshot(tuple(modules), text))], self._opaque_text()
             )
         return self._references
+
+    def _opaque_text(self) -> Iterator[tuple[VirtAddr, bytes]]:
+        """Text that may refer to other, and cannot be decoded: of modules whose symbols are not known.
+
+        So is that of a function with a kprobe of the guest's in it that has replaced what is not known.
+        """
+        if self.has_types:
+            return
+        ranges = [AddressRange(place.start, place.end) for place in map(self.place_of, self._opaque_kprobes())]
+        if self._has_modules:
+            found = (run.range for run in self.memory.mappings(MODULES) if run.executable)
+            ranges += [run for run in found if self.region is None or not run.overlaps(self.region)]
+        for run in ranges:
+            yield run.start, self.memory.read(run.start, run.size)
+
+    def _opaque_kprobes(self) -> Iterator[VirtAddr]:
+        return (kprobe.addr for kprobe in self.own_kprobes() if kprobe.opaque)
 
     def snapshot(self, text: TextMap) -> Snapshot:
         """All live text as it is now; *text* knows what of it is ours."""
@@ -230,16 +262,22 @@ class LinuxGuest:
 
     def redirects(self) -> Mapping[VirtAddr, Redirect]:
         if self._redirects_read is None:
-            found = {}
-            if self.btf.has_member("dyn_ftrace", "flags"):
-                found = dict(read_redirects(self.memory, self.kallsyms, self.btf))
-            self._redirects_read = found
+            try:
+                self._redirects_read = read_redirects(self.memory, self.kallsyms, self.btf)
+            except NeedsTypesError:
+                self._redirects_read = {}  # said at the attach
         return self._redirects_read
 
     def own_kprobes(self) -> GuestKprobes:
         if self._kprobes_read is None:
-            self._kprobes_read = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
+            if self.has_types:
+                self._kprobes_read = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
+            else:
+                self._kprobes_read = read_untyped_kprobes(self.memory, self.kallsyms, self._is_ftrace_nop)
         return self._kprobes_read
+
+    def _is_ftrace_nop(self, addr: VirtAddr) -> bool:
+        return any(site.ip == addr for site in self.ftrace_sites(AddressRange(addr, offset(addr, 1))))
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return self._facts.fixup_of(addr)
@@ -290,6 +328,8 @@ class LinuxGuest:
     # -- what changes while the guest runs ----------------------------------------------------------------------
 
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
+        if not self.has_types:
+            return scan_all_stacks(self.memory, self.kallsyms, self.e820(), target, stack_pointers.values())
         tasks = read_tasks(self.memory, self.kallsyms, self.btf)
         running = current_tasks(self.memory, self.kallsyms, self.btf).values()
         stacks = list(task_stacks(tasks, running))
@@ -311,6 +351,10 @@ class LinuxGuest:
 
     @property
     def takes_modules(self) -> bool:
+        return self.has_types and self._has_modules
+
+    @property
+    def _has_modules(self) -> bool:
         return self._core.find("modules") is not None  # CONFIG_MODULES
 
     def loaded_modules(self) -> Mapping[str, str]:
@@ -331,26 +375,41 @@ class LinuxGuest:
 
     # -- private ------------------------------------------------------------------------------------------------
 
-    def _types_of(self, vmlinux: Path | None) -> Btf:
-        """The types of a kernel that has none in its memory.
+    def _types_of(self, vmlinux: Path | None) -> Types:
+        """The types of a kernel that has none in its memory; without *vmlinux* those that can be proven.
 
-        :raises GuestStateError: *vmlinux* is not given, or another kernel's.
-        :raises KprobeError: it has none either.
+        :raises GuestStateError: *vmlinux* is another kernel's.
+        :raises KprobeError: it has no types either.
         """
         if vmlinux is None:
-            raise GuestStateError(
-                "the guest's kernel has no type information (BTF), so that its structures cannot be read",
-                "name its vmlinux with debug info in the profile (kernel: vmlinux: PATH), or build it with"
-                " CONFIG_DEBUG_INFO_BTF",
-            )
+            return prove_types(self.memory, self.kallsyms)
         found = build_id_of(vmlinux)[:BUILD_ID_SIZE].ljust(BUILD_ID_SIZE, b"\0")
         if found != self.build_id:
             raise GuestStateError(
-                f"the profile's {vmlinux} is not the guest's kernel: its build id is {found.hex()}, the guest's"
+                f"{vmlinux} is not the guest's kernel: its build id is {found.hex()}, the guest's"
                 f" {self.build_id.hex()}",
                 f"the guest runs {self.description}, and has no type information of its own",
             )
         return Btf(types_of(vmlinux))
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What the kernel has, or may have, of which nothing is known without its types; for messages."""
+        if self.has_types:
+            return ()
+        found = []
+        if self._has_modules:
+            found.append("what is in modules cannot be probed")
+        if self.kallsyms.find("ftrace_ops_list") is not None:
+            found += ["live patches of a function are not seen", "an entry's nop cannot be borrowed"]
+        if self.kallsyms.find("kprobe_table") is not None:
+            found.append("functions in which the guest has a kprobe of its own are refused")
+        return tuple(found)
+
+    @property
+    def has_types(self) -> bool:
+        """Whether all types of the kernel are known, and not only what can be proven without."""
+        return isinstance(self.btf, Btf)
 
     @property
     def _facts(self) -> TextFacts:
@@ -360,7 +419,10 @@ class LinuxGuest:
 
     def _read_modules(self) -> None:
         modules: tuple[Module, ...] = ()
-        if self.takes_modules:
+        if not self.has_types:
+            # A reference may come from a module, of which nothing but its text can be read.
+            self._references = None
+        elif self.takes_modules:
             modules = read_modules(self.memory, self.btf, self._core.address("modules"))
         if modules == self._modules and self._facts_read is not None:
             return
@@ -426,13 +488,18 @@ class LinuxGuest:
             detail = f"{location.symbol} is data (type {other.type})"
             hint = "a probe needs the address of an instruction: name a function"
             raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, hint))
-        if location.module and not self.takes_modules:
+        if location.module and not self._has_modules:
             detail = f"there is no module {location.module}: the guest's kernel has none (no CONFIG_MODULES)"
             hint = f"what is built in is probed by its name alone: {location.symbol}"
             raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), detail, hint))
         close = self._close_names(location.symbol)
+        detail = f"{location.symbol} is not in kallsyms"
         hint = f"did you mean {', '.join(close)}?" if close else "'kprobe add PREFIX<TAB>' completes symbols"
-        raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), f"{location.symbol} is not in kallsyms", hint))
+        if self._has_modules and not self.has_types:
+            error = NeedsTypesError("what is in modules")
+            detail = f"{location.symbol} is not in the core kernel's kallsyms, and {error.message}"
+            hint = f"{hint} If it is in a module, {error.hint}" if close and not location.module else error.hint
+        raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), detail, hint))
 
     def _close_names(self, name: str) -> list[str]:
         """Functions whose names are like *name*.
@@ -466,6 +533,8 @@ def _load_of(module: Module) -> str:
 
 def open_linux(monitor: Monitor, memory: PhysicalMemory, vmlinux: Path | None = None) -> LinuxGuest:
     """Find the kernel that the stopped machine runs; *vmlinux* has its types, should it have none itself.
+
+    Without them it is understood as far as goes without (:attr:`LinuxGuest.has_types`).
 
     :raises GuestStateError: there is none, it is not up yet, or it has panicked: which, and what to do.
     """

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import TargetError, UnmappedError
+from gdb_kprobe.errors import NeedsTypesError, TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.borrows import give_back
@@ -102,6 +102,12 @@ def _return_records(guest: Guest, sites: Iterable[Record]) -> list[str]:
     tracers = None
     for record in sites:
         for site in guest.ftrace_sites(record.patch.range) if record.borrowed else ():
+            if not site.layout.knows_flags:
+                messages.append(
+                    f"the guest's ftrace may leave {guest.place_of(site.ip)} alone from now on: "
+                    f"{NeedsTypesError('its record').message}"
+                )
+                continue
             if site.record != record.borrowed or not site.is_disabled:
                 continue  # another record took its place, or it was given back for another site
             tracers = tracers or guest.ftrace_tracers()

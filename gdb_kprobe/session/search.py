@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-from gdb_kprobe.linux.reference_search import ReferenceSearch, Run
+from gdb_kprobe.linux.reference_search import OpaqueRun, ReferenceSearch, Run
 from gdb_kprobe.linux.text import TextFacts
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.session.pieces import Snapshot, thunks_of
@@ -28,6 +28,13 @@ def _kept(start: VirtAddr, code: bytes, symbols: tuple[int, ...], thunks: Addres
     return Run(start, code, symbols, thunks)
 
 
-def search_references(facts: TextFacts, text: Iterable[Run]) -> ReferenceSearch:
-    """What goes where in *text*, all live text of a guest, of which *facts* tells."""
-    return ReferenceSearch(text, facts.tables, jump_tables=thunks_of(facts.kallsyms) is None)
+def search_references(
+    facts: TextFacts, text: Iterable[Run], opaque: Iterable[tuple[VirtAddr, bytes]] = ()
+) -> ReferenceSearch:
+    """What goes where in *text*, of which *facts* tells, and may go where in *opaque*: all live text of a guest."""
+    return ReferenceSearch(
+        text,
+        facts.tables,
+        jump_tables=thunks_of(facts.kallsyms) is None,
+        opaque=[OpaqueRun(start, code) for start, code in opaque],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
 from gdb_kprobe.testing.places import spelled
 from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest.build.debian import cached_kernel
+from kprobe_guest.build.kernel import find_kernel
+from kprobe_guest.errors import BuildError
 
 
 @dataclass
@@ -141,3 +145,19 @@ def probed(
     yield boot
     for probed in used:
         probed.check_untouched()
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> str:
+    """The name of a kernel that can be had.
+
+    To build one takes more than minutes: a small one is taken if it is there, and built where all tests are run.
+    """
+    name: str = request.param
+    if name.startswith("small") and cached_kernel(name) is None and not os.environ.get("GDB_KPROBE_FULL"):
+        pytest.skip(f"{name} is not built: 'gdb-kprobe build --kernel {name}' does it, or set GDB_KPROBE_FULL=1")
+    try:
+        find_kernel(name)
+    except BuildError as error:
+        pytest.skip(f"kernel {name} cannot be had: {error}")
+    return name

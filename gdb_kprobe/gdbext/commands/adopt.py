@@ -6,7 +6,7 @@ import gdb
 
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
-from gdb_kprobe.gdbext.commands.attach import add_arguments, attach
+from gdb_kprobe.gdbext.commands.attach import add_arguments, attach, profile_of
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.definitions import Definition
@@ -16,7 +16,7 @@ from gdb_kprobe.session.probes import Probe
 class Adopt(Command):
     """Attach, and take over the probes that an earlier gdb left, with their counts.
 
-    kprobe adopt [--dispatch auto|guest|stub] [PROFILE]
+    kprobe adopt [--dispatch auto|guest|stub] [--vmlinux FILE] [PROFILE]
 
     For when gdb was killed, or its connection lost. What the probes are and what they have counted is read from the
     guest's memory. They are armed anew before the guest runs on, so that no hit is lost. Handlers in Python are not in
@@ -28,7 +28,7 @@ class Adopt(Command):
 
     def run(self, argument: str) -> None:
         args = adopt_parser().parse_args(gdb.string_to_argv(argument))
-        attached, pending = attach(plugin.the_plugin().profile(args.profile), Dispatch(args.dispatch))
+        attached, pending = attach(profile_of(args), Dispatch(args.dispatch))
         probes, refused = plugin.the_plugin().adopt(attached)
         write(f"Attached to {attached.guest.description}; {len(probes)} probe(s) taken over.")
         for probe in probes[:_SHOWN]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import gdb
 
-from gdb_kprobe.config.profile import Profile
+from gdb_kprobe.config.profile import KernelKind, Profile
+from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
@@ -21,7 +25,7 @@ from gdb_kprobe.session.probes import Probe
 class Attach(Command):
     """Attach to the guest that a profile describes.
 
-    kprobe attach [--wait] [--dispatch auto|guest|stub] [PROFILE]
+    kprobe attach [--wait] [--dispatch auto|guest|stub] [--vmlinux FILE] [PROFILE]
 
     PROFILE is a YAML file, or the name of one in configs/; without it, 'set kprobe profile' says which. 'plain' is for
     any 'qemu-system-x86_64 -s': its region is memory that is asked from the guest's own allocator, for which the guest
@@ -30,6 +34,9 @@ class Attach(Command):
     modules are found in guest memory (no debug info is needed), the region is put in place, and the probes that were
     added before are armed. The text of probes that an earlier gdb left behind is restored first; to go on with them,
     see 'kprobe adopt'.
+    What needs the types of the kernel's structures has them from its BTF. For a kernel without BTF --vmlinux names its
+    vmlinux (as does 'kernel: {vmlinux: FILE}' in the profile), with debug info; else that is refused, and all the rest
+    works.
     With --wait a guest that is still booting runs until its kernel is up.
     Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, on the single-step
     rung, or under 'kprobe trace' stops the machine; conditions are compiled into the guest. With --dispatch stub every
@@ -40,7 +47,7 @@ class Attach(Command):
 
     def run(self, argument: str) -> None:
         args = attach_parser().parse_args(gdb.string_to_argv(argument))
-        profile = plugin.the_plugin().profile(args.profile)
+        profile = profile_of(args)
         started = time.monotonic()
         if args.wait:
             with unpaged():
@@ -77,13 +84,30 @@ def attach_parser() -> ArgumentParser:
 def add_arguments(parser: ArgumentParser) -> None:
     """What is attached to, and how."""
     parser.add_argument("--dispatch", default=str(Dispatch.AUTO), choices=[str(choice) for choice in Dispatch])
+    parser.add_argument("--vmlinux", type=Path, metavar="FILE")
     parser.add_argument("profile", nargs="?")
+
+
+def profile_of(args: argparse.Namespace) -> Profile:
+    """The profile that *args* name, changed as they say.
+
+    :raises KprobeError: there is no such profile, or no such vmlinux.
+    """
+    profile = plugin.the_plugin().profile(args.profile)
+    if args.vmlinux is None:
+        return profile
+    path = args.vmlinux.expanduser().absolute()
+    if profile.kernel.kind is not KernelKind.LINUX:
+        raise KprobeError("--vmlinux is for Linux guests", "load a bare-metal program with gdb's 'file'")
+    if not path.is_file():
+        raise KprobeError(f"--vmlinux: there is no file {path}", "the kernel's build has it at its top")
+    return replace(profile, kernel=replace(profile.kernel, vmlinux=path))
 
 
 def attach(profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[Probe, str]]]:
     """Attach, and say what was found on the way; the result is that of :meth:`Plugin.attach`."""
     attached, refused = plugin.the_plugin().attach(profile, dispatch)
-    for message in attached.messages:
+    for message in (*attached.messages, *filter(None, [attached.lacks])):
         write(f"kprobe: {message}.")
     return attached, refused
 

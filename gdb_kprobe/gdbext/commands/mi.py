@@ -11,7 +11,7 @@ import gdb
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands.adopt import adopt_parser
-from gdb_kprobe.gdbext.commands.attach import attach_parser
+from gdb_kprobe.gdbext.commands.attach import attach_parser, profile_of
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.errors import user_errors
 from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
@@ -46,7 +46,7 @@ def _probe(probe: Probe) -> dict[str, str]:
 
 def _attach(argv: list[str]) -> dict[str, Any]:
     args = attach_parser().parse_args(argv)
-    profile = plugin.the_plugin().profile(args.profile)
+    profile = profile_of(args)
     if args.wait:
         wait_for_kernel(profile)
     attached, refused = plugin.the_plugin().attach(profile, Dispatch(args.dispatch))
@@ -54,7 +54,7 @@ def _attach(argv: list[str]) -> dict[str, Any]:
     return {
         "guest": attached.guest.description,
         "region": {"virt": hex(region.virt), "phys": hex(region.phys), "size": str(region.size)},
-        "messages": list(attached.messages),
+        "messages": [*attached.messages, *filter(None, [attached.lacks])],
         "refused": [{"definition": str(probe.spec), "reason": reason} for probe, reason in refused],
         "seconds": f"{attached.seconds:.3f}",
     }
@@ -63,7 +63,7 @@ def _attach(argv: list[str]) -> dict[str, Any]:
 def _adopt(argv: list[str]) -> dict[str, Any]:
     args = adopt_parser().parse_args(argv)
     the_plugin = plugin.the_plugin()
-    attached, _ = the_plugin.attach(the_plugin.profile(args.profile), Dispatch(args.dispatch))
+    attached, _ = the_plugin.attach(profile_of(args), Dispatch(args.dispatch))
     probes, refused = the_plugin.adopt(attached)
     return {
         "probes": [_probe(probe) for probe in probes],

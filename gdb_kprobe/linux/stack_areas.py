@@ -1,0 +1,66 @@
+"""All memory that kernel stacks are in, told by page tables and symbols, for a kernel whose tasks cannot be read.
+
+With CONFIG_VMAP_STACK each stack of a task, and the interrupt stack of each CPU, is mapped in the vmalloc area, between
+pages that are not mapped (kernel/fork.c, ``alloc_thread_stack_node``; arch/x86/kernel/irq_64.c). The first task's is
+part of the kernel's image, and those of exceptions are in the CPU entry area. So whatever is written to in these three
+is more than all stacks: what is found there may be no stack, or a dead part of one, but nothing is missed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Final
+
+from gdb_kprobe.linux.e820 import E820Table
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.linux.structs import read_pointer
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+
+_VMALLOC: Final = {4: (0xFFFF_C900_0000_0000, 32 << 40), 5: (0xFFA0_0000_0000_0000, 12800 << 40)}
+"""Where it begins without KASLR, and its size, by levels (Documentation/arch/x86/x86_64/mm.rst)."""
+_CPU_ENTRY_AREA: Final = AddressRange(VirtAddr(0xFFFF_FE00_0000_0000), VirtAddr(0xFFFF_FE80_0000_0000))
+_OF_VMAP_STACK: Final = "cached_stacks"
+"""A variable of kernel/fork.c that there is with CONFIG_VMAP_STACK alone."""
+_INIT_STACKS: Final = (("__start_init_stack", "__end_init_stack"), ("__start_init_task", "__end_init_task"))
+"""Since v6.10, and before (include/asm-generic/vmlinux.lds.h)."""
+_MOST: Final = 256 << 20
+"""Bytes of vmalloc area that are searched at the most; a guest with more has its stacks not found."""
+
+
+def scan_all_stacks(
+    table: PageTable, kallsyms: Kallsyms, ram: E820Table, wanted: AddressRange, stack_pointers: Iterable[int]
+) -> list[int] | None:
+    """All aligned words that point into *wanted* and may be on a kernel stack; ``None`` when stacks may be elsewhere.
+
+    :param stack_pointers: of the CPUs. What lies below one, as far as the same mapping goes, is dead.
+    """
+    init_stack = next((stack for names in _INIT_STACKS if (stack := kallsyms.section(*names)) is not None), None)
+    if kallsyms.find(_OF_VMAP_STACK) is None or init_stack is None:
+        return None
+    base, size = _VMALLOC[table.levels]
+    pointer = kallsyms.find("vmalloc_base")
+    if pointer is not None:
+        base = read_pointer(table, pointer)
+    vmalloc = _writable(table, AddressRange(VirtAddr(base), VirtAddr(base + size)))
+    # An area is of memory as a whole, or of a device, which must not be read.
+    runs = [init_stack, *(run for run in vmalloc if ram.is_ram(PhysAddr(table.translate(run.start))))]
+    if sum(run.size for run in runs) > _MOST:
+        return None
+    pointers = tuple(stack_pointers)
+    if not all(rsp < base or any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
+        runs += _writable(table, _CPU_ENTRY_AREA)
+    if not all(any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
+        return None
+    words: list[int] = []
+    for run in runs:
+        floor = max((rsp for rsp in pointers if rsp in run), default=0)
+        for index, word in enumerate(array("Q", table.read(run.start, run.size))):
+            if wanted.start <= word < wanted.end and run.start + 8 * index >= floor:
+                words.append(word)
+    return words
+
+
+def _writable(table: PageTable, window: AddressRange) -> list[AddressRange]:
+    return [run.range for run in table.mappings(window) if run.writable and not run.executable]

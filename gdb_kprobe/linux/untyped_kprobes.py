@@ -1,0 +1,71 @@
+"""The kprobes that a guest has registered whose types are not known: where they are, but not what they have replaced.
+
+Where a kprobe is decides in which list of ``kprobe_table`` it is (``hash_ptr``, include/linux/hash.h): so the table
+itself proves that a word of it is an address. All else of a ``struct kprobe`` depends on version and configuration.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
+from gdb_kprobe.linux.guest_kprobes import BUCKETS, MAX_RESERVED, GuestKprobe, GuestKprobes
+from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
+from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.model import AddressRange, VirtAddr, offset
+from gdb_kprobe.target.protocols import Memory
+
+_ADDR: Final = 40
+"""Bytes to the address in a ``struct kprobe``: behind its links and the number of missed hits."""
+_GOLDEN_RATIO: Final = 0x61C8_8646_80B5_83EB
+_MOST: Final = 1 << 16
+_JUMP_SIZE: Final = 5
+_TEXT: Final = AddressRange(START_KERNEL_MAP, MODULES_END)
+_PATCHED: Final = (b"\xcc", b"\xe9")
+
+
+def read_untyped_kprobes(memory: Memory, kallsyms: Kallsyms, is_ftrace_nop: Callable[[VirtAddr], bool]) -> GuestKprobes:
+    """Read where all of them are, as they are now.
+
+    :param is_ftrace_nop: whether the guest's ftrace calls a kprobe there: nothing is patched for it.
+    :raises NeedsTypesError: that cannot be told.
+    """
+    table = kallsyms.find("kprobe_table")
+    if table is None:
+        return GuestKprobes()
+    heads = struct.unpack(f"<{BUCKETS}Q", memory.read(table, 8 * BUCKETS))
+    try:
+        found = [addr for bucket, head in enumerate(heads) for addr in _chain(memory, kallsyms, bucket, head)]
+    except UnmappedError as error:
+        raise NeedsTypesError("a kprobe of the guest's own") from error
+    return GuestKprobes(_kprobe(memory, addr, is_ftrace_nop(addr)) for addr in found)
+
+
+def _chain(memory: Memory, kallsyms: Kallsyms, bucket: int, node: int) -> Iterator[VirtAddr]:
+    for _ in range(_MOST):
+        if not node:
+            return
+        following, addr = struct.unpack(f"<Q{_ADDR - 8}xQ", memory.read(VirtAddr(node), _ADDR + 8))
+        if _bucket(addr) != bucket or not _TEXT.start <= addr < _TEXT.end:
+            raise NeedsTypesError("a kprobe of the guest's own")
+        yield VirtAddr(addr)
+        node = following
+    raise GuestStateError("a chain of kprobe_table has no end", "the guest's memory is damaged")
+
+
+def _bucket(addr: int) -> int:
+    return (addr * _GOLDEN_RATIO & (1 << 64) - 1) >> 64 - (BUCKETS - 1).bit_length()
+
+
+def _kprobe(memory: Memory, addr: VirtAddr, on_ftrace: bool) -> GuestKprobe:
+    if on_ftrace:
+        return GuestKprobe(addr)
+    text = memory.read(addr, _JUMP_SIZE)
+    if text[:1] not in _PATCHED:
+        # Not armed now.
+        return GuestKprobe(addr, text[:1], MAX_RESERVED)
+    # Where the four bytes are those of a jump of ours, the kprobe is on it and has saved it.
+    leads_to = offset(addr, _JUMP_SIZE + int.from_bytes(text[1:], "little", signed=True))
+    return GuestKprobe(addr, size=MAX_RESERVED, leads_to=leads_to, opaque=True)
