@@ -24,7 +24,7 @@ from kprobe_guest.patience import patient, slowness
 _POLL = 0.05
 """Seconds of one look for output; a bound on how late the end of gdb is noticed."""
 
-_REMOTE_TIMEOUT = 2
+REMOTE_TIMEOUT = 2
 """Seconds that gdb waits for an answer of the stub, if it is told nothing else."""
 
 
@@ -70,7 +70,7 @@ class GdbMi:
         self.command("-gdb-set pagination off")
         self.command("-gdb-set confirm off")
         if slowness() > 1:
-            self.command(f"-gdb-set remotetimeout {patient(_REMOTE_TIMEOUT):.0f}")
+            self.command(f"-gdb-set remotetimeout {patient(REMOTE_TIMEOUT):.0f}")
         if load:
             self.console(f"source {LOADER}")
 

@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import Self
 
 from gdb_kprobe.config.installation import LOADER
-from gdb_kprobe.testing.mi import GdbDiedError, GdbTimeoutError
+from gdb_kprobe.testing.mi import REMOTE_TIMEOUT, GdbDiedError, GdbTimeoutError
+from kprobe_guest.patience import patient, slowness
 
 PROMPT = "(gdb) "
 _CTRL_C = b"\x03"
@@ -39,7 +40,9 @@ class GdbTerminal:
         self._master, slave = pty.openpty()
         # Wide enough that neither readline nor gdb breaks a line.
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("<HHHH", 50, 2000, 0, 0))
-        settings = ("pagination off", "confirm off", "width 0", "history size 0")
+        settings: tuple[str, ...] = ("pagination off", "confirm off", "width 0", "history size 0")
+        if slowness() > 1:
+            settings += (f"remotetimeout {patient(REMOTE_TIMEOUT):.0f}",)
         options = [word for setting in settings for word in ("-iex", f"set {setting}")]
         try:
             self._process = subprocess.Popen(
@@ -107,7 +110,7 @@ class GdbTerminal:
     def wait_exit(self, timeout: float = 30) -> int:
         """Wait for the end of gdb; returns its exit status (negative: the signal that ended it)."""
         try:
-            return self._process.wait(timeout)
+            return self._process.wait(patient(timeout))
         except subprocess.TimeoutExpired as error:
             raise GdbTimeoutError(f"gdb does not end; the terminal shows\n{self.transcript[-4000:]}") from error
 
@@ -131,7 +134,7 @@ class GdbTerminal:
             self.hang_up()
 
     def _wait(self, condition: Callable[[], object], what: str, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while not condition():
             self._appeared.wait(_POLL)
             if self._process.poll() is not None and not self._reader.is_alive() and not condition():

@@ -113,12 +113,12 @@ def _boot(arguments: argparse.Namespace) -> int:
 def _nested_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="SECONDS", help="end it then (%(default).0f)")
     parser.add_argument("program", metavar="COMMAND")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
 
 
 def _nested(arguments: argparse.Namespace) -> int:
     """Run a command where there is KVM; returns its exit status."""
-    command = [arguments.program, *arguments.words]
+    command = [arguments.program, *arguments.arguments]
     return run_nested(command, lambda line: print(line, flush=True), timeout=arguments.timeout)
 
 

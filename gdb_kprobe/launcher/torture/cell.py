@@ -176,7 +176,10 @@ def run_cell(cell: Cell) -> Outcome:
     :raises KeyboardInterrupt: of the user's.
     """
     try:
+        started = time.monotonic()
         with GuestVm(cell.spec) as guest:
+            if cell.acts:
+                print(f"the guest is up after {time.monotonic() - started:.0f} s", flush=True)
             return check(guest, cell)
     except FAILURES as error:
         return Outcome(wrong=(str(error),))
@@ -192,6 +195,7 @@ def check(guest: GuestVm, cell: Cell) -> Outcome:
     """
     text = text_of(guest)
     places = dict(_places(text.guest))
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, GdbMi(environment(guest)) as gdb:
         attach = _timed(gdb, f"kprobe attach {profile_of(guest, Path(directory))}")
         vmlinux = _vmlinux(guest) if cell.debug_info else None
@@ -219,6 +223,8 @@ def check(guest: GuestVm, cell: Cell) -> Outcome:
         gdb.interrupt()
         probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list")["probes"]}
         wrong: list[str] = []
+        if cell.acts:
+            print(f"counted after {time.monotonic() - started:.0f} s", flush=True)
         if any(act in cell.acts for act in acts.IN_SESSION):
             gdb.console("kprobe delete all", timeout=_TIMEOUT)
             wrong += acts.in_session(cell.acts, acts.Stage(guest, gdb, text.guest))

@@ -77,3 +77,15 @@ def test_a_kvm_that_runs_no_guest_of_ours_is_told_from_one_that_does(tmp_path: P
 def test_an_act_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["torture", "cell", "--also", "trace,dance"]) == 1
     assert "there is no act dance" in capsys.readouterr().err
+
+
+def test_the_command_is_run_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], say: object, *, timeout: float) -> int:
+        ran.append(command)
+        return 7
+
+    monkeypatch.setattr("kprobe_guest.cli.run_nested", run)
+    assert main(["nested", "sh", "-c", "exit 7"]) == 7
+    assert ran == [["sh", "-c", "exit 7"]]
