@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kprobe_guest.channel import CommandChannel
-from kprobe_guest.console import find_problems
+from kprobe_guest.console import SUSPICIOUS, find_problems
 from kprobe_guest.errors import GuestError, GuestTimeoutError
 from kprobe_guest.patience import patient
 
@@ -178,8 +178,9 @@ class GuestCommands(ABC):
 
     def dmesg_problems(self) -> list[str]:
         """Lines of the guest's kernel log that look like a failure; empty when it is clean."""
-        _, log = self.run("dmesg")
-        return find_problems(log)
+        return find_problems(
+            self.check_output(f"dmesg > /tmp/dmesg && {{ grep -iE '{SUSPICIOUS}' /tmp/dmesg; true; }}")
+        )
 
     def dmesg_clean(self) -> bool:
         """Whether the guest's kernel log shows no failure."""

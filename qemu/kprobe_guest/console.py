@@ -11,6 +11,10 @@ _FAILURE = re.compile(
     r"|guest: exception|guest: wrong result"  # the bare-metal guest's own words
 )
 
+SUSPICIOUS = "panic|oops|bug|warning|call trace|lockup|stall|protection fault|failed|exception|wrong result"
+"""What each line of :func:`find_problems` has one of, whatever the case: for a grep in the guest, so that its whole log
+need not come by a serial line. Under KVM each byte there is an exit, and takes milliseconds where KVM is emulated."""
+
 TAIL_LINES = 60
 """Enough for a whole panic with its call trace."""
 

@@ -37,7 +37,12 @@ SPEC = GuestSpec(
     # Programs of today need cmpxchg16b; with five levels of page tables a guest of the guest does not run.
     extra_args=("-cpu", "max,la57=off"),
     # It is emulated on a machine that may have other things to do: nothing is wrong with a vCPU that waits.
-    extra_cmdline=("mitigations=off", "rcupdate.rcu_cpu_stall_suppress=1", "nosoftlockup"),
+    extra_cmdline=(
+        "mitigations=off",
+        "rcupdate.rcu_cpu_stall_suppress=1",
+        "nosoftlockup",
+        "transparent_hugepage=always",
+    ),
 )
 
 _SLOWER = 20
