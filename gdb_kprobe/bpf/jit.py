@@ -25,9 +25,9 @@ from gdb_kprobe.bpf.check import CheckedProgram, Step
 from gdb_kprobe.bpf.compile_alu import alu
 from gdb_kprobe.bpf.compile_atomic import atomic
 from gdb_kprobe.bpf.compile_compare import compare
-from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InHandler, free
+from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InDetour, InHandler, free
 from gdb_kprobe.bpf.insn import BpfInsn, InsnClass, JmpOp, Size
-from gdb_kprobe.bpf.needed import Needed, is_atomic, is_jump, is_pure
+from gdb_kprobe.bpf.needed import Needed, is_atomic, is_exit, is_jump, is_pure
 from gdb_kprobe.bpf.places import Place, Places, stack_size
 from gdb_kprobe.bpf.value import MASK64, Scalar
 from gdb_kprobe.model import VirtAddr
@@ -50,13 +50,15 @@ class Prepared:
     """The program looks at the interrupted flags."""
     reads_ip: bool
     """The program looks at the probed address, so that its code may depend on it."""
+    returns: bool
+    """What the program has in r0 at its exit is in rax behind the code."""
     needed: Needed = field(repr=False, compare=False)
-    """What follows from *checked* alone."""
+    """What follows from *checked* and *returns*."""
 
     def moved(self, ip: VirtAddr) -> Prepared:
         """The same program for a probe at *ip*; mostly without the work of :func:`prepare`."""
         frame = replace(self.frame, ip=ip)
-        return prepare(self.checked, frame) if self.reads_ip else replace(self, frame=frame)
+        return prepare(self.checked, frame, self.returns) if self.reads_ip else replace(self, frame=frame)
 
     @property
     def stack(self) -> int:
@@ -64,15 +66,19 @@ class Prepared:
         return 8 * len(self.saves) + stack_size(self.checked)
 
 
-def prepare(checked: CheckedProgram, frame: Frame) -> Prepared:
-    """Find out what *checked* needs in *frame*."""
-    needed = Needed(checked)
+def prepare(checked: CheckedProgram, frame: Frame, returns: bool = False) -> Prepared:
+    """Find out what *checked* needs in *frame*.
+
+    :param returns: its r0 is of interest, which a detour has no register for.
+    """
+    assert not (returns and isinstance(frame, InDetour)), "rax is the interrupted code's own"
+    needed = Needed(checked, returns)
     anywhere = VirtAddr(0)
     saves: tuple[Gp, ...] = ()
     while True:
         out = Emitter(Assembler(anywhere))
         places = Places(out, checked, frame, saves, dict.fromkeys(checked.regions, anywhere))
-        _Compiler(out, checked, needed, places, dict.fromkeys(checked.helpers, anywhere)).emit()
+        _Compiler(out, checked, needed, places, dict.fromkeys(checked.helpers, anywhere), returns).emit()
         written = frozenset(out.written)
         must = written - free(frame) - set(saves)
         if not must:
@@ -84,6 +90,7 @@ def prepare(checked: CheckedProgram, frame: Frame) -> Prepared:
                 clobbers_flags=out.writes_flags,
                 reads_flags=places.reads_flags,
                 reads_ip=places.reads_ip,
+                returns=returns,
                 needed=needed,
             )
         saves += tuple(sorted(must))
@@ -103,7 +110,7 @@ def emit(
     assert saved or not prepared.reads_flags, "the program reads the flags: the detour must save them"
     out = Emitter(asm)
     places = Places(out, prepared.checked, frame, prepared.saves, regions)
-    _Compiler(out, prepared.checked, prepared.needed, places, helpers or {}).emit()
+    _Compiler(out, prepared.checked, prepared.needed, places, helpers or {}, prepared.returns).emit()
 
 
 class _Compiler:
@@ -116,8 +123,10 @@ class _Compiler:
         needed: Needed,
         places: Places,
         helpers: Mapping[int, VirtAddr],
+        returns: bool,
     ) -> None:
         self.out = out
+        self.returns = returns
         self.checked = checked
         self.needed = needed
         self.places = places
@@ -159,7 +168,7 @@ class _Compiler:
             if not is_jump(insn) or len(step.successors) > 1 or insn.op & 0xF0 == JmpOp.CALL:
                 break
             if not step.successors:
-                return len(self.checked.program)
+                return index if self.returns else len(self.checked.program)
             index = step.successors[0]
         return index
 
@@ -178,6 +187,7 @@ class _Compiler:
             insn, plain = self.checked.program[over], self.checked.steps[over]
             assert plain is not None
             is_plain = is_jump(insn) and len(plain.successors) < 2 and insn.op & 0xF0 != JmpOp.CALL
+            is_plain = is_plain and not (self.returns and is_exit(insn))
             if is_plain and self._next_emitted(over + 1) == self._next_emitted(step.successors[1]):
                 found[index] = over
         return found
@@ -237,6 +247,8 @@ class _Compiler:
         if insn.op & 0xF0 == JmpOp.CALL:
             self._call(insn, step)
             return
+        if self.returns and is_exit(insn):
+            self.places.into(Gp.RAX, self.places.operand(0, step))
         if len(step.successors) < 2:
             self._jump_to(index, step.successors[0] if step.successors else None)
             return

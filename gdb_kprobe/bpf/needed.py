@@ -24,6 +24,10 @@ def is_conditional(insn: BpfInsn) -> bool:
     return is_jump(insn) and insn.op & 0xF0 not in (JmpOp.JA, JmpOp.CALL, JmpOp.EXIT)
 
 
+def is_exit(insn: BpfInsn) -> bool:
+    return insn.cls is InsnClass.JMP and insn.op & 0xF0 == JmpOp.EXIT
+
+
 def is_atomic(insn: BpfInsn) -> bool:
     return insn.cls is InsnClass.STX and insn.op & 0xE0 == Mode.ATOMIC
 
@@ -40,7 +44,8 @@ class Needed:
     (:class:`~gdb_kprobe.bpf.value.Scalar`) where they are read.
     """
 
-    def __init__(self, checked: CheckedProgram) -> None:
+    def __init__(self, checked: CheckedProgram, returns: bool) -> None:
+        """*returns*: what is in r0 at an exit is read."""
         count = len(checked.program)
         self.emitted = [False] * count
         self.live_after: list[frozenset[int]] = [frozenset()] * count
@@ -58,6 +63,8 @@ class Needed:
                 continue
             self.emitted[index] = True
             reads, writes = _reads_writes(checked, insn, step)
+            if returns and is_exit(insn) and isinstance(step.before.registers[0], Scalar):
+                reads |= {0}
             live_before[index] = after - writes | reads
         self._fuse(checked)
 

@@ -588,8 +588,8 @@ def _tell_failures(session: Session) -> None:
         )
     while session.notes:
         gdb.write(f"kprobe: {session.notes.pop(0)}.\n")
-    while session.failed_listeners:
-        gdb.write(f"kprobe: a listener failed; it is not called again.\n{session.failed_listeners.pop()}", gdb.STDERR)
+    while session.listeners.failed:
+        gdb.write(f"kprobe: a listener failed; it is not called again.\n{session.listeners.failed.pop()}", gdb.STDERR)
 
 
 def is_connected() -> bool:

@@ -6,6 +6,7 @@
                  jmp to the site's handler
     handler:     its programs; regs->ip = slot; ret             (a hit that does not need the host)
             or   rax = slot, rdx = the word to count a miss in; jmp gate
+            or   its filters; the latter if one says so, else the former
     gate:        nop                                            (the host's breakpoint is here)
                  count the miss; regs->ip = slot; ret           (nobody was there to handle it)
     retired:     an int3 is there now?                       -> jmp exc_int3   (it is the guest's own)
@@ -138,10 +139,50 @@ def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: 
     """
     asm = Assembler(at)
     asm.raw(ENDBR64)
+    _stop(asm, gate, missed, slot)
+    return asm.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """What a hit does of which the host wants to see only some.
+
+    :ivar filters: programs that return whether it wants to see this one. One is enough.
+    :ivar handlers: what runs when it does not.
+    """
+
+    filters: tuple[Handler, ...]
+    handlers: tuple[Handler, ...]
+
+
+def emit_filtering_handler(
+    at: VirtAddr, what: Filtered, addr: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr
+) -> bytes:
+    """A handler for hits at the probed *addr* that stops at *gate* only for those that *what* lets through.
+
+    :raises DisplacementError: something that it refers to is out of reach.
+    """
+    asm = Assembler(at)
+    wanted = Label("wanted")
+    asm.raw(ENDBR64)
+    for wants in what.filters:
+        wants.emit(asm, InHandler(addr))
+        asm.raw(b"\x85\xc0")  # test eax, eax
+        asm.jcc_rel32(_NZ, wanted)
+    for handler in what.handlers:
+        handler.emit(asm, InHandler(addr))
+    _lea(asm, 0, slot)
+    asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
+    asm.ret()
+    asm.bind(wanted)
+    _stop(asm, gate, missed, slot)
+    return asm.finish()
+
+
+def _stop(asm: Assembler, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr) -> None:
     _lea(asm, 0, slot)
     _lea(asm, 2, missed)
     asm.jmp_rel32(gate)
-    return asm.finish()
 
 
 STOPPING_SIZE: Final = 23

@@ -18,11 +18,15 @@ _NOWHERE = VirtAddr(0)
 
 
 class Program:
-    """A checked program, compared by identity. *region* is the number that it knows its data by."""
+    """A checked program, compared by identity. *region* is the number that it knows its data by.
 
-    def __init__(self, checked: CheckedProgram, region: int) -> None:
+    *returns*: what it has in r0 at its exit is of interest, so that it can be only where that is an x86 register's.
+    """
+
+    def __init__(self, checked: CheckedProgram, region: int, returns: bool = False) -> None:
         self.checked = checked
         self.region = region
+        self.returns = returns
         self._prepared: dict[object, Prepared] = {}
 
     def prepared(self, frame: Frame) -> Prepared:
@@ -31,7 +35,7 @@ class Program:
         if isinstance(frame, InDetour):
             key = frame.pushed, tuple(frame.saved.items())
         if key not in self._prepared:
-            self._prepared[key] = prepare(self.checked, replace(frame, ip=_NOWHERE))
+            self._prepared[key] = prepare(self.checked, replace(frame, ip=_NOWHERE), self.returns)
         return self._prepared[key].moved(frame.ip)
 
 

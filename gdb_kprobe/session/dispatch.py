@@ -78,6 +78,7 @@ class StubDispatcher:
         # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
         self._faulted: dict[_Key, _Called] = {}
         self._stopped: dict[_Key, _Called] = {}
+        self._arrived: list[VirtAddr] = []
         # What is being written to a vCPU and its stack, and the step that is being made: for who must finish it.
         self._writing: tuple[CpuId, _Memory, dict[str, int]] | None = None
         self._stepping: tuple[CpuId, Site, dict[str, int], _Called] | None = None
@@ -158,6 +159,15 @@ class StubDispatcher:
             after = self._machine.read_registers(cpu)
             self._fix_up(cpu, site, before, after if step.stepped(_copy_at(site), after) else None, called)
 
+    def awaits(self, addr: VirtAddr) -> bool:
+        """Whether a hit at *addr* has stopped for the user: its vCPU comes to the int3 again, which is the same hit."""
+        return any(at == addr for at, _ in self._stopped)
+
+    def take_arrived(self) -> list[VirtAddr]:
+        """Where hits have come that were awaited, since the last call."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
     def forget_stopped(self) -> None:
         """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
         self._stopped.clear()
@@ -166,6 +176,7 @@ class StubDispatcher:
         """The machine is at another moment: nothing that was under way is."""
         self._faulted.clear()
         self._stopped.clear()
+        self._arrived.clear()
         self._writing = self._stepping = None
 
     def forget(self, site: Site) -> None:
@@ -182,7 +193,9 @@ class StubDispatcher:
         regs = Registers(values)
         key = (trap.rip, trap.rsp)
         called = self._faulted.pop(key, None)
-        called = self._stopped.pop(key, called)
+        if key in self._stopped:
+            called = self._stopped.pop(key)
+            self._arrived.append(trap.rip)
         for watcher in site.watchers:
             # The fault was fixed up: the instruction is not executed again.
             self._faulted.pop((watcher, trap.rsp), None)

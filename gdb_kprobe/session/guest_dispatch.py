@@ -88,6 +88,17 @@ class GuestDispatch:
         self._write(handler, insn.addr, image + (relocate(insn, behind) if slot is None else b""))
         return handler
 
+    def make_filtering(self, addr: VirtAddr, what: code.Filtered, missed: Counter | None, slot: VirtAddr) -> Slot:
+        """Write what stops at the gate only for the hits at *addr* that *what* lets through, and goes on in *slot*.
+
+        :raises RegionError: there is no room for it.
+        """
+        word = (missed or self._unattended).missed_addr
+        size = len(code.emit_filtering_handler(slot, what, addr, self.gate, word, slot))
+        handler = self._allocate(size)
+        self._write(handler, addr, code.emit_filtering_handler(handler.code, what, addr, self.gate, word, slot))
+        return handler
+
     def serve(self, addr: VirtAddr, handler: Slot) -> None:
         """Have hits at *addr* go to *handler* from now on.
 

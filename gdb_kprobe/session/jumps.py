@@ -6,7 +6,7 @@ need, what else was put within the jump's 5 bytes, and who is executing there or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from gdb_kprobe.kprobes.window import Window
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
 from gdb_kprobe.session.guest import Guest, Place
+from gdb_kprobe.session.listeners import Listeners
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.windows import Wish
@@ -27,7 +28,7 @@ _TEXT = AddressRange(VirtAddr(0xFFFF_FFFF_8000_0000), VirtAddr(0xFFFF_FFFF_FF00_
 class Jumps:
     """The jumps of *sites*, the session's own table. *allowed*: there may be any.
 
-    *listeners* are who is told of every hit: while there is one the host handles them all.
+    *listeners* are who is told of hits, which the host handles then.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Jumps:
         breakpoints: Breakpoints,
         sites: Mapping[VirtAddr, Site],
         programs: Programs,
-        listeners: Sized,
+        listeners: Listeners,
         allowed: bool,
     ) -> None:
         self._machine = machine
@@ -59,10 +60,10 @@ class Jumps:
         """
         if not self._allowed:
             return Refusal(Reason.POLICY, addr, "every hit is to be dispatched by the stub")
-        if self._listeners:
-            return Refusal(Reason.TOLD, addr, "a trace is on, or a script listens")
         enabled = [probe for probe in probes if probe.enabled]
         for probe in enabled:
+            if self._listeners.concern(probe):
+                return Refusal(Reason.TOLD, addr, f"a trace of {probe.name} is on, or a script listens to it")
             if probe.needs_host:
                 return Refusal(Reason.NEEDS_HOST, addr, f"{probe.name} has a handler in Python")
         if watched:

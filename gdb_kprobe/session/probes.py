@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError, NameTakenError
 from gdb_kprobe.kprobes import handler as compiled
+from gdb_kprobe.kprobes.guest_dispatch import Filtered
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
@@ -101,10 +102,12 @@ class Service:
 
     handler: Slot
     stops: bool
-    """Whether it stops for the host."""
+    """Whether hits stop for the host, all of them or those that :attr:`filtered` lets through."""
     handlers: tuple[compiled.Handler, ...]
     """What it runs, or would run if the host did not handle the hits."""
     plan: Plan
+    filtered: Filtered | None
+    """Which hits the host handles, if not all of them."""
 
 
 @dataclass(slots=True)

@@ -6,13 +6,15 @@ text is restored :meth:`Routes.close`; whatever is served in between follows its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 
+from gdb_kprobe.kprobes.guest_dispatch import Filtered
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
+from gdb_kprobe.session.listeners import Listeners
 from gdb_kprobe.session.probes import Service, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
@@ -25,8 +27,8 @@ class Routes:
     """The routes of the sites in *sites*, the session's own table.
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
-    session's way to have no vCPU between an int3 and its slot. *listeners* are who is told of every hit: while there is
-    one the host handles them all.
+    session's way to have no vCPU between an int3 and its slot. *listeners* are who is told of hits, which the host
+    handles then. *is_awaited*: a hit at the address has stopped for the user, and the vCPU will come to the int3 again.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Routes:
         bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
         programs: Programs,
-        listeners: Sized,
+        listeners: Listeners,
+        is_awaited: Callable[[VirtAddr], bool],
     ) -> None:
         self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
         self._programs = programs
         self._listeners = listeners
+        self._is_awaited = is_awaited
         self._machine = machine
         self._memory = memory
         self._region = region
@@ -149,12 +153,21 @@ class Routes:
         plan = site.plan
         probes = [probe for probe in site.probes if probe.enabled]
         handlers = self._programs.handlers(probes)
-        for_host = bool(self._listeners) or plan.rung is Rung.SINGLE_STEP or bool(site.watchers)
-        stops = for_host or any(probe.needs_host for probe in probes)
+        asking = [probe for probe in probes if probe.needs_host or self._listeners.concern(probe)]
+        # A hit that has stopped for the user comes again with what has been made of its registers: no filter is asked.
+        for_host = plan.rung is Rung.SINGLE_STEP or bool(site.watchers) or self._is_awaited(site.addr)
+        stops = for_host or bool(asking)
+        filtered = None
+        if asking and not for_host and (filters := self._programs.filters(asking)):
+            others = [probe for probe in probes if not any(probe is other for other in asking)]
+            filtered = Filtered(filters, self._programs.handlers(others))
         old = site.service
-        if old is not None and (old.stops, old.handlers, old.plan) == (stops, handlers, plan):
+        if old is not None and (old.stops, old.handlers, old.filtered, old.plan) == (stops, handlers, filtered, plan):
             return old
-        if stops:
+        if filtered is not None:
+            counters = (probe.counter for probe in asking if probe.counter is not None)
+            handler = in_guest.make_filtering(site.addr, filtered, next(counters, None), plan.slot.code)
+        elif stops:
             boosted = plan.slot.code if plan.rung is Rung.BOOSTED else None
             counters = (probe.counter for probe in probes if probe.counter is not None)
             handler = in_guest.make_stopping(plan.insn, next(counters, None), boosted)
@@ -162,7 +175,7 @@ class Routes:
             handler = in_guest.make_handling(site.addr, handlers, plan.slot.code)
         if old is not None:
             self._region.slots.free(old.handler)
-        site.service = Service(handler, stops, handlers, plan)
+        site.service = Service(handler, stops, handlers, plan, filtered)
         return site.service
 
     def _hook(self, in_guest: GuestDispatch) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
@@ -19,6 +18,7 @@ from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.leave import step_out
+from gdb_kprobe.session.listeners import Listener, Listeners
 from gdb_kprobe.session.module_watch import Acts, ModuleWatch, module_of
 from gdb_kprobe.session.moment import Memory, Moment, check_live, was_loaded, was_reset
 from gdb_kprobe.session.planner import Planner
@@ -76,15 +76,13 @@ class Session:
         self.probes = ProbeTable()
         self.failed: list[Probe] = []
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
-        self.failed_listeners: list[str] = []
-        """What listeners raised that were dropped for it."""
         self.notes: list[str] = []
         """What else the user is to be told."""
         self._redirected: dict[str, str] = {}
         """By name of the probe, why its hits are not the calls of its function."""
         self.text = TextMap()
         """Which bytes of the guest's text are ours."""
-        self._listeners: list[Callable[[Hit], None]] = []
+        self.listeners = Listeners()
         self._breakpoints = breakpoints
         machine.watch_faults(fault_entries(guest.gates))
         table: dict[VirtAddr, Site] = {}
@@ -99,7 +97,8 @@ class Session:
             self._bring_out,
             in_guest,
             programs,
-            self._listeners,
+            self.listeners,
+            self._awaits,
         )
         self._moment = Moment(machine, region.header.phys, lambda: self._routes.lifted)
         self._quarantine = Quarantine(machine, guest, region, self._moment)
@@ -116,7 +115,7 @@ class Session:
             self.text,
             Planner(guest, self.text, region.slots, rungs, boost),
             self._routes,
-            Jumps(machine, guest, breakpoints, table, programs, self._listeners, jumps and Rung.OPTIMIZED in rungs),
+            Jumps(machine, guest, breakpoints, table, programs, self.listeners, jumps and Rung.OPTIMIZED in rungs),
             self._dispatcher,
             self._roll,
             self._quarantine,
@@ -244,17 +243,19 @@ class Session:
         """Why the hits of *probe* are not the calls of its function, if they are not; as it was at the last stop."""
         return self.sites.redirected(probe)
 
-    def listen(self, listener: Callable[[Hit], None]) -> None:
-        """Have *listener* told of every hit, which the host handles then. One that raises is dropped."""
+    def listen(self, listener: Listener, probes: Collection[Probe] | None = None) -> None:
+        """Have *listener* told of every hit of *probes*, or of all probes; the host handles those hits then.
+
+        The hits of all other probes are handled as before.
+        """
         self._check_memory()
-        self._listeners.append(listener)
+        self.listeners.add(listener, probes)
         with self._moment.act():
             self.sites.serve_all()
 
-    def unlisten(self, listener: Callable[[Hit], None]) -> None:
+    def unlisten(self, listener: Listener) -> None:
         """Do not tell *listener* any more; also while the machine runs. Nothing happens when it was dropped."""
-        with contextlib.suppress(ValueError):
-            self._listeners.remove(listener)
+        self.listeners.remove(listener)
 
     @property
     def gate(self) -> VirtAddr:
@@ -288,6 +289,9 @@ class Session:
             return True  # the guest's own text was loaded: no probe is armed until the user resumes
         outcome = self._dispatcher.dispatch(cpu)
         self._drop_failed()
+        if arrived := self._dispatcher.take_arrived():
+            with self._moment.act():
+                self.sites.serve(arrived)
         return outcome is Outcome.STOP
 
     def on_place(self, cpu: CpuId, addr: VirtAddr) -> bool:
@@ -598,11 +602,10 @@ class Session:
                     with self._moment.act():
                         self.sites.match(self.sites.need(probe))
 
+    def _awaits(self, addr: VirtAddr) -> bool:
+        return self._dispatcher.awaits(addr)
+
     def _tell(self, hit: Hit) -> None:
-        """Tell every listener. One that raises is not told again; a hit must not fail for it."""
-        for listener in () if hit.probe.hidden else tuple(self._listeners):
-            try:
-                listener(hit)
-            except Exception:
-                self._listeners.remove(listener)
-                self.failed_listeners.append(traceback.format_exc())
+        """Tell who listens; not of the session's own probes."""
+        if not hit.probe.hidden:
+            self.listeners.tell(hit)

@@ -6,7 +6,7 @@ The text of an armed site is ours only while the machine runs for the user (:att
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
@@ -391,6 +391,13 @@ class Sites:
             if site.is_jump:
                 self._fit(site)
             if not site.is_jump:
+                self._routes.serve(site)
+
+    def serve(self, addrs: Iterable[VirtAddr]) -> None:
+        """Have the hits at *addrs* handled as their probes and listeners want now."""
+        for addr in addrs:
+            site = self._table.get(addr)
+            if site is not None and site.armed and not site.is_jump:
                 self._routes.serve(site)
 
     def match_jumps(self) -> list[str]:

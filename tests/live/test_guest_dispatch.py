@@ -16,6 +16,7 @@ from kprobe_guest import GuestSpec
 pytestmark = pytest.mark.live
 
 GETPRIORITY = 140
+GETSID = 124
 """A system call that nothing else in the guest makes."""
 GETEUID = 107
 MILLION = 1_000_000
@@ -43,7 +44,7 @@ COUNT_STOPS = (
 
 def stops(gdb: Any) -> int:
     """How often the machine stopped for a hit since :data:`COUNT_STOPS`."""
-    return int(gdb.console("python print(len(stops))"))
+    return int(gdb.console("python print(len(stops))").split()[-1])
 
 
 @on_each_guest
@@ -117,6 +118,93 @@ def test_a_trace_takes_the_hits_to_the_host_and_gives_them_back(probed: Boot) ->
             assert guest.guest.finish(job)[0] == 0
             gdb.interrupt()
         assert "\n".join(gdb.transcript).count("a: (__x64_sys_getpriority+0x0/") == 60
+        gdb.console("kprobe detach")
+
+
+def test_a_trace_of_one_probe_concerns_no_other(probed: Boot) -> None:
+    guest = probed(GuestSpec(vcpus=2))
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        guest.add(gdb, "p:told __x64_sys_getpriority which=%di")
+        guest.add(gdb, "p:counted __x64_sys_getsid", "optimized")
+        gdb.console("kprobe trace -n 5 told")
+        job = vm.spawn(f"workload syscall {GETSID} 20000")
+        assert vm.finish(job)[0] == 0
+        job = vm.spawn(f"workload syscall {GETPRIORITY} 5", wait=False)
+        gdb.wait_stop()
+        assert stops(gdb) == 5
+        assert {probe["name"]: probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]} == {
+            "told": "boosted", "counted": "optimized",
+        }  # fmt: skip
+        gdb.cont()
+        assert vm.finish(job)[0] == 0
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"told": 5, "counted": 20000}
+        gdb.cont()  # at the last resume a vCPU was still at the traced place
+        gdb.interrupt()
+        assert {probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]} == {"optimized"}
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_filter_is_asked_in_the_guest_before_the_host_is(probed: Boot, vcpus: int) -> None:
+    """Of a Python handler, and of a listener; a probe at the same place counts every hit, whoever handles it."""
+    guest = probed(GuestSpec(vcpus=vcpus))
+    vm = guest.guest
+    rejected = [f"workload syscall {GETPRIORITY} 10000 0 0x40"] * vcpus
+    wanted = f"workload syscall {GETPRIORITY} 10 1 0x41"
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        gdb.console("python seen = []")
+        gdb.console(
+            "python api.add('p:handled __do_sys_getpriority if si == 0x41 && di == 1', lambda hit: seen.append(0))"
+        )
+        guest.add(gdb, "p:all __do_sys_getpriority")
+        gdb.console("kprobe p:told __do_sys_getpriority if si == 0x42")
+        gdb.console("python told = []")
+        guest.touched |= guest.patched(gdb)
+        for rounds in (1, 2):
+            if rounds == 2:
+                gdb.console("python api.on_hit(lambda hit: told.append(hit.probe.name), [api.get('told')])")
+            gdb.cont()
+            before = stops(gdb)
+            for job in [vm.spawn(command) for command in (*rejected, wanted)]:
+                assert vm.finish(job)[0] == 0
+            assert stops(gdb) - before == 10
+            told = 0 if rounds == 1 else 3
+            vm.check_output(f"workload syscall {GETPRIORITY} 3 0 0x42")
+            assert stops(gdb) - before == 10 + told
+            gdb.interrupt()
+            calls = rounds * (10000 * vcpus + 10 + 3)
+            assert guest.hits(gdb) == {"handled": 10 * rounds, "all": calls, "told": 3 * rounds}
+        assert gdb.console("python print(len(seen), told)").strip() == "20 ['told', 'told', 'told']"
+        gdb.console("kprobe detach")
+
+
+def test_a_hit_that_has_stopped_is_not_filtered_when_it_comes_again(probed: Boot) -> None:
+    """The handler makes its filter false, and stops: the hit comes again; the hits after it are filtered."""
+    guest = probed(GuestSpec(vcpus=2))
+    vm = guest.guest
+    with guest.gdb() as gdb:
+        gdb.console(COUNT_STOPS)
+        handler = "lambda hit: (setattr(hit.regs, 'si', 0x40), hit.stop())"
+        gdb.console(f"python api.add('p:here __do_sys_getpriority if si == 0x41', {handler})")
+        guest.add(gdb, "p:all __do_sys_getpriority")
+        gdb.cont()
+        for round_ in range(1, 4):
+            job = vm.spawn(f"workload syscall {GETPRIORITY} 1 0 0x41", wait=False)
+            gdb.wait_stop()
+            before = stops(gdb)
+            gdb.cont()
+            assert vm.finish(job)[0] == 0
+            vm.check_output(f"workload syscall {GETPRIORITY} 5000 0 0x40")
+            # The same hit once more.
+            assert stops(gdb) - before == 1
+            gdb.interrupt()
+            assert guest.hits(gdb) == {"here": round_, "all": 5001 * round_}
+            gdb.cont()
+        gdb.interrupt()
         gdb.console("kprobe detach")
 
 

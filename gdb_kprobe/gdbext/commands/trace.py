@@ -68,11 +68,10 @@ class _Trace:
     """Prints hits, and asks for the prompt after *count* of them; ends at the next stop for the user."""
 
     def __init__(self, wanted: tuple[Probe, ...], count: int | None) -> None:
-        self._wanted = wanted
         self._count = count
         self._shown = 0
         self._started = time.monotonic()
-        self._unsubscribe = api.on_hit(self._print)
+        self._unsubscribe = api.on_hit(self._print, wanted)
         self._over = False
         gdb.events.stop.connect(self._on_stop)
 
@@ -90,7 +89,7 @@ class _Trace:
         self.end()
 
     def _print(self, hit: Hit) -> None:
-        if hit.probe not in self._wanted or (self._count is not None and self._shown >= self._count):
+        if self._count is not None and self._shown >= self._count:
             return
         self._shown += 1
         write(folded(hit_line(hit_view(hit, time.monotonic() - self._started)), _width()))

@@ -13,6 +13,8 @@ from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.insn import AluOp, JmpOp, Program, Size
 from gdb_kprobe.bpf.interpreter import Machine as Interpreter
 from gdb_kprobe.bpf.jit import Prepared, emit, prepare
+from gdb_kprobe.bpf.needed import is_exit
+from gdb_kprobe.bpf.value import is_number
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing.proof.emulator import Emulator, random_state
@@ -91,11 +93,13 @@ def packed(context: Mapping[str, int]) -> bytes:
     return bytes(data)
 
 
-def interpret(program: Program, context: Mapping[str, int], regions: Mapping[int, bytes]) -> dict[int, bytes]:
-    """The regions after *program*."""
+def interpret(
+    program: Program, context: Mapping[str, int], regions: Mapping[int, bytes]
+) -> tuple[int, dict[int, bytes]]:
+    """What *program* returns, and the regions after it."""
     memory = {number: bytearray(data) for number, data in regions.items()}
-    Interpreter(packed(context), memory).run(program)
-    return {number: bytes(data) for number, data in memory.items()}
+    returned = Interpreter(packed(context), memory).run(program)
+    return returned, {number: bytes(data) for number, data in memory.items()}
 
 
 def compare(
@@ -108,9 +112,10 @@ def compare(
     """Run *checked* both ways, for a hit at :data:`IP` in the state *interrupted*."""
     state = interrupted.copy()
     context = context_of(state)
-    expected = interpret(checked.program, context, regions)
+    returned, expected = interpret(checked.program, context, regions)
     addresses = {number: VirtAddr(_REGIONS + 0x1000 * number) for number in regions}
-    code = surroundings.code(prepare(checked, surroundings.frame()), addresses)
+    returns = surroundings.in_handler and _returns_a_number(checked)
+    code = surroundings.code(prepare(checked, surroundings.frame(), returns), addresses)
     for number, data in regions.items():
         state.write(addresses[number], data)
     if surroundings.in_handler:
@@ -123,6 +128,8 @@ def compare(
         found.append(after.fault)
     if after.registers["rip"] != CODE + len(code):
         found.append(f"ends at {after.registers['rip']:#x}")
+    if returns and after.registers["rax"] != returned:
+        found.append(f"returns {after.registers['rax']:#x} instead of {returned:#x}")
     kept = _CALLEE_SAVED if surroundings.in_handler else [name for name in state.registers if name != "rip"]
     for name in kept:
         old, new = state.registers[name], after.registers[name]
@@ -133,6 +140,12 @@ def compare(
             found.append(f"region {number} {trial.regions[number].hex()} instead of {data.hex()}")
     found += _strays(state, after, addresses, regions)
     return trial
+
+
+def _returns_a_number(checked: CheckedProgram) -> bool:
+    """Whether r0 has been written at each exit."""
+    exits = [step for insn, step in zip(checked.program, checked.steps, strict=True) if step and is_exit(insn)]
+    return all(is_number(step.before.registers[0]) for step in exits)
 
 
 def _strays(before: State, after: State, addresses: Mapping[int, VirtAddr], regions: Mapping[int, bytes]) -> list[str]:

@@ -121,7 +121,7 @@ def test_c(source: str, cpu: str, tmp_path: Path) -> None:
         rng = random.Random(seed)
         state = random_state(rng)
         regions = {0: rng.randbytes(16) + (seed % 2).to_bytes(8, "little") + rng.randbytes(REGION_SIZE - 24)}
-        outcomes.add(interpret(checked.program, context_of(state), regions)[0] == regions[0])
+        outcomes.add(interpret(checked.program, context_of(state), regions)[1][0] == regions[0])
         for surroundings in SURROUNDINGS:
             assert compare(checked, surroundings, EMULATOR, state, regions).differences == []
     assert False in outcomes

@@ -67,7 +67,7 @@ def test_a_hit_is_counted_exactly_if_the_condition_holds(expr: Expr, seed: int) 
     same, other = (Binary(BinaryOp.EQ, Cast(expr, 64, False), Number(value ^ bit)) for bit in (0, 1))
     for condition, expected in ((expr, value != 0), (same, True), (other, False)):
         checked = check(lower(Condition("", condition)), REGIONS)
-        after = interpret(checked.program, context_of(state), counter(41, 1))
+        _, after = interpret(checked.program, context_of(state), counter(41, 1))
         assert after == counter(41 + expected, 1)
         for surroundings in SURROUNDINGS:
             trial = compare(checked, surroundings, EMULATOR, state, counter(41, 1))

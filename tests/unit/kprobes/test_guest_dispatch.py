@@ -10,8 +10,10 @@ from unicorn import x86_const as uc
 
 from gdb_kprobe.bpf.check import check
 from gdb_kprobe.handlers.count import COUNTER, ENABLE, REGIONS, lower
+from gdb_kprobe.handlers.filter import lower as filter_of
 from gdb_kprobe.kprobes import guest_dispatch as code
 from gdb_kprobe.kprobes.handler import Handler, Program
+from gdb_kprobe.language.condition import parse_condition
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.decode import iter_insns
@@ -137,6 +139,48 @@ def test_a_hit_for_the_host_stops_at_the_gate_and_is_a_miss_when_nobody_is_there
     else:
         assert machine.hit(KERNEL) == (BACK, CODE + 0x4000)
     assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(not somebody)
+
+
+@pytest.mark.parametrize("attended", [True, False])
+@pytest.mark.parametrize("texts", [["cs == 0x11"], ["cs == 0x10"], ["cs == 0x11", "cs == 0x10"], ["cs == 0x11"] * 3])
+def test_a_hit_that_is_filtered_stops_at_the_gate_only_if_a_filter_wants_it(
+    machine: Machine, texts: list[str], attended: bool
+) -> None:
+    at, slot = VirtAddr(CODE + 0x2000), VirtAddr(CODE + 0x4000)
+    for index in range(5):
+        machine.uc.mem_write(COUNTERS + 32 * index + ENABLE, b"\1\0\0\0")
+    filters = tuple(
+        Handler(Program(check(filter_of(parse_condition(text)), REGIONS), COUNTER, returns=True), counter_at(index))
+        for index, text in enumerate(texts)
+    )
+    what = code.Filtered(filters, (Handler(PROGRAM, counter_at(4)),))
+    emitted = code.emit_filtering_handler(at, what, KERNEL, machine.gate.gate, VirtAddr(COUNTERS + 8), slot)
+    assert emitted[:4] == code.ENDBR64
+    machine.uc.mem_write(at, emitted)
+    machine.enter(KERNEL, at)
+    wanted = f"cs == {KERNEL_CS:#x}" in texts
+    if wanted and attended:
+        assert machine.hit(KERNEL, until=machine.gate.gate) == (machine.gate.gate, KERNEL + 1)
+    else:
+        assert machine.hit(KERNEL) == (BACK, slot)
+    # What the host handles the host counts; what nobody handles is a miss.
+    assert machine.counter(4) == int(not wanted)
+    assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(wanted and not attended)
+    assert [machine.counter(index) for index in range(4)] == [0] * 4
+
+
+def test_a_filter_wants_no_hit_of_a_probe_that_is_disabled(machine: Machine) -> None:
+    at, slot = VirtAddr(CODE + 0x2000), VirtAddr(CODE + 0x4000)
+    program = Program(check(filter_of(parse_condition("cs == 0x10")), REGIONS), COUNTER, returns=True)
+    what = code.Filtered((Handler(program, counter_at(0)),), ())
+    emitted = code.emit_filtering_handler(at, what, KERNEL, machine.gate.gate, VirtAddr(COUNTERS + 8), slot)
+    machine.uc.mem_write(at, emitted)
+    machine.enter(KERNEL, at)
+    assert machine.hit(KERNEL) == (BACK, slot)
+
+
+def counter_at(index: int) -> VirtAddr:
+    return VirtAddr(COUNTERS + 32 * index)
 
 
 @pytest.mark.parametrize("handlers", [0, 1, 3])

@@ -78,4 +78,4 @@ def test_a_listener_that_raises_is_dropped_and_the_hit_goes_on(toy: Any) -> None
     assert toy.call("f_push") == 13
     assert toy.call("f_push") == 13
     assert probe.hits == 2
-    assert [text.splitlines()[-1] for text in toy.session.failed_listeners] == ["RuntimeError: mine"]
+    assert [text.splitlines()[-1] for text in toy.session.listeners.failed] == ["RuntimeError: mine"]
