@@ -18,6 +18,9 @@ from kprobe_guest import GuestError, GuestVm
 TRACING = "/sys/kernel/tracing"
 GROUP = "owners"
 
+PATCHED = 0xFFFF_CFC7
+"""What a function returns that is live-patched, and never else: it is neither a small number nor an error."""
+
 _TIMEOUT = 120
 _LIBRARY = "/tmp/owners.sh"
 _ERRORS = "/tmp/errors"
@@ -47,10 +50,15 @@ go_to() {{
     [ $cpus = 1 ] || {{ caller 1; exec 4>in1 5<out1; }}
     cd {TRACING}
 }}
+tell() {{
+    # Who of two made the last call is chance, and so is what that one returned.
+    case $answer in *" {PATCHED}") ;; *) [ $cpus = 1 ] || answer=${{answer% *}};; esac
+    say "$answer"
+}}
 call() {{
     echo $1 >&8; [ $cpus = 1 ] || echo $1 >&4
-    read -r answer <&9; say "$answer"
-    [ $cpus = 1 ] || {{ read -r answer <&5; say "$answer"; }}
+    read -r answer <&9; tell
+    [ $cpus = 1 ] || {{ read -r answer <&5; tell; }}
     profile
 }}
 define() {{ case $2 in

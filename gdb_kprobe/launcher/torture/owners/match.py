@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
-from gdb_kprobe.launcher.torture.owners.guest_side import TRACING, Function, GuestSide, prepare
+from gdb_kprobe.launcher.torture.owners.guest_side import PATCHED, TRACING, Function, GuestSide, prepare
 from gdb_kprobe.launcher.torture.owners.our_side import OurSide, WrongError
 from gdb_kprobe.launcher.torture.owners.steps import Field, Sequence, Step
 from gdb_kprobe.linux.ftrace import read_ftrace_records
@@ -43,8 +43,6 @@ _CALLS = {
 """System calls that nothing else in the guest makes, with harmless arguments. Their entries differ."""
 _REACH = 14
 """Bytes behind the nop of a function's entry in which the two meet."""
-_PATCHED = 77
-"""What a function returns that is live-patched."""
 
 
 _ASKED = 8
@@ -154,7 +152,7 @@ def _patches(kernel: LinuxGuest, guest: GuestVm, functions: Iterable[str]) -> di
         return {}
     another = guest.read_file(guest.check_output("find /modules -name loop.ko").strip())
     with tempfile.TemporaryDirectory() as directory:
-        return {name: make_live_patch(kernel, another, name, Path(directory), returns=_PATCHED) for name in functions}
+        return {name: make_live_patch(kernel, another, name, Path(directory), returns=PATCHED) for name in functions}
 
 
 class Match:
