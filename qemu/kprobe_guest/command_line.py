@@ -120,6 +120,8 @@ def qemu_command(
     machine = spec.machine
     if spec.shared_ram:
         backend = f"memory-backend-file,id=ram,size={spec.memory_mb}M,mem-path={paths.ram},share=on"
+        if spec.accelerator == "kvm":
+            backend += ",align=2M"  # else KVM maps each page by itself, also where the file has large ones
         command += ["-object", backend]
         machine_option = f"{machine},memory-backend=ram"
     elif saved is not None:

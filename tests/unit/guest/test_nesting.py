@@ -38,6 +38,11 @@ def test_a_guest_on_a_slow_machine_takes_no_delay_for_a_stall() -> None:
     assert stall in " ".join(qemu_command(GuestSpec(), BOOT, PATHS, slow=True)).split()
 
 
+def test_the_memory_of_a_guest_of_kvm_can_be_mapped_in_large_pages() -> None:
+    aligned = qemu_command(GuestSpec(accelerator="kvm"), BOOT, PATHS)
+    assert any(word.startswith("memory-backend-file,id=ram,") and word.endswith(",align=2M") for word in aligned)
+
+
 def test_the_emulated_machine_reads_the_hosts_files_and_cannot_write_them() -> None:
     command = qemu_command(nesting.SPEC, BOOT, PATHS)
     share = command[command.index("-virtfs") + 1].split(",")
