@@ -41,7 +41,8 @@ OUTER = "__x64_sys_fchownat"
 CALLS, OF_ONE = 20, 7
 """Calls on each vCPU that give a file to user 0, and to user 1."""
 _TIMEOUT = 120
-_NESTED_TIMEOUT = 3000
+_NESTED_TIMEOUT, _NESTED_ACT_TIMEOUT = 1800, 150
+"""Seconds for a cell where KVM is emulated, and for each act: several times what they take on an idle machine."""
 CANNOT_BE_RUN = 77
 """Exit status of a cell whose kernel cannot be had here; that of a skipped test in automake."""
 
@@ -151,19 +152,19 @@ def run(options: argparse.Namespace) -> int:
         print(f"skipped ({spec.describe()}): {_one_line(error)}", flush=True)
         return CANNOT_BE_RUN
     if lacking is not None:
-        return _run_nested(options.words)
+        return _run_nested(options.words, len(chosen))
     outcome = run_cell(Cell(spec, acts=chosen))
     print(f"{outcome.result} {outcome.release or '?'} ({spec.describe()}): {outcome}", flush=True)
     return 1 if outcome.wrong else 0
 
 
-def _run_nested(words: Sequence[str]) -> int:
+def _run_nested(words: Sequence[str], acts_to_do: int) -> int:
     """Run this very command, *words*, where there is KVM; returns its status."""
     try:
         return nesting.run_nested(
             [sys.executable, "-m", "gdb_kprobe.launcher.cli", *words],
             lambda line: print(line, flush=True),
-            timeout=_NESTED_TIMEOUT,
+            timeout=_NESTED_TIMEOUT + acts_to_do * _NESTED_ACT_TIMEOUT,
         )
     except FAILURES as error:
         print(f"FAILED ? (nested): {_one_line(error)}", flush=True)
