@@ -24,6 +24,7 @@ LOWEST_BASE = 64 * MIB
 
 KERNEL_NAMES = (
     "debian, newest, a series such as 6.12 or 6.12-rt, a flavour of any version such as rt or cloud@stable-backports,"
+    " small or small-nobtf, which are built here from Debian's source (6.12-nomodules, 6.12-nobtf: of that version),"
     " or the path of a vmlinuz"
 )
 """What names a Linux kernel, for messages; :mod:`kprobe_guest.build.names` says what they mean."""
@@ -35,9 +36,10 @@ class GuestSpec:
 
     *kernel*: ``bare`` is our own bare-metal image, all else names a Linux kernel: ``debian`` is Debian's current cloud
     kernel, ``newest`` the newest cloud kernel that this machine's package lists serve, ``6.12`` or ``7.3-rt`` one of a
-    series that some suite of Debian's serves, ``cloud@stable-backports`` the newest of a flavour, and a path any other,
-    with its *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max`` or QEMU's default model. *region*: where
-    the physical memory for a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone),
+    series that some suite of Debian's serves, ``cloud@stable-backports`` the newest of a flavour, ``small`` one without
+    modules that is built from Debian's source, ``small-nobtf`` the same without BTF, and a path any other, with its
+    *modules* (``lib/modules/RELEASE``) if it has any. *cpu*: ``max`` or QEMU's default model. *region*: where the
+    physical memory for a debugger comes from: ``reserved`` (a ``memmap=`` range that the guest leaves alone),
     ``ivshmem`` (BAR 2 of an ivshmem-plain device) or ``none``. *shared_ram*: guest RAM is a file that the host can map.
     *accelerator*: ``kvm`` needs /dev/kvm. *tcg_thread*: under TCG, a thread of QEMU for each vCPU, or one for all.
     *root*: the root file system of the guest's commands: the initramfs (``own``), or that of the machine that QEMU runs

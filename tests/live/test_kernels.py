@@ -12,8 +12,6 @@ import pytest
 
 from gdb_kprobe.launcher.torture.cell import Cell, check
 from kprobe_guest import GuestSpec, GuestVm
-from kprobe_guest.build.kernel import find_kernel
-from kprobe_guest.errors import BuildError
 
 pytestmark = pytest.mark.live
 
@@ -26,22 +24,13 @@ CALL = "workload syscall 16 {calls} 3 {command} 0 3</dev/loop-control"  # ioctl
 KERNELS = (
     pytest.param("cloud@stable-backports", id="newest of all"),
     pytest.param("rt", id="PREEMPT_RT"),
+    pytest.param("small", id="no modules"),
+    pytest.param("small-nobtf", id="no types"),
     pytest.param("generic", id="generic", marks=pytest.mark.full),
     pytest.param("rt@stable-backports", id="newest PREEMPT_RT", marks=pytest.mark.full),
     *(pytest.param(f"6.{minor}", marks=pytest.mark.full) for minor in (1, 12, 16, 17, 18, 19)),
     *(pytest.param(f"7.{minor}", marks=pytest.mark.full) for minor in range(4)),
 )
-
-
-@pytest.fixture
-def served(request: pytest.FixtureRequest) -> str:
-    """The name of a kernel that can be had."""
-    name: str = request.param
-    try:
-        find_kernel(name)
-    except BuildError as error:
-        pytest.skip(f"kernel {name} cannot be had: {error}")
-    return name
 
 
 by_name = pytest.mark.parametrize("served", KERNELS, indirect=True)

@@ -25,6 +25,8 @@ from kprobe_guest.build.unpack import arrange, unpack
 from kprobe_guest.errors import BuildError
 
 META_PACKAGE = "linux-image-cloud-amd64"
+NAMES: Final = ("debian", "newest")
+"""Names that are no series."""
 _PARTS: Final = ("base", "binary", "modules")
 """Since 6.19 ``linux-image-RELEASE`` is empty, and depends on ``linux-PART-RELEASE`` of these."""
 _ANY: Final = Series()
@@ -59,7 +61,7 @@ def fetch_kernel(name: str) -> Kernel:
 
     :raises BuildError: nothing cached, nothing fetched; or *name* is none.
     """
-    if name not in ("debian", "newest"):
+    if name not in NAMES:
         parse_series(name)
     with build_lock():
         try:
@@ -70,13 +72,13 @@ def fetch_kernel(name: str) -> Kernel:
                 raise
             progress(f"using the cached kernel {found.release}: {error}")
             return found
-        _point(name, kernel)
+        point(name, kernel)
         return kernel
 
 
 def _resolve(name: str) -> _Image:
     apt = Apt()
-    if name in ("debian", "newest"):
+    if name in NAMES:
         names = apt.depends(META_PACKAGE) if name == "debian" else apt.names("linux-image-")
         image = _best(apt, _ANY, names)
         if image is None:
@@ -87,7 +89,7 @@ def _resolve(name: str) -> _Image:
         return image
     series = parse_series(name)
     failures = []
-    for where, source in _sources(series):
+    for where, source in sources(series.suite):
         try:
             apt = source()
             image = _best(apt, series, apt.names("linux-image-"))
@@ -100,14 +102,14 @@ def _resolve(name: str) -> _Image:
     raise BuildError(f"no kernel {series} was found:\n" + "\n".join(failures))
 
 
-def _sources(series: Series) -> Iterator[tuple[str, functools.partial[Apt]]]:
-    """Where *series* may be served, the best first: a name, and what makes an apt of it."""
-    if series.suite:
-        yield series.suite, functools.partial(suite_apt, series.suite)
+def sources(suite: str) -> Iterator[tuple[str, functools.partial[Apt]]]:
+    """Where packages of *suite*, or of any if it is empty, are looked for, the best first: its name, how to ask it."""
+    if suite:
+        yield suite, functools.partial(suite_apt, suite)
         return
     yield "this machine's package lists", functools.partial(Apt)
-    for suite in SUITES:
-        yield suite, functools.partial(suite_apt, suite)
+    for other in SUITES:
+        yield other, functools.partial(suite_apt, other)
 
 
 def _best(apt: Apt, series: Series, names: list[str]) -> _Image | None:
@@ -175,7 +177,7 @@ def _stamp(directory: Path) -> object:
     return stamp
 
 
-def _point(name: str, kernel: Kernel) -> None:
+def point(name: str, kernel: Kernel) -> None:
     """Make the link NAME -> RELEASE, in one step."""
     link = kernels_directory() / f".{name}-{os.getpid()}"
     link.unlink(missing_ok=True)

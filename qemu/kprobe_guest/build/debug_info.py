@@ -1,4 +1,7 @@
-"""A kernel's vmlinux with debug info, from the package that Debian has beside each kernel. No set-up fetches it."""
+"""A kernel's vmlinux with debug info, from the package that Debian has beside each kernel. No set-up fetches it.
+
+A kernel that was built here has its own beside it.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,9 @@ def fetch_debug_info(kernel: Kernel) -> Path:
 
     :raises BuildError: it cannot be fetched, or the package has none.
     """
+    built_here = kernel.vmlinuz.parent / _NAME
+    if built_here.exists():
+        return built_here
     directory = kernels_directory() / f"{kernel.release}-debug"
     with build_lock():
         if not (directory / _NAME).exists():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kprobe_guest.build import debian, given
+from kprobe_guest.build import debian, given, source
 from kprobe_guest.build.kernel_files import Kernel
+from kprobe_guest.build.names import SourceSeries, parse_name
 from kprobe_guest.errors import BuildError
 
 
@@ -18,7 +19,7 @@ def find_kernel(name: str, modules: Path | None = None) -> Kernel:
     """
     if "/" in name:
         return given.given_kernel(Path(name), modules)
-    return debian.cached_kernel(name) or debian.fetch_kernel(name)
+    return debian.cached_kernel(name) or fetch_kernel(name)
 
 
 def fetch_kernel(name: str) -> Kernel:
@@ -30,4 +31,6 @@ def fetch_kernel(name: str) -> Kernel:
     """
     if "/" in name:
         raise BuildError(f"{name} is a path: there is nothing to fetch")
+    if name not in debian.NAMES and isinstance(series := parse_name(name), SourceSeries):
+        return source.build_kernel(name, series)
     return debian.fetch_kernel(name)

@@ -1,4 +1,7 @@
-"""What a kernel's name means. Nothing is pinned: a name stands for the newest that is served of its kind."""
+"""What a kernel's name means. Nothing is pinned: a name stands for the newest that is served of its kind.
+
+``6.12-rt`` is a kernel of Debian's, ``6.12-nomodules`` one that is built here from Debian's source of that version.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Final
 from kprobe_guest.errors import BuildError
 from kprobe_guest.spec import KERNEL_NAMES
 
+_BUILT: Final = re.compile(r"(?:(\d+\.\d+)-)?(nomodules|nobtf)(?:@([a-z][a-z-]*))?")
+_SHORT: Final = {"small": "nomodules", "small-nobtf": "nobtf"}
 _SERIES: Final = re.compile(r"(?:(\d+\.\d+)(?:-(cloud|generic|rt))?|(cloud|generic|rt))(?:@([a-z][a-z-]*))?")
 _SUFFIX: Final = {"cloud": "-cloud-amd64", "generic": "-amd64", "rt": "-rt-amd64"}
 
@@ -36,6 +41,37 @@ class Series:
     def __str__(self) -> str:
         number = f"{self.number}-" if self.number else ""
         return f"{number}{self.flavour}" + (f"@{self.suite}" if self.suite else "")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSeries:
+    """Small kernels, built here from the Debian source of one version, or of any: ``6.12-nomodules``, ``nobtf``.
+
+    *variant*: ``nomodules`` has neither MODULES nor KPROBES, FTRACE and JUMP_LABEL; ``nobtf`` is the same without the
+    types of its structures (BTF). *number* and *suite* are those of a :class:`Series`.
+    """
+
+    number: str
+    variant: str
+    suite: str = ""
+
+    def version_of(self, package: str) -> str | None:
+        """The version of the kernel whose source *package* is, if it is one of this series; ``None`` for any other."""
+        match = re.fullmatch(r"linux-source-(\d+\.\d+)", package)
+        return None if match is None or self.number not in ("", match[1]) else match[1]
+
+    def __str__(self) -> str:
+        number = f"{self.number}-" if self.number else ""
+        return f"{number}{self.variant}" + (f"@{self.suite}" if self.suite else "")
+
+
+def parse_name(name: str) -> Series | SourceSeries:
+    """The kernels that *name* means.
+
+    :raises BuildError: it is no such name.
+    """
+    match = _BUILT.fullmatch(_SHORT.get(name, name))
+    return parse_series(name) if match is None else SourceSeries(match[1] or "", match[2], match[3] or "")
 
 
 def parse_series(name: str) -> Series:
