@@ -31,6 +31,9 @@ _LOCK_PREFIXES: Final = (b"\xf0", b"\x3e")
 _AT_NOPS: Final = frozenset(b"\x0f\xe8\xe9\xcc")
 """First bytes: ftrace's nop, a tracer's call, and a jump or an int3 of a session that has borrowed it."""
 _MODULES: Final = AddressRange(KERNEL_IMAGE_END, MODULES_END)
+_FEWEST: Final = 3
+"""Entries of a table that prove anything; a kernel has hundreds."""
+_FEWEST_SORTED: Final = 16
 _MOST_RECORDS: Final = 1 << 24
 
 
@@ -91,7 +94,7 @@ class _Proofs:
         section = self.kallsyms.section(f"__start{name}", f"__stop{name}")
         if section is None or not section.size:
             return layout
-        if section.size % layout.size:
+        if section.size % layout.size or section.size < _FEWEST * layout.size:
             return None
         data = self.memory.read(section.start, section.size)
         columns = [_relative(section.start, data, layout.size, member.offset) for member in layout.members.values()]
@@ -111,7 +114,7 @@ class _Proofs:
 
     def _is_ex_table(self, columns: list[list[int]]) -> bool:
         """It is sorted when the kernel is linked (scripts/sorttable.c): the kernel looks there by halves."""
-        return self._are_code(columns) and columns[0] == sorted(columns[0])
+        return self._are_code(columns) and columns[0] == sorted(columns[0]) and len(columns[0]) >= _FEWEST_SORTED
 
     def _bug_entry(self) -> Layout | None:
         name = "___bug_table"

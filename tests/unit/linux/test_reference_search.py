@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdb_kprobe.linux.branch_targets import find_references
-from gdb_kprobe.linux.reference_search import ReferenceSearch, Run
+from gdb_kprobe.linux.reference_search import OpaqueRun, ReferenceSearch, Run
 from gdb_kprobe.linux.text_tables import TextTables
 from gdb_kprobe.model import AddressRange, VirtAddr
 
@@ -75,6 +75,20 @@ def test_a_search_says_what_decoding_all_text_says(
                 assert search.has_indirect_jump(at, end) == expected.has_indirect_jump(at, end), where
                 function = AddressRange(VirtAddr(at), VirtAddr(end))
                 assert search.is_unresolved(function) == expected.is_unresolved(function), where
+
+
+@given(texts())
+def test_of_text_that_cannot_be_decoded_no_reference_is_missed(
+    text: tuple[tuple[tuple[VirtAddr, bytes], ...], list[int]],
+) -> None:
+    windows, starts = text
+    expected = find_references(windows, starts, EMPTY, thunks=THUNKS)
+    (start, code), opaque = windows
+    search = ReferenceSearch([Run(start, code, starts, THUNKS)], EMPTY, opaque=[OpaqueRun(*opaque)])
+    for at in range(start, start + len(code)):
+        for end in range(at + 1, min(at + 6, start + len(code) + 1)):
+            assert search.is_target(at, end) or not expected.is_target(at, end), (hex(at), end - at)
+            assert search.is_taken(at, end) or not expected.is_taken(at, end), (hex(at), end - at)
 
 
 @pytest.mark.parametrize("kind", ["call", "jmp", "jcc", "lea", "mov", "push", "movabs"])
