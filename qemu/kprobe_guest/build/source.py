@@ -1,7 +1,8 @@
 """Small kernels, built from Debian's source: without MODULES, KPROBES, FTRACE and JUMP_LABEL, with and without BTF.
 
-A build takes minutes, so nothing is built that is in the cache, by the version of the source and by the configuration
-(``data/small.config``). Both variants come out of one build: the second differs in little but its types.
+A build takes a quarter of an hour of a processor's time, so nothing is built that is in the cache, by the version of the
+source and by the configuration (``data/small.config``). Both variants are built in one tree, one after the other: only
+what the second has otherwise is compiled anew.
 """
 
 from __future__ import annotations
