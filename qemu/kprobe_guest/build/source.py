@@ -1,8 +1,8 @@
 """Small kernels, built from Debian's source: without MODULES, KPROBES, FTRACE and JUMP_LABEL, with and without BTF.
 
-A build takes a quarter of an hour of a processor's time, so nothing is built that is in the cache, by the version of the
-source and by the configuration (``data/small.config``). Both variants are built in one tree, one after the other: only
-what the second has otherwise is compiled anew.
+A build takes a quarter of an hour of a processor's time, so nothing is built that is in the cache, by the version of
+the source and by the configuration (``data/small.config``). Both variants are built in one tree, one after the other:
+only what the second has otherwise is compiled anew.
 """
 
 from __future__ import annotations
