@@ -63,7 +63,8 @@ _EX_TABLE: Final = _ints(12, insn=0, fixup=4)
 _JUMP_ENTRY: Final = _ints(16, code=0, target=4)
 _STATIC_CALL_SITE: Final = _ints(8, addr=0)
 # include/asm-generic/bug.h: with CONFIG_DEBUG_BUGVERBOSE and without; with a format since v6.19.
-_BUG_ENTRIES: Final = tuple(_ints(size, bug_addr_disp=0) for size in (8, 12, 16))
+_WITH_FORMAT: Final = _ints(16, bug_addr_disp=0)
+_BUG_ENTRIES: Final = (_ints(8, bug_addr_disp=0), _ints(12, bug_addr_disp=0), _WITH_FORMAT)
 # arch/x86/kernel/alternative.c
 _SMP_ALT_MODULE: Final = _words(64, locks=16, locks_end=24, text=32, text_end=40, next=48, next__next=48)
 # include/linux/kprobes.h
@@ -120,7 +121,11 @@ class _Proofs:
         name = "___bug_table"
         if not self._has(name):
             return _BUG_ENTRIES[0]
-        proven = [layout for layout in _BUG_ENTRIES if self._table(name, layout, self._are_traps)]
+        proven = [
+            layout
+            for layout in _BUG_ENTRIES
+            if self._table(name, layout, self._are_mostly_traps if layout is _WITH_FORMAT else self._are_traps)
+        ]
         return proven[0] if len(proven) == 1 else None
 
     def _has(self, name: str) -> bool:
@@ -130,6 +135,12 @@ class _Proofs:
     def _are_traps(self, columns: list[list[int]]) -> bool:
         live = self._text()[0]
         return all(self._is_trap(addr) if addr in live else self._is_code(addr) for addr in columns[0])
+
+    def _are_mostly_traps(self, columns: list[list[int]]) -> bool:
+        """The entry of a WARN with arguments names what loads them, in front of the trap (``__WARN_bug_entry``)."""
+        live = self._text()[0]
+        traps = [self._is_trap(addr) for addr in columns[0] if addr in live]
+        return self._are_code(columns) and 2 * sum(traps) > len(traps)
 
     def _is_trap(self, addr: int) -> bool:
         return self.memory.read(VirtAddr(addr), 4).startswith(_TRAPS)

@@ -202,6 +202,8 @@ def test_what_is_proven_is_what_the_kernels_types_say(probed: Probing, served: s
     for name, members in PROVEN.items():
         if name in ARRAYS:
             assert proven.size_of(name) == types.size_of(name), name
+        if name == "smp_alt_module" and not types.has_member(name, "locks"):
+            continue  # on 7.3; nothing is read by it then
         for member in members:
             found, expected = proven.member(name, member), types.member(name, member)
             assert found.offset == expected.offset, (name, member)
