@@ -31,20 +31,28 @@ settings.load_profile("guests")
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
-# Idle guests cost memory and a little of the host's time; the least recently used one goes.
+# Guests cost memory: the least recently used one goes.
 MOST_GUESTS = 6
 
 
 class GuestPool:
-    """The running guests, the most recently used one last."""
+    """The guests, the most recently used one last. One that no test uses is stopped, and its clocks with it.
+
+    The bare-metal guest is never idle: running, it takes a processor from the tests.
+    """
 
     def __init__(self) -> None:
         self._guests: dict[GuestSpec, GuestVm] = {}
         self._conditions: dict[GuestSpec, tuple[str, ...]] = {}
+        self._resting: set[GuestSpec] = set()
 
     def get(self, spec: GuestSpec) -> GuestVm:
         """A healthy, running guest of this kind: the one there is, or a new one."""
         guest = self._guests.pop(spec, None)
+        if spec in self._resting:
+            self._resting.discard(spec)
+            if guest is not None and guest.alive():
+                guest.cont()
         if guest is not None and not _usable(guest):
             guest.close(keep=True)
             guest = None
@@ -72,9 +80,16 @@ class GuestPool:
             time.sleep(0.1)
         assert now == condition, "the test has left its guest changed: others may get it"
 
+    def rest(self, guest: GuestVm) -> None:
+        """Stop *guest* until the next test wants it, if it runs, and is one that can be wanted."""
+        if self._guests.get(guest.spec) is guest and _usable(guest):
+            guest.stop()
+            self._resting.add(guest.spec)
+
     def discard(self, guest: GuestVm) -> None:
         """End a guest that a failed test has used, and keep its logs."""
         self._guests = {spec: other for spec, other in self._guests.items() if other is not guest}
+        self._resting &= self._guests.keys()
         guest.close(keep=True)
 
     def close(self) -> None:
@@ -143,6 +158,7 @@ def _give_back(pool: GuestPool, guest: GuestVm, *, failed: bool) -> None:
     except BaseException:
         pool.discard(guest)
         raise
+    pool.rest(guest)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
