@@ -42,6 +42,8 @@ _ADD_MANY = f"kprobe add '{PATTERN}'"
 HANDLED = "__do_sys_getpriority"
 """Where a probe is that needs gdb."""
 _HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {HANDLED}', pre=lambda hit: None)"
+_STEPPED = 300
+"""Calls whose hits gdb steps, in some seconds."""
 _MOMENT = 0.05
 """Seconds in which the text of so many probes is written."""
 
@@ -266,7 +268,9 @@ class Kill9:
             gdb.console(f"kprobe adopt {self._profile}", timeout=60)
             gdb.cont()
             self._finish()
-            self._call()
+            # The probe that needs gdb keeps its rung: single-stepped, each call takes as long as hundreds of others.
+            stepped = phase is Phase.HANDLING and self._strategy == "single-step"
+            self._call(min(self._work.calls, _STEPPED) if stepped else None)
             probes = {probe["name"]: probe for probe in gdb.command("-kprobe-list", timeout=60)["probes"]}
             expected = {"jump": self._calls, "filtered": self._calls, "trap": self._calls, "off": 0}
             # A detach that was through, or nearly, has forgotten all of them.
@@ -304,11 +308,12 @@ class Kill9:
     def _gdb(self) -> GdbMi:
         return GdbMi(self._environment)
 
-    def _call(self) -> None:
-        """Make the calls; the guest is alive."""
-        output = self._guest.check_output(_workload(self._work.calls))
-        assert output.startswith(f"workload: {self._work.calls} calls done"), output
-        self._calls += self._work.calls
+    def _call(self, calls: int | None = None) -> None:
+        """Make the calls, or *calls* of them; the guest is alive."""
+        calls = self._work.calls if calls is None else calls
+        output = self._guest.check_output(_workload(calls), timeout=60)
+        assert output.startswith(f"workload: {calls} calls done"), output
+        self._calls += calls
 
     def _finish(self) -> None:
         """Have the load come to its end, if there is one."""

@@ -95,7 +95,7 @@ moved() {{
     look=0; state=
     while [ $look -lt {_LOOKS} ]; do
         look=$((look + 1)); state=0
-        [ ! -e $at ] || read -r state <$at/transition
+        {{ read -r state <$at/transition; }} 2>/dev/null  # the patch may go at any moment
         [ $state = 1 ] || return 0
         usleep 50000
     done
