@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError
@@ -192,7 +192,7 @@ def delete_many(probes: Iterable[Probe]) -> None:
             session.delete_many(probe for probe in session.probes if probe.name in names)
 
 
-def on_hit(listener: Callable[[Hit], None], probes: Collection[Probe] | None = None) -> Callable[[], None]:
+def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = None) -> Callable[[], None]:
     """Have *listener* called at each hit, before the probe's handler; returns the function that ends it.
 
     :param probes: those whose hits it is called at; ``None``: all probes. Other probes go on as before.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
 from gdb_kprobe.session.probes import Hit, Probe
 
@@ -17,12 +17,17 @@ class Listeners:
     """
 
     def __init__(self) -> None:
-        self._all: list[tuple[Listener, Collection[Probe] | None]] = []
+        self._all: list[tuple[Listener, tuple[Probe, ...] | None]] = []
         self.failed: list[str] = []
 
-    def add(self, listener: Listener, probes: Collection[Probe] | None) -> None:
-        """Have *listener* told of the hits of *probes*; ``None``: of all probes, those that are defined later too."""
-        self._all.append((listener, probes))
+    def add(self, listener: Listener, probes: Iterable[Probe] | None) -> None:
+        """Have *listener* told of the hits of *probes*; ``None``: of all probes, those that are defined later too.
+
+        Which they are is settled here: the sites are served by it, whatever the caller does with a list later.
+
+        :raises TypeError: *probes* is one probe; nothing is changed.
+        """
+        self._all.append((listener, None if probes is None else tuple(probes)))
 
     def remove(self, listener: Listener) -> None:
         """Do not tell *listener* any more; nothing happens when it was dropped."""
@@ -44,6 +49,6 @@ class Listeners:
                 self.remove(listener)
 
 
-def _names(probes: Collection[Probe] | None, probe: Probe) -> bool:
+def _names(probes: Iterable[Probe] | None, probe: Probe) -> bool:
     """Whether *probe* itself is one of *probes*: two with the same values are two."""
     return probes is None or any(probe is other for other in probes)

@@ -15,7 +15,7 @@ from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
 from gdb_kprobe.session.listeners import Listeners
-from gdb_kprobe.session.probes import Service, Site
+from gdb_kprobe.session.probes import Probe, Service, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, holds, verify
@@ -153,13 +153,15 @@ class Routes:
         plan = site.plan
         probes = [probe for probe in site.probes if probe.enabled]
         handlers = self._programs.handlers(probes)
-        asking = [probe for probe in probes if probe.needs_host or self._listeners.concern(probe)]
+        asking: list[Probe] = []
+        others: list[Probe] = []
+        for probe in probes:
+            (asking if probe.needs_host or self._listeners.concern(probe) else others).append(probe)
         # A hit that has stopped for the user comes again with what has been made of its registers: no filter is asked.
         for_host = plan.rung is Rung.SINGLE_STEP or bool(site.watchers) or self._is_awaited(site.addr)
         stops = for_host or bool(asking)
         filtered = None
         if asking and not for_host and (filters := self._programs.filters(asking)):
-            others = [probe for probe in probes if not any(probe is other for other in asking)]
             filtered = Filtered(filters, self._programs.handlers(others))
         old = site.service
         if old is not None and (old.stops, old.handlers, old.filtered, old.plan) == (stops, handlers, filtered, plan):

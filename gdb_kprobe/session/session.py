@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
@@ -243,7 +243,7 @@ class Session:
         """Why the hits of *probe* are not the calls of its function, if they are not; as it was at the last stop."""
         return self.sites.redirected(probe)
 
-    def listen(self, listener: Listener, probes: Collection[Probe] | None = None) -> None:
+    def listen(self, listener: Listener, probes: Iterable[Probe] | None = None) -> None:
         """Have *listener* told of every hit of *probes*, or of all probes; the host handles those hits then.
 
         The hits of all other probes are handled as before.

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -64,16 +64,24 @@ def fetch_kernel(name: str) -> Kernel:
     if name not in NAMES:
         parse_series(name)
     with build_lock():
-        try:
-            kernel = _unpacked(_resolve(name))
-        except BuildError as error:
-            found = cached_kernel(name)
-            if found is None:
-                raise
-            progress(f"using the cached kernel {found.release}: {error}")
-            return found
-        point(name, kernel)
-        return kernel
+        return newest_or_cached(name, lambda: _unpacked(_resolve(name)))
+
+
+def newest_or_cached(name: str, find: Callable[[], Kernel]) -> Kernel:
+    """Return what *find* finds for *name*, and remember it; where *find* fails, what was found last, and say so.
+
+    :raises BuildError: *find* fails, and nothing was ever found.
+    """
+    try:
+        kernel = find()
+    except BuildError as error:
+        found = cached_kernel(name)
+        if found is None:
+            raise
+        progress(f"using the cached kernel {found.release}: {error}")
+        return found
+    point(name, kernel)
+    return kernel
 
 
 def _resolve(name: str) -> _Image:

@@ -22,7 +22,7 @@ from typing import Final
 
 from kprobe_guest.build.apt import Apt, compare_versions
 from kprobe_guest.build.cache import atomic_directory, cache_directory, progress, run_tool
-from kprobe_guest.build.debian import cached_kernel, point, sources
+from kprobe_guest.build.debian import newest_or_cached, sources
 from kprobe_guest.build.initramfs import DATA
 from kprobe_guest.build.kernel_files import Kernel, cached, kernels_directory
 from kprobe_guest.build.names import SourceSeries
@@ -67,16 +67,7 @@ def build_kernel(name: str, series: SourceSeries) -> Kernel:
     :raises BuildError: there is none, and its source or a tool cannot be had, or it does not compile.
     """
     with _only_one():
-        try:
-            kernel = _built(_find(series), series.variant)
-        except BuildError as error:
-            found = cached_kernel(name)
-            if found is None:
-                raise
-            progress(f"using the cached kernel {found.release}: {error}")
-            return found
-        point(name, kernel)
-        return kernel
+        return newest_or_cached(name, lambda: _built(_find(series), series.variant))
 
 
 @contextlib.contextmanager
