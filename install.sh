@@ -8,11 +8,12 @@ usage: ./install.sh [COMMAND]
 
   (none)        set up; a second run only looks whether everything is there
   demo          set up, then put kprobes on a live Debian guest
+  test          set up, then run everything that CI runs: half an hour or more on two idle cores
+  torture KIND  set up, then prove on guests of its own that probes are safe; --help names the kinds
+  bench         set up, then measure what a hit costs
   matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
                 --list names them, --only REGEX chooses, --full does all in each that a cell can do, --markdown FILE
                 writes the table; other releases of Debian are made in chroots, which needs root and debootstrap
-  test          set up, then run everything that CI runs: half an hour or more on two idle cores
-  bench         set up, then run the benchmarks
   --uninstall   remove the virtual environment, the cache and what builds and tests left here
   --help        this text
 
@@ -147,6 +148,9 @@ chroot_packages() {
     [ "$(id -u)" != 0 ] || is_installed debootstrap || install_packages debootstrap
 }
 
+# Runs a package of tests/ as a program. -P: where the current directory has a package tests, that is not meant.
+run_module=("$venv/bin/python" -P -m)
+
 # The cells of the matrix that each run of the tests has.
 sample='^debian13/(debian/tcg/demo|6.1-cloud/kvm/2cpu)$'
 
@@ -167,7 +171,7 @@ run_tests() {
     check 'import layers' "$bin/lint-imports"
     # Two at a time: each has guests of its own, of up to two vCPUs. A file's tests share theirs.
     check 'tests' patiently tests "$bin/python" -m pytest --numprocesses 2 --dist loadfile --durations 40
-    check 'a sample of the matrix' "$bin/gdb-kprobe" matrix --only "$sample"
+    check 'a sample of the matrix' "${run_module[@]}" tests.matrix --only "$sample"
     local seconds=$((SECONDS - begin))
     printf '\n=== %d min %02d s\n' $((seconds / 60)) $((seconds % 60))
     [ ${#failed[@]} = 0 ] || fail "failed: $(printf '%s; ' "${failed[@]}")"
@@ -200,13 +204,11 @@ case "${1:-}" in
     matrix)
         set_up
         chroot_packages
-        cd "$here"
-        exec "$venv/bin/gdb-kprobe" matrix "${@:2}"
+        exec "${run_module[@]}" tests.matrix "${@:2}"
         ;;
-    bench)
+    torture | bench)
         set_up
-        cd "$here"
-        exec "$venv/bin/gdb-kprobe" bench "${@:2}"
+        exec "${run_module[@]}" "tests.$1" "${@:2}"
         ;;
     --uninstall)
         uninstall

@@ -1,4 +1,4 @@
-"""Everything this project raises on purpose.
+"""Everything this project raises on purpose: two trees, of what is not done, and of what ends a session.
 
 Each error says what, where, why and what to do next. A broken invariant of ours is an ``assert``, never one of these.
 The one place that turns them into text at the prompt is :mod:`gdb_kprobe.gdbext.errors`.
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gdb_kprobe.model import Refusal, VirtAddr
 
 
-class KprobeError(Exception):
+class ReportedError(Exception):
     """Base of every error that is the user's, the guest's or the connection's, and not our bug."""
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -23,6 +23,22 @@ class KprobeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class KprobeError(ReportedError):
+    """Something is not done, and nothing is changed or lost by that: the session goes on."""
+
+
+class SessionOverError(ReportedError):
+    """Nothing more can be done with the guest of a session: who goes through probes or sites does not go on."""
+
+
+class ConnectionLostError(SessionOverError):
+    """Nobody answers at the other end of the gdbstub connection any more."""
+
+
+class GuestResetError(SessionOverError):
+    """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
 
 
 class RefusedError(KprobeError):
@@ -39,10 +55,6 @@ class NameTakenError(KprobeError):
 
 class TargetError(KprobeError):
     """The gdbstub or the guest's memory did not do what was asked."""
-
-
-class ConnectionLostError(TargetError):
-    """Nobody answers at the other end of the gdbstub connection any more."""
 
 
 class UnmappedError(TargetError):
@@ -72,10 +84,6 @@ class GuestStateError(KprobeError):
 
 class GuestPanickedError(GuestStateError):
     """The guest's kernel has panicked: no waiting changes that."""
-
-
-class GuestResetError(GuestStateError):
-    """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
 
 
 class NeedsTypesError(GuestStateError):

@@ -164,7 +164,7 @@ class Reason(StrEnum):
     PROBED_INSIDE = "another probe within the jump's 5 bytes"
     BREAKPOINT_INSIDE = "a breakpoint within the jump's 5 bytes"
     NEEDS_HOST = "a hit needs the host"
-    TOLD = "the host is told of every hit"
+    TRACED = "the host is told of every hit"
     FTRACE_BUSY = "the guest's ftrace uses the function's nop"
 
     @property
@@ -183,7 +183,7 @@ _PASSING = frozenset(
         Reason.WINDOW_BUSY,
         Reason.PROBED_INSIDE,
         Reason.BREAKPOINT_INSIDE,
-        Reason.TOLD,
+        Reason.TRACED,
         Reason.FTRACE_BUSY,
         Reason.GUEST_KPROBE,
     }

@@ -1,5 +1,7 @@
 """Guests for tests: one running guest per spec, shared by the tests that ask for it, replaced when it was hurt.
 
+Those of one spec are copies of one that was booted: kernel and modules are at the same addresses in all.
+
 Which tests come before another is chance: each has to leave its guest as it was after boot.
 """
 
@@ -9,13 +11,16 @@ import contextlib
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
 
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestSpec, GuestVm, Template
 from kprobe_guest.cli import boot_command
+from kprobe_guest.execution_log import KERNEL_TEXT
 
 # A shell has its background jobs ignore SIGINT, and what they start inherits that: the tests send Ctrl-C to themselves,
 # to gdb and to the launcher, as from a terminal.
@@ -31,8 +36,48 @@ settings.load_profile("guests")
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
-# Guests cost memory: the least recently used one goes.
+# Guests and templates cost memory: the least recently used one goes.
 MOST_GUESTS = 6
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A guest that has come up, as it was saved then; *condition* is what it said of itself."""
+
+    template: Template
+    condition: tuple[str, ...]
+
+
+class Templates:
+    """Guests are copies of one that was booted: a boot takes ten times as long. The most recently used one is last."""
+
+    def __init__(self) -> None:
+        self._made: dict[GuestSpec, Settled] = {}
+
+    def get(self, spec: GuestSpec) -> Settled | None:
+        """What guests of this kind are copied from, booted if need be; ``None``: QEMU cannot save such a guest."""
+        if spec.kernel == "bare" or spec.region == "ivshmem" or not spec.shared_ram or spec.accelerator != "tcg":
+            return None
+        booted = replace(spec, gdb="unix", extra_args=_other_than_log(spec.extra_args))
+        settled = self._made.pop(booted, None)
+        if settled is None:
+            while len(self._made) >= MOST_GUESTS:
+                self._made.pop(next(iter(self._made))).template.close()
+            with GuestVm(booted) as guest:
+                condition = _settled(guest)
+                settled = Settled(Template(guest), condition)
+        self._made[booted] = settled
+        return settled
+
+    def close(self) -> None:
+        for settled in self._made.values():
+            settled.template.close()
+        self._made.clear()
+
+
+def _other_than_log(words: tuple[str, ...]) -> tuple[str, ...]:
+    """QEMU's arguments without those for its log, which are no matter of the machine's."""
+    return () if words == KERNEL_TEXT else words
 
 
 class GuestPool:
@@ -45,6 +90,7 @@ class GuestPool:
         self._guests: dict[GuestSpec, GuestVm] = {}
         self._conditions: dict[GuestSpec, tuple[str, ...]] = {}
         self._resting: set[GuestSpec] = set()
+        self._templates = Templates()
 
     def get(self, spec: GuestSpec) -> GuestVm:
         """A healthy, running guest of this kind: the one there is, or a new one."""
@@ -59,11 +105,17 @@ class GuestPool:
         if guest is None:
             while len(self._guests) >= MOST_GUESTS:
                 self._guests.pop(next(iter(self._guests))).close()
-            self._guests[spec] = GuestVm(spec).__enter__()
-            if spec.kernel != "bare":
-                self._conditions[spec] = _settled(self._guests[spec])
-            return self._guests[spec]
+            guest = self._new(spec)
         self._guests[spec] = guest
+        return guest
+
+    def _new(self, spec: GuestSpec) -> GuestVm:
+        settled = self._templates.get(spec)
+        guest = GuestVm(spec, saved=None if settled is None else settled.template.saved).__enter__()
+        if settled is not None:
+            self._conditions[spec] = settled.condition
+        elif spec.kernel != "bare":
+            self._conditions[spec] = _settled(guest)
         return guest
 
     def check(self, guest: GuestVm) -> None:
@@ -96,6 +148,7 @@ class GuestPool:
         for guest in self._guests.values():
             guest.close()
         self._guests.clear()
+        self._templates.close()
 
 
 def _settled(guest: GuestVm) -> tuple[str, ...]:
@@ -161,11 +214,50 @@ def _give_back(pool: GuestPool, guest: GuestVm, *, failed: bool) -> None:
     pool.rest(guest)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not os.environ.get("GDB_KPROBE_FULL"):
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; set GDB_KPROBE_FULL=1"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Unless a full run is wanted, leave out what takes minutes, and of live tests what only combines anew."""
+    if os.environ.get("GDB_KPROBE_FULL"):
+        return
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; set GDB_KPROBE_FULL=1"))
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("live") and not item.get_closest_marker("full"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {item for those in cases.values() for item in _combining_anew(those)}
+    chosen = config.getoption("keyword") or any("[" in argument for argument in config.args)
+    if left_out and not chosen:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _combining_anew(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Those of one test's *cases* that hold no value of a parameter that is not in another one, too."""
+    held = {item: _values(item) for item in cases}
+    missing = frozenset[tuple[str, str]]().union(*held.values())
+    others = list(cases)
+    while missing:
+        # Of equals not always the first: a kernel is not to meet the same rung in all tests.
+        best = max(others, key=lambda item: (len(held[item] & missing), zlib.crc32(item.nodeid.encode())))
+        others.remove(best)
+        missing -= held[best]
+    return others if any(held.values()) else []
+
+
+def _values(item: pytest.Item) -> frozenset[tuple[str, str]]:
+    """What it has of each parameter; those that one mark gives together are one."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return frozenset()
+    together: dict[str, str] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0])
+        together |= dict.fromkeys(names.replace(" ", "").split(","), names)
+    found: dict[str, list[str]] = {}
+    for name, value in callspec.params.items():
+        found.setdefault(together.get(name, name), []).append(repr(value))
+    return frozenset((names, ", ".join(values)) for names, values in found.items())
 
 
 @pytest.hookimpl(wrapper=True)

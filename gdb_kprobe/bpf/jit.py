@@ -9,6 +9,9 @@ Passes: what is known where (:mod:`gdb_kprobe.bpf.check`) → which instructions
 (``_Compiler``). Which x86 registers must be saved is found by emitting until the set no longer grows: a register that
 is saved is read from its place on the stack from then on.
 
+A program may *decide*: what it has in r0 at its exit is a verdict then. It becomes no value but a way: an exit with 0
+leads to behind the code, any other to a label of the surroundings.
+
 Layout of the stack while the code runs, from low to high::
 
     rsp -> the program's stack
@@ -25,14 +28,14 @@ from gdb_kprobe.bpf.check import CheckedProgram, Step
 from gdb_kprobe.bpf.compile_alu import alu
 from gdb_kprobe.bpf.compile_atomic import atomic
 from gdb_kprobe.bpf.compile_compare import compare
-from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InDetour, InHandler, free
+from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InHandler, free
 from gdb_kprobe.bpf.insn import BpfInsn, InsnClass, JmpOp, Size
 from gdb_kprobe.bpf.needed import Needed, is_atomic, is_exit, is_jump, is_pure
 from gdb_kprobe.bpf.places import Place, Places, stack_size
-from gdb_kprobe.bpf.value import MASK64, Scalar
+from gdb_kprobe.bpf.value import MASK64, Number, Scalar
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.assemble import Assembler, Label, fits_s32
-from gdb_kprobe.x86.emit import Emitter, Gp, Mem
+from gdb_kprobe.x86.emit import Cc, Emitter, Gp, Mem, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,15 @@ class Prepared:
     """The program looks at the interrupted flags."""
     reads_ip: bool
     """The program looks at the probed address, so that its code may depend on it."""
-    returns: bool
-    """What the program has in r0 at its exit is in rax behind the code."""
+    decides: bool
+    """What the program has in r0 at its exit is where the code leads."""
     needed: Needed = field(repr=False, compare=False)
-    """What follows from *checked* and *returns*."""
+    """What follows from *checked* and *decides*."""
 
     def moved(self, ip: VirtAddr) -> Prepared:
         """The same program for a probe at *ip*; mostly without the work of :func:`prepare`."""
         frame = replace(self.frame, ip=ip)
-        return prepare(self.checked, frame, self.returns) if self.reads_ip else replace(self, frame=frame)
+        return prepare(self.checked, frame, self.decides) if self.reads_ip else replace(self, frame=frame)
 
     @property
     def stack(self) -> int:
@@ -66,19 +69,19 @@ class Prepared:
         return 8 * len(self.saves) + stack_size(self.checked)
 
 
-def prepare(checked: CheckedProgram, frame: Frame, returns: bool = False) -> Prepared:
+def prepare(checked: CheckedProgram, frame: Frame, decides: bool = False) -> Prepared:
     """Find out what *checked* needs in *frame*.
 
-    :param returns: its r0 is of interest, which a detour has no register for.
+    :param decides: its r0 is a verdict.
     """
-    assert not (returns and isinstance(frame, InDetour)), "rax is the interrupted code's own"
-    needed = Needed(checked, returns)
+    needed = Needed(checked, decides)
     anywhere = VirtAddr(0)
     saves: tuple[Gp, ...] = ()
     while True:
         out = Emitter(Assembler(anywhere))
         places = Places(out, checked, frame, saves, dict.fromkeys(checked.regions, anywhere))
-        _Compiler(out, checked, needed, places, dict.fromkeys(checked.helpers, anywhere), returns).emit()
+        said = Label("said") if decides else None
+        _Compiler(out, checked, needed, places, dict.fromkeys(checked.helpers, anywhere), said).emit()
         written = frozenset(out.written)
         must = written - free(frame) - set(saves)
         if not must:
@@ -90,27 +93,33 @@ def prepare(checked: CheckedProgram, frame: Frame, returns: bool = False) -> Pre
                 clobbers_flags=out.writes_flags,
                 reads_flags=places.reads_flags,
                 reads_ip=places.reads_ip,
-                returns=returns,
+                decides=decides,
                 needed=needed,
             )
         saves += tuple(sorted(must))
 
 
 def emit(
-    asm: Assembler, prepared: Prepared, regions: Mapping[int, VirtAddr], helpers: Mapping[int, VirtAddr] | None = None
+    asm: Assembler,
+    prepared: Prepared,
+    regions: Mapping[int, VirtAddr],
+    helpers: Mapping[int, VirtAddr] | None = None,
+    said: Label | None = None,
 ) -> None:
     """Emit the program; what follows it in *asm* is where its ``exit`` leads.
 
     :param regions: where the regions are, by number, within reach of a rel32; each at a multiple of 8.
     :param helpers: where the functions are that it calls.
+    :param said: where an ``exit`` leads with another verdict than 0; of a program that decides.
     :raises DisplacementError: one of them is too far away.
     """
     frame = prepared.frame
     saved = isinstance(frame, InHandler) or "eflags" in frame.saved
     assert saved or not prepared.reads_flags, "the program reads the flags: the detour must save them"
+    assert prepared.decides is (said is not None), "a verdict leads somewhere"
     out = Emitter(asm)
     places = Places(out, prepared.checked, frame, prepared.saves, regions)
-    _Compiler(out, prepared.checked, prepared.needed, places, helpers or {}, prepared.returns).emit()
+    _Compiler(out, prepared.checked, prepared.needed, places, helpers or {}, said).emit()
 
 
 class _Compiler:
@@ -123,16 +132,22 @@ class _Compiler:
         needed: Needed,
         places: Places,
         helpers: Mapping[int, VirtAddr],
-        returns: bool,
+        said: Label | None,
     ) -> None:
         self.out = out
-        self.returns = returns
+        self.said = said
         self.checked = checked
         self.needed = needed
         self.places = places
         self.helpers = helpers
         self.labels: dict[int, Label] = {}
         self.end = Label("end")
+        self.jumped = False
+        """The instruction that was emitted last goes on elsewhere, always."""
+        self.leave = said
+        """Where another verdict than 0 leads: through the restoring of registers, if there is any."""
+        if said is not None and (places.saves or places.stack):
+            self.leave = Label("leave")
 
     def emit(self) -> None:
         out, stack = self.out, self.places.stack
@@ -142,17 +157,45 @@ class _Compiler:
             out.lea(Gp.RSP, Mem(Gp.RSP, -stack))
         inverted = self._inversions()
         left_out = set(inverted.values())
+        falls = True
         for index, step in enumerate(self.checked.steps):
             if (label := self.labels.get(index)) is not None:
                 out.asm.bind(label)
+                falls = True
             if step is None or not self.needed.emitted[index] or index in left_out:
                 continue
+            begin, self.jumped = out.asm.pc, False
             self._insn(index, step, inverted.get(index))
+            if out.asm.pc != begin:
+                falls = not self.jumped
+        if self.leave is not self.said:
+            # In front of the end, so that the way of the hits that nobody wants has no jump more.
+            assert self.leave is not None
+            assert self.said is not None
+            if falls:
+                out.jmp(self.end)
+            out.asm.bind(self.leave)
+            self._restore()
+            out.jmp(self.said)
         out.asm.bind(self.end)
-        if stack:
-            out.lea(Gp.RSP, Mem(Gp.RSP, stack))
+        self._restore()
+
+    def _restore(self) -> None:
+        if stack := self.places.stack:
+            self.out.lea(Gp.RSP, Mem(Gp.RSP, stack))
         for register in reversed(self.places.saves):
-            out.pop(register)
+            self.out.pop(register)
+
+    def _way_out(self, index: int) -> Label | None:
+        """Where the exit at *index* leads; ``None``: the code at the exit looks."""
+        if self.leave is None:
+            return self.end
+        step = self.checked.steps[index]
+        assert step is not None
+        verdict = step.before.registers[0]
+        if not isinstance(verdict, Number):
+            return None
+        return self.leave if verdict.value else self.end
 
     def _next_emitted(self, index: int) -> int:
         """The first emitted instruction from *index* on; the number of instructions if there is none."""
@@ -168,7 +211,7 @@ class _Compiler:
             if not is_jump(insn) or len(step.successors) > 1 or insn.op & 0xF0 == JmpOp.CALL:
                 break
             if not step.successors:
-                return index if self.returns else len(self.checked.program)
+                return len(self.checked.program) if self._way_out(index) is self.end else index
             index = step.successors[0]
         return index
 
@@ -187,7 +230,7 @@ class _Compiler:
             insn, plain = self.checked.program[over], self.checked.steps[over]
             assert plain is not None
             is_plain = is_jump(insn) and len(plain.successors) < 2 and insn.op & 0xF0 != JmpOp.CALL
-            is_plain = is_plain and not (self.returns and is_exit(insn))
+            is_plain = is_plain and not (is_exit(insn) and self._way_out(over) is None)
             if is_plain and self._next_emitted(over + 1) == self._next_emitted(step.successors[1]):
                 found[index] = over
         return found
@@ -196,6 +239,8 @@ class _Compiler:
         destination = self._destination(index)
         if destination == len(self.checked.program):
             return self.end
+        if is_exit(self.checked.program[destination]) and (way := self._way_out(destination)) is not None:
+            return way
         return self.labels.setdefault(destination, Label(f"instruction {destination}"))
 
     def _jump_to(self, index: int, target: int | None) -> None:
@@ -203,6 +248,7 @@ class _Compiler:
         destination = len(self.checked.program) if target is None else self._destination(target)
         if self._destination(index + 1) != destination:
             self.out.jmp(self.end if target is None else self._label(target))
+            self.jumped = True
 
     def _insn(self, index: int, step: Step, plain: int | None) -> None:
         """*plain* is the jump that this conditional one jumps over."""
@@ -247,15 +293,17 @@ class _Compiler:
         if insn.op & 0xF0 == JmpOp.CALL:
             self._call(insn, step)
             return
-        if self.returns and is_exit(insn):
-            self.places.into(Gp.RAX, self.places.operand(0, step))
+        if is_exit(insn) and self.leave is not None:
+            self._decide(index, step)
+            return
         if len(step.successors) < 2:
             self._jump_to(index, step.successors[0] if step.successors else None)
             return
         if plain is not None:
             jump = self.checked.steps[plain]
             assert jump is not None
-            label = self._label(jump.successors[0]) if jump.successors else self.end
+            way_out = None if jump.successors else self._way_out(plain)
+            label = self._label(jump.successors[0]) if way_out is None else way_out
         else:
             label = self._label(step.successors[1])
         condition = compare(self.places, insn, step)
@@ -264,6 +312,24 @@ class _Compiler:
                 self.out.jmp(label)
         else:
             self.out.jcc(condition if plain is None else condition.inverse, label)
+
+    def _decide(self, index: int, step: Step) -> None:
+        """An exit of a program that decides."""
+        assert self.leave is not None
+        way = self._way_out(index)
+        if way is None:
+            verdict = self.places.operand(0, step)
+            if isinstance(verdict, int):
+                way = self.leave if verdict else self.end
+            else:
+                self.out.alu_imm(Op.CMP, self.places.as_rm(verdict, 8), 0, 8)
+                self.out.jcc(Cc.NE, self.leave)
+                way = self.end
+        if way is self.end:
+            self._jump_to(index, None)
+        else:
+            self.out.jmp(way)
+            self.jumped = True
 
     def _call(self, insn: BpfInsn, step: Step) -> None:
         """What a C function may change counts as changed. The stack is as deep as it is: the kernel aligns to 8."""

@@ -44,8 +44,8 @@ class Needed:
     (:class:`~gdb_kprobe.bpf.value.Scalar`) where they are read.
     """
 
-    def __init__(self, checked: CheckedProgram, returns: bool) -> None:
-        """*returns*: what is in r0 at an exit is read."""
+    def __init__(self, checked: CheckedProgram, decides: bool) -> None:
+        """*decides*: what is in r0 at an exit is read."""
         count = len(checked.program)
         self.emitted = [False] * count
         self.live_after: list[frozenset[int]] = [frozenset()] * count
@@ -63,7 +63,7 @@ class Needed:
                 continue
             self.emitted[index] = True
             reads, writes = _reads_writes(checked, insn, step)
-            if returns and is_exit(insn) and isinstance(step.before.registers[0], Scalar):
+            if decides and is_exit(insn) and isinstance(step.before.registers[0], Scalar):
                 reads |= {0}
             live_before[index] = after - writes | reads
         self._fuse(checked)

@@ -14,7 +14,8 @@ A handler gets a :class:`~gdb_kprobe.session.context.HitContext`. It may read an
 instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hit.stop()``, or return ``True``). What
 it raises is shown, its probe is disabled, and the guest goes on.
 
-Every function raises :class:`~gdb_kprobe.errors.KprobeError` for what cannot be done.
+Every function raises a :class:`~gdb_kprobe.errors.ReportedError`: a ``KprobeError`` for what cannot be done, and a
+``SessionOverError`` when nobody answers (``ConnectionLostError``), or the guest is another one (``GuestResetError``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError
+from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin, settings
+from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.gdbext.until import Until
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
 from gdb_kprobe.language.spec import Location, default_name
@@ -35,6 +39,9 @@ from gdb_kprobe.session.context import Handler, HitContext
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.session import Detached
+
+_NAMED = 5
+"""Functions that a message names at most."""
 
 __all__ = [
     "Handler",
@@ -53,7 +60,9 @@ __all__ = [
     "plan",
     "probe",
     "probes",
+    "run_until",
     "set_enabled",
+    "uninterrupted",
 ]
 
 _H = TypeVar("_H", bound=Handler)
@@ -103,6 +112,13 @@ def add_matching(
         names = Counter(str(place) for place in places)
         new = [Probe(_at_entry(place, by_address=names[str(place)] > 1), strategy=strategy) for place in places]
         if not new:
+            freed = [str(place) for place in link.session.guest.init_functions(pattern)]
+            if freed:
+                raise KprobeError(
+                    f"what matches {pattern} is init text, which the guest frees and uses for something else: "
+                    f"{', '.join(freed[:_NAMED])}{', ...' * (len(freed) > _NAMED)}",
+                    "kallsyms lists init functions for ever; choose functions that stay",
+                )
             raise KprobeError(f"no function's name matches {pattern}", "'kprobe add PREFIX<TAB>' completes symbols")
         refused = link.session.add_many(new, lambda done: progress(done, len(new)))
     not_added = {id(probe) for probe, _ in refused}
@@ -162,8 +178,6 @@ def set_enabled(probe: Probe, enabled: bool) -> None:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(link.stopped())
-        except GuestResetError:
-            raise
         except GuestStateError:
             link.session.switch(probe, enabled, link.memory)
         else:
@@ -190,6 +204,25 @@ def delete_many(probes: Iterable[Probe]) -> None:
         with the_plugin.link.stopped():
             session = the_plugin.link.session
             session.delete_many(probe for probe in session.probes if probe.name in names)
+
+
+def run_until(seconds: float | None = None, probe: Probe | None = None, hits: int = 1) -> bool:
+    """Have the guest run, and come back with it stopped: after *seconds*, or when *probe* was hit *hits* times more.
+
+    Counters are read a hundred times a second: there may be some hits more than that. Returns whether it came to that
+    end; ``False``: *probe* was not hit so often in *seconds*, or something else has stopped the guest.
+    """
+    if seconds is None and probe is None:
+        raise KprobeError("run_until: neither seconds nor a probe", "without an end it is gdb.execute('continue')")
+    if (seconds is not None and not 0 < seconds < float("inf")) or hits < 1:
+        raise KprobeError(f"run_until: {seconds} seconds, {hits} hits", "both are to be above 0")
+    until = Until(plugin.the_plugin().need_link(), seconds, probe, hits)
+    until.run()
+    if is_running():
+        raise KprobeError(
+            "the guest runs: this front end does not wait for it", "wait for its stop; or 'set mi-async off' first"
+        )
+    return until.is_reached
 
 
 def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = None) -> Callable[[], None]:

@@ -157,7 +157,7 @@ class GdbChannel:
         try:
             yield cpu
         finally:
-            with contextlib.suppress(TargetError):
+            with contextlib.suppress(TargetError, ConnectionLostError):
                 stub.forget()
                 stub.select(cpu)
             flush_registers()
@@ -241,7 +241,7 @@ def _connection() -> gdb.RemoteTargetConnection:
     return connection
 
 
-def _translated(error: Exception) -> TargetError:
+def _translated(error: Exception) -> TargetError | ConnectionLostError:
     """*error* is gdb's, of the connection; only whether gdb still has one tells what it means."""
     if isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
         return TargetError(str(error))

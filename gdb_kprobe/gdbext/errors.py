@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 import gdb
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.gdbext.settings import settings
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a :class:`KprobeError` into what gdb shows as a plain error message."""
+    """Turn a :class:`ReportedError` into what gdb shows as a plain error message."""
     try:
         yield
-    except KprobeError as error:
+    except ReportedError as error:
         if settings().verbose_errors:
             gdb.write(traceback.format_exc(), gdb.STDERR)
         raise gdb.GdbError(str(error)) from error

@@ -1,9 +1,9 @@
-"""Backtraces as without probes: a frame that is in one of our slots is shown where it really is.
+"""Backtraces as without probes: a frame that is in one of our slots, or at the gate, is shown where it really is.
 
 A vCPU is never in a slot when the user has the prompt, but one may have been interrupted there: a timer that became due
-while a hit was handled interrupts the slot's very first instruction. Then the frame under the interrupt's is ours. The
-unwinder leads from it to the same frame at the original address, so that gdb's unwinding goes on as it should, and the
-filter shows the two as one.
+while a hit was handled interrupts the slot's very first instruction. Then the frame under the interrupt's is ours. And
+while a handler of the user's runs, its vCPU stands at the gate. The unwinder leads from such a frame to the same frame
+at the original address, so that gdb's unwinding goes on as it should, and the filter shows the two as one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     _Decorator = FrameDecorator | DAPFrameDecorator
 
-Original = Callable[[int], VirtAddr | None]
-"""The original address of an address in a slot; ``None`` for all others."""
+Original = Callable[[int, int], tuple[VirtAddr, int] | None]
+"""From RIP and RSP of a frame of ours to those that it stands for; ``None`` for all other frames."""
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
 
 
 class _FrameId:
@@ -33,26 +34,27 @@ class _FrameId:
 
 
 class SlotUnwinder(Unwinder):
-    """From a frame in a slot to the frame that it stands for: all registers are the same but RIP."""
+    """From a frame of ours to the frame that it stands for: all registers are the same but RIP and RSP."""
 
     def __init__(self, original: Original) -> None:
         super().__init__("kprobe slots")
         self._original = original
 
     def __call__(self, pending_frame: gdb.PendingFrame) -> gdb.UnwindInfo | None:
-        rip = pending_frame.read_register("rip")
-        original = self._original(int(rip) & 0xFFFF_FFFF_FFFF_FFFF)
+        rip, rsp = (pending_frame.read_register(name) for name in ("rip", "rsp"))
+        original = self._original(int(rip) & _MASK, int(rsp) & _MASK)
         if original is None:
             return None
-        info = pending_frame.create_unwind_info(_FrameId(pending_frame.read_register("rsp"), rip))
+        info = pending_frame.create_unwind_info(_FrameId(rsp, rip))
+        others = dict(zip(("rip", "rsp"), original, strict=True))
         for name in GENERAL_REGISTERS:
             value = pending_frame.read_register(name)
-            info.add_saved_register(name, gdb.Value(original).cast(value.type) if name == "rip" else value)
+            info.add_saved_register(name, gdb.Value(others[name]).cast(value.type) if name in others else value)
         return info
 
 
 class SlotFilter:
-    """Shows a frame in a slot and the one that it stands for as one frame."""
+    """Shows a frame of ours and the one that it stands for as one frame."""
 
     def __init__(self, original: Original) -> None:
         self.name = "kprobe slots"
@@ -64,12 +66,13 @@ class SlotFilter:
     def filter(self, iterator: Iterator[_Decorator]) -> Iterator[_Decorator]:
         skip = False
         for frame in iterator:
-            original = self._original(frame.inferior_frame().pc())
+            inferior = frame.inferior_frame()
+            original = self._original(inferior.pc(), int(inferior.read_register("rsp")) & _MASK)
             if skip and original is None:
                 skip = False
                 continue
             skip = original is not None
-            yield frame if original is None else _Shown(frame.inferior_frame(), original)
+            yield frame if original is None else _Shown(inferior, original[0])
 
 
 class _Shown(FrameDecorator):

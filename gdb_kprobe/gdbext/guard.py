@@ -10,7 +10,7 @@ import sys
 
 import gdb
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu
 from gdb_kprobe.gdbext.signals import uninterrupted
@@ -90,7 +90,7 @@ def guard_connection() -> Guard | None:
                 )
                 return None
         guard = Guard(stub, channel, leftover)
-    except (KprobeError, gdb.error):
+    except (ReportedError, gdb.error):
         # Whatever gdb is connected to: it has no probes of ours that we could know of.
         return None
     gdb.write(

@@ -12,7 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+# Not __file__: where one script sources another, gdb leaves it the name of the outer one.
+ROOT = Path(sys._getframe().f_code.co_filename).resolve().parents[2]
 """A checkout, or the directory ``site-packages``."""
 
 

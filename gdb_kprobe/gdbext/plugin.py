@@ -13,13 +13,20 @@ import gdb
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import find_profile, load_profile
 from gdb_kprobe.config.profile import KernelKind, Profile, SharedMemory
-from gdb_kprobe.errors import ConnectionLostError, GuestResetError, GuestStateError, KprobeError, TargetError
+from gdb_kprobe.errors import (
+    ConnectionLostError,
+    GuestResetError,
+    GuestStateError,
+    KprobeError,
+    ReportedError,
+    TargetError,
+)
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers, is_running, selected_cpu
 from gdb_kprobe.gdbext.errors import STOPPED
 from gdb_kprobe.gdbext.guard import Guard, guard_connection
-from gdb_kprobe.gdbext.signals import InterruptWatch, interruptible, uninterrupted
+from gdb_kprobe.gdbext.signals import InterruptWatch, sigint_takers, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, CpuId, Dispatch, PhysAddr, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
@@ -42,6 +49,8 @@ _MOVING_REGISTERS = (7, 16)
 
 _PATIENCE = 0.5
 """Seconds in which a client of the stub that is leaving is gone."""
+_MOST_PATIENCE = 10.0
+"""The same where no process is known to be the client: QEMU may be busy."""
 
 
 class Link:
@@ -101,8 +110,6 @@ class Link:
                 for page in {PhysAddr(link.addr & -PAGE_SIZE) for link in self.session.region.links}:
                     self.memory.use_process(find_process_memory(self.stub, (found.pid,), page, PAGE_SIZE))
                 self.memory.use_ram_of(self.stub, (found.pid,))
-            except ConnectionLostError:
-                raise
             except TargetError as error:
                 self.memory.not_live = error.message
 
@@ -130,7 +137,7 @@ class Link:
         if is_running() and self.interrupts.is_requested:
             raise GuestStateError(
                 "the guest has not stopped yet: 'interrupt' takes effect when gdb waits for the next command",
-                "in a script run the guest by 'continue', without '&', and stop it by a timer (README, \"Scripts\")",
+                "in a script use 'kprobe until', or run_until(), in place of 'continue &' (README, \"Scripts\")",
             )
         try:
             with uninterrupted(), self.channel.borrowed(self.stub) as cpu:
@@ -145,7 +152,7 @@ class Link:
     def handed_over(self) -> Iterator[None]:
         """Around a user's handler, which may be interrupted, and may use gdb: select a vCPU, write registers."""
         try:
-            with interruptible():
+            with self.interrupts.handed_over():
                 yield
         finally:
             self.stub.forget()
@@ -155,8 +162,6 @@ class Link:
         with self.stopped():
             try:
                 self.session.settle()
-            except GuestResetError:
-                raise  # what is there now is not ours to write to
             except KprobeError:
                 self.session.lift()
                 raise
@@ -171,7 +176,7 @@ class Link:
             try:
                 return self.session.lower()
             finally:
-                with contextlib.suppress(TargetError):
+                with contextlib.suppress(TargetError, ConnectionLostError):
                     self.stub.forget()
                     self.stub.select(selected_cpu())
 
@@ -186,6 +191,8 @@ class Plugin:
         self.stop_requested = False
         """A trace has shown all it was asked for: the next stop is the user's."""
         self._settling = False
+        self._takers: set[int] = set()
+        """Threads of the user's that were warned of."""
         self._locking = ""
         """The user's scheduler-locking, to be set again after a ``stepi``."""
         self._guard: Guard | None = None
@@ -195,9 +202,9 @@ class Plugin:
         """gdb's number of the last connection that was looked at for what others left behind."""
 
     def need_link(self) -> Link:
-        """:raises ConnectionLostError: not attached."""
+        """:raises KprobeError: not attached."""
         if self.link is None:
-            raise ConnectionLostError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
+            raise KprobeError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
         return self.link
 
     def profile(self, name: str | None) -> Profile:
@@ -224,7 +231,7 @@ class Plugin:
         connect(profile)
         try:
             return self._attach(profile, dispatch)
-        except KprobeError as error:
+        except ReportedError as error:
             if not was_connected and is_connected():
                 error.hint = "; ".join(filter(None, (error.hint, STOPPED)))
             raise
@@ -244,7 +251,7 @@ class Plugin:
         except BaseException:
             if link.attached is not None:
                 # Cut off by a Ctrl-C, or by the last step: nothing is armed yet, and the region goes again.
-                with contextlib.suppress(KprobeError), link.stopped():
+                with contextlib.suppress(ReportedError), link.stopped():
                     link.session.detach()
             link.close()
             raise
@@ -254,13 +261,16 @@ class Plugin:
             self._guard = None
         refused: list[tuple[Probe, str]] = []
         waiting, self.pending = self.pending, []
-        for probe in waiting:
+        for number, probe in enumerate(waiting):
             try:
                 with link.stopped():
                     link.session.add(probe)
             except KprobeError as error:
                 self.pending.append(probe)
                 refused.append((probe, str(error)))
+            except BaseException:
+                self.pending += waiting[number:]
+                raise
         return link.attached, refused
 
     def adopt(self, attached: Attached) -> tuple[list[Probe], list[tuple[str, str]]]:
@@ -342,10 +352,12 @@ class Plugin:
             flush_registers()
         return stop or self.stop_requested or link.interrupts.overdue
 
-    def original_of(self, addr: int) -> VirtAddr | None:
-        """Where the guest really is when it is at *addr* in a slot; ``None`` for any other address."""
+    def original_of(self, rip: int, rsp: int) -> tuple[VirtAddr, int] | None:
+        """RIP and RSP that a frame of ours with these stands for, in a slot or at the gate; else ``None``."""
         link = self.link
-        return None if link is None or link.attached is None else link.session.sites.original_of(addr)
+        if link is None or link.attached is None:
+            return None
+        return link.session.original_of(rip, rsp, _read_memory)
 
     def on_resumed(self, interrupted: bool) -> None:
         """gdb is about to resume the guest for the user (not after a stop that is only ours).
@@ -358,6 +370,7 @@ class Plugin:
         link.interrupts.resumed()
         if interrupted:
             link.interrupts.request()
+        self._tell_takers()
         with uninterrupted():
             # Before there is a site that needs it, and when gdb knows what it has in QEMU.
             if link.breakpoints.any_inserted:
@@ -365,7 +378,7 @@ class Plugin:
             try:
                 for problem in link.lower():
                     gdb.write(f"kprobe: {problem}\n", gdb.STDERR)
-            except KprobeError as error:
+            except ReportedError as error:
                 gdb.write(f"kprobe: no probe is armed: {error}\n", gdb.STDERR)
                 if isinstance(error, GuestResetError):
                     self.drop(link, runs=True)
@@ -376,13 +389,24 @@ class Plugin:
                 gdb.write(f"kprobe: {link.watchdog.problem}.\n", gdb.STDERR)
                 link.watchdog.problem = ""
 
+    def _tell_takers(self) -> None:
+        """Warn, once, of each thread of the user's that may be given a Ctrl-C."""
+        takers = sigint_takers()
+        for number in takers.keys() - self._takers:
+            gdb.write(
+                f"kprobe: the thread {takers[number]} may be given a Ctrl-C, which is lost then (and ends gdb 16 and "
+                'later): start it with SIGINT held back (README, "Scripts").\n',
+                gdb.STDERR,
+            )
+        self._takers |= takers.keys()
+
     def _restore_others(self, link: Link) -> None:
         """The guest is resumed with the armed sites of a session that is over, which a snapshot has brought."""
         try:
             leftover = find_leftover(link.stub)
             if leftover is not None and not leftover.dispatches_itself:
                 leftover.restore(link.stub)
-        except KprobeError as error:
+        except ReportedError as error:
             gdb.write(f"kprobe: what the snapshot has armed is not restored: {error}\n", gdb.STDERR)
 
     def on_register(self, event: gdb.RegisterChangedEvent) -> None:
@@ -419,7 +443,7 @@ class Plugin:
             return
         alone = gdb.parameter("scheduler-locking") == "on"
         # Whatever goes wrong here, the resume finds it, too, and says so.
-        with contextlib.suppress(KprobeError, gdb.error):
+        with contextlib.suppress(ReportedError, gdb.error):
             level = gdb.selected_frame().level()
             frames = _program_counters()
             with link.stopped() as cpu:
@@ -452,8 +476,8 @@ class Plugin:
             link.watchdog.tell(State.STOPPED)
         except ConnectionLostError:
             pass  # the event of the lost connection follows
-        except KprobeError as error:
-            if isinstance(error, GuestResetError) or not isinstance(error, GuestStateError):
+        except ReportedError as error:
+            if not isinstance(error, GuestStateError):
                 gdb.write(f"kprobe: {error}\n", gdb.STDERR)
                 link.watchdog.tell(State.STOPPED)  # the text is lifted all the same
         finally:
@@ -501,7 +525,7 @@ class Plugin:
         except GuestStateError:
             self.rescue()
             return
-        except KprobeError as error:
+        except ReportedError as error:
             raise gdb.GdbError(str(error)) from error
         if done.restored:
             gdb.write(f"kprobe: {done.restored} site(s) restored.\n")
@@ -527,7 +551,7 @@ class Plugin:
             return
         with uninterrupted():
             if not killed:
-                with contextlib.suppress(KprobeError, gdb.error, KeyboardInterrupt):
+                with contextlib.suppress(ReportedError, gdb.error, KeyboardInterrupt):
                     done = self.detach()
                     for left in (*done.notes, *done.problems):
                         print(f"kprobe: {left}.", file=sys.stderr, flush=True)
@@ -545,7 +569,7 @@ class Plugin:
                 if killed:
                     raise ConnectionLostError("gdb is being ended")
                 guard.restore()
-            except (KprobeError, gdb.error):
+            except (ReportedError, gdb.error):
                 guard.rescue()
 
     def rescue(self, *, ends: bool = False) -> None:
@@ -579,6 +603,14 @@ def _program_counters() -> tuple[int, ...]:
     return tuple(counters)
 
 
+def _read_memory(addr: int, size: int) -> bytes | None:
+    """By gdb, in the address space of its current vCPU."""
+    try:
+        return bytes(gdb.selected_inferior().read_memory(addr, size))
+    except gdb.MemoryError:
+        return None
+
+
 def _tell_failures(session: Session) -> None:
     while session.failed:
         probe = session.failed.pop()
@@ -605,15 +637,16 @@ def connect(profile: Profile) -> None:
     if is_connected():
         return
     # A connection that was ended a moment ago, perhaps our own, is QEMU's until it has looked.
-    deadline = time.monotonic() + _PATIENCE
-    while is_served(profile.gdbstub) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if is_served(profile.gdbstub):
-        who = _named_clients(profile.gdbstub)
-        raise ConnectionLostError(
-            f"the gdbstub at {profile.gdbstub} has a client already, and serves only one{who}",
-            "detach the other gdb first",
-        )
+    started = time.monotonic()
+    while is_served(profile.gdbstub):
+        waited = time.monotonic() - started
+        who = _named_clients(profile.gdbstub) if waited > _PATIENCE else ""
+        if who or waited > _MOST_PATIENCE:
+            raise ConnectionLostError(
+                f"the gdbstub at {profile.gdbstub} has a client already, and serves only one{who}",
+                "detach the other gdb first",
+            )
+        time.sleep(0.01 if waited < _PATIENCE else 0.1)  # to look for clients is to look at all processes
     try:
         with _one_try():
             gdb.execute(f"target remote {profile.gdbstub}", to_string=True)

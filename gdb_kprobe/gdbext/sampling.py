@@ -7,25 +7,23 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from gdb_kprobe.errors import GuestStateError, KprobeError, TargetError
+from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
+from gdb_kprobe.gdbext.counters import read
 from gdb_kprobe.gdbext.plugin import Link
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView
 from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.stats import Reading, read_counts
-
-_BACKING = "start QEMU with its RAM in a file (README, 'Your own QEMU')"
 
 
 def parser(command: str) -> ArgumentParser:
     """The arguments that the command and its MI twin have in common."""
     made = ArgumentParser(command)
-    made.add_argument("--interval", type=_seconds)
-    made.add_argument("--count", type=_count)
-    made.add_argument("--top", type=_count)
+    made.add_argument("--interval", type=seconds)
+    made.add_argument("--count", type=a_count)
+    made.add_argument("--top", type=a_count)
     made.add_argument("names", nargs="*", metavar="NAME")
     return made
 
@@ -45,38 +43,6 @@ def wanted(names: Sequence[str]) -> tuple[Probe, ...]:
     if not found:
         raise KprobeError("kprobe stats: there are no probes", "'kprobe add SYMBOL' first")
     return found
-
-
-def read(link: Link, probes: Sequence[Probe]) -> Reading:
-    """What *probes* have counted, now.
-
-    :raises GuestStateError: the guest runs, and its counters cannot be read meanwhile.
-    """
-    session = link.session
-    if not is_running():
-        with link.stopped():
-            return read_counts(session.region.memory, session.region.header, probes)
-    need_live(link, probes)
-    try:
-        session.check_live(link.memory)
-        return read_counts(session.region.memory, session.region.header, probes)
-    except TargetError as error:
-        need_live(link, probes)  # it may have been lost just now: this says why
-        raise GuestStateError(f"the counters cannot be read: {error.message}", "interrupt the guest first") from error
-
-
-def need_live(link: Link, probes: Sequence[Probe]) -> None:
-    """Have the counters of *probes* readable while the guest runs.
-
-    :raises GuestStateError: they are not; says why.
-    """
-    region = link.session.region.header
-    counted = any(probe.counter is not None for probe in probes)
-    if counted and link.memory.live(region.phys, region.size) is None:
-        raise GuestStateError(
-            f"the counters cannot be read while the guest runs: {link.memory.not_live}",
-            f"interrupt the guest, then 'kprobe stats' shows the totals; or {_BACKING}",
-        )
 
 
 def totals(link: Link, probes: Sequence[Probe], top: int | None) -> StatsView:
@@ -114,14 +80,20 @@ def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, to
         before = after
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """Read a time that is given as an argument.
+
+    :raises ValueError: it is no number.
+    :raises ArgumentTypeError: it is no time to wait.
+    """
     value = float(text)
     if not (math.isfinite(value) and 0 < value <= 86400):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds: give one above 0, at most a day")
     return value
 
 
-def _count(text: str) -> int:
+def a_count(text: str) -> int:
+    """Read a count that is given as an argument; errors are those of :func:`seconds`."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a count: give a number from 1")

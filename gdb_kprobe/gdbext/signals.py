@@ -14,6 +14,7 @@ work (gdb's worker threads never take it).
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -21,7 +22,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
+_WATCH = "kprobe-interrupts"
+"""The thread that takes SIGINT."""
 _SIGINT = {signal.SIGINT}
 _HELD = {signal.SIGINT, signal.SIGTERM}
 _LOOK_EVERY = 0.05
@@ -67,6 +71,24 @@ def raise_ctrl_c() -> None:
     if ctrl_c_is_pending():
         with interruptible():
             pass
+
+
+def sigint_takers() -> dict[int, str]:
+    """The threads that SIGINT may be given to, beside the main one and our own, which waits for it: number and name.
+
+    The kernel gives a signal of the whole process to any thread that does not hold it back (kernel/signal.c,
+    ``complete_signal``). A thread of Python's has the mask that the one has had which started it.
+    """
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    ours = {os.getpid(), *(number for number, name in names.items() if name == _WATCH)}
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            fields = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+            number = int(task.name)
+            if number not in ours and not int(fields["SigBlk"], 16) >> signal.SIGINT - 1 & 1:
+                found[number] = names.get(number) or fields["Name"].strip()
+    return found
 
 
 def uninterruptible(function: Callable[[bool], None]) -> Callable[[object], object]:
@@ -123,11 +145,12 @@ class InterruptWatch:
         self._requested: float | None = None
         self._over = False
         self._lent = False
+        self._in_handler = False
         self._aside = threading.Event()
         self._thread: threading.Thread | None = None
         if descriptor is not None:
             with uninterrupted():  # a new thread inherits the mask
-                self._thread = threading.Thread(target=self._watch, name="kprobe-interrupts", daemon=True)
+                self._thread = threading.Thread(target=self._watch, name=_WATCH, daemon=True)
                 self._thread.start()
 
     @property
@@ -181,6 +204,32 @@ class InterruptWatch:
         finally:
             self._lent = False
 
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Around a user's handler, at a hit: Ctrl-C is a KeyboardInterrupt in it, and is not taken for a stop.
+
+        gdb is not asked to raise it. Within a breakpoint's ``stop`` it may take a SIGINT for its own, and not for
+        Python's (``active_ext_lang`` in gdb/extension.c; seen with gdb 16 and two vCPUs): the handler would not end.
+        """
+        if self._thread is None or not self._mine.is_set():
+            with interruptible():
+                yield
+            return
+        interrupted = False
+        self._in_handler = True
+        try:
+            yield
+        finally:
+            # One that was on its way may be raised here, and must not leave the handler's state behind.
+            while self._in_handler:
+                try:
+                    with self._lock:
+                        self._in_handler = False
+                except KeyboardInterrupt:
+                    interrupted = True
+            if interrupted:
+                raise KeyboardInterrupt
+
     def close(self) -> None:
         """End the thread."""
         self._over = True
@@ -193,6 +242,10 @@ class InterruptWatch:
         self.release()
 
     def _take(self) -> None:
+        with self._lock:
+            if self._in_handler:
+                _thread.interrupt_main()
+                return
         if self._mine.is_set():
             self.request()
         else:  # it was given back meanwhile

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from gdb_kprobe.bpf.insn import text
 from gdb_kprobe.gdbext import plugin
-from gdb_kprobe.kprobes.guest_dispatch import emit_handler
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.render.check import CheckView, TrialView
@@ -93,12 +92,11 @@ def handler_view(probe: Probe, site: Site) -> HandlerView | None:
     """What a hit of *probe* at *site* runs inside the guest; ``None`` when the host handles it."""
     service, counter = site.service, probe.counter
     mine = next((one for one in site.handlers if counter is not None and one.data == counter.addr), None)
-    if mine is None or site.stops:
+    if mine is None or (site.action is not None and site.action.always):
         return None
     code: tuple[InsnView, ...] = ()
     if service is not None:
-        at = service.handler.code
-        code = listing(emit_handler(at, site.handlers, site.addr, site.plan.slot.code), at)
+        code = listing(service.handling.code, service.handling.entry)
     return HandlerView(tuple(text(insn) for insn in mine.program.checked.program), code)
 
 

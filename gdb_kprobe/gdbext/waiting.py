@@ -7,7 +7,7 @@ import time
 import gdb
 
 from gdb_kprobe.config.profile import KernelKind, Profile
-from gdb_kprobe.errors import ConnectionLostError, GuestPanickedError, KprobeError
+from gdb_kprobe.errors import GuestPanickedError, GuestResetError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
@@ -52,8 +52,8 @@ def wait_for_kernel(profile: Profile) -> None:
                 try:
                     _look(stub, memory, profile)
                     return
-                except KprobeError as error:
-                    if isinstance(error, (ConnectionLostError, GuestPanickedError)) or time.monotonic() > deadline:
+                except (KprobeError, GuestResetError) as error:
+                    if isinstance(error, GuestPanickedError) or time.monotonic() > deadline:
                         raise
                     if error.message != last:
                         write(f"waiting: {error.message}")

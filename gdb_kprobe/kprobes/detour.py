@@ -2,14 +2,21 @@
 
 ::
 
-    save the flags, if a handler changes them and they are alive
-    the handlers
+    save the flags, if a program changes them and they are alive
+    the programs
     restore the flags
     the displaced instructions, relocated; jmp behind the window
 
+and, where the host may be asked (:mod:`gdb_kprobe.kprobes.action`)::
+
+    the rest of the programs
+    restore the flags
+    ask; jmp to the displaced instructions
+
 It runs as the probed code does: on the same stack, with interrupts as they are, on whatever CPU. So it holds nothing
 that belongs to a CPU, and what it counts is changed by one ``lock`` instruction. The kernel is compiled without a red
-zone: below RSP is free.
+zone: below RSP is free. Flags that nobody reads are dead for the guest, but not for the host: where it may be asked,
+they are saved, too.
 """
 
 from __future__ import annotations
@@ -20,21 +27,19 @@ from enum import Enum, auto
 
 from gdb_kprobe.bpf.frame import InDetour
 from gdb_kprobe.bpf.jit import Prepared
-from gdb_kprobe.kprobes.handler import Handler
+from gdb_kprobe.kprobes.action import Action, emit_ask, emit_programs, emit_rest
 from gdb_kprobe.kprobes.patch import CodePatch, over
 from gdb_kprobe.kprobes.window import JUMP_SIZE, Window
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.x86.assemble import Assembler, rel32
 from gdb_kprobe.x86.decode import Insn
-from gdb_kprobe.x86.detour import displaced
+from gdb_kprobe.x86.detour import Displaced, displaced
 from gdb_kprobe.x86.emit import Gp
 
 
 class Flags(Enum):
-    """What must be done about the arithmetic flags where a handler changes them."""
+    """How the arithmetic flags are saved around programs that change them."""
 
-    DEAD = auto()
-    """Nothing: nobody reads them before they are written again."""
     LAHF = auto()
     """``lahf`` and ``seto``, back by ``add`` and ``sahf``: much cheaper than the other under TCG."""
     PUSHF = auto()
@@ -42,18 +47,15 @@ class Flags(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
-    """What a hit does in the guest."""
-
-    handlers: tuple[Handler, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class _Wrap:
-    """What goes around the handlers, and how they find the registers in between."""
+    """What goes around the programs, and how they find the registers in between.
+
+    *drop* restores all but the flags.
+    """
 
     save: bytes
     restore: bytes
+    drop: bytes
     pushed: int
     saved: tuple[tuple[str, int], ...]
 
@@ -61,23 +63,41 @@ class _Wrap:
         return InDetour(ip, self.pushed, dict(self.saved))
 
 
-_NONE = _Wrap(b"", b"", 0, ())
-_PUSHF = _Wrap(b"\x9c", b"\x9d", 8, (("eflags", 0),))  # pushfq; popfq
+_NONE = _Wrap(b"", b"", b"", 0, ())
+_UP = b"\x48\x8d\x64\x24\x08"  # lea rsp, [rsp+8]
+_PUSHF = _Wrap(b"\x9c", b"\x9d", _UP, 8, (("eflags", 0),))  # pushfq; popfq
 # push rax; lahf; seto al; and back: add al, 127 (OF again); sahf; pop rax
-_LAHF = _Wrap(b"\x50\x9f\x0f\x90\xc0", b"\x04\x7f\x9e\x58", 8, (("rax", 0),))
-# The same, with the flags on the stack as well: for a handler that uses rax.
-_LAHF_PUSHED = _Wrap(_LAHF.save + b"\x50", b"\x58" + _LAHF.restore, 16, (("rax", 8),))
+_LAHF = _Wrap(b"\x50\x9f\x0f\x90\xc0", b"\x04\x7f\x9e\x58", b"\x58", 8, (("rax", 0),))
+# The same, with the flags on the stack as well: for a program that uses rax.
+_LAHF_PUSHED = _Wrap(_LAHF.save + b"\x50", b"\x58" + _LAHF.restore, _UP + b"\x58", 16, (("rax", 8),))
+
+
+@dataclass(frozen=True, slots=True)
+class DetourCode:
+    """A detour for one address.
+
+    :ivar answer: what the guest goes on with when nobody answers; ``None``: the host is never asked.
+    :ivar displaced: what it displaces, with where each instruction is.
+    """
+
+    code: bytes
+    answer: VirtAddr | None
+    displaced: Displaced
 
 
 @dataclass(frozen=True, slots=True)
 class Detour:
-    """What goes out of line for *window*. *insns* are those that are executed, *text* the window's bytes."""
+    """What goes out of line for *window*. *insns* are those that are executed, *text* the window's bytes.
+
+    *flags_dead*: nobody reads the flags before they are written again.
+    """
 
     window: Window
     insns: Sequence[Insn]
     text: bytes
     action: Action
     flags: Flags
+    flags_dead: bool = False
 
     @property
     def size(self) -> int:
@@ -91,16 +111,28 @@ class Detour:
         """The code for the address *at*.
 
         :raises RelocateError: something that an instruction refers to is out of reach.
-        :raises DisplacementError: what a handler refers to is out of reach.
+        :raises DisplacementError: what a program refers to is out of reach.
         """
+        return self.code(at).code
+
+    def code(self, at: VirtAddr) -> DetourCode:
+        """The same, with what it is made of."""
         asm = Assembler(at)
+        handlers, ask = self.action.handlers, self.action.ask
         wrap = self._wrap()
         frame = wrap.frame(self.window.start)
         asm.raw(wrap.save)
-        for handler in self.action.handlers:
-            handler.emit(asm, frame)
-        asm.raw(wrap.restore)
-        return asm.finish() + displaced(self.insns, asm.pc, self.window.end, self.window.jump_end)
+        said = emit_programs(asm, frame, handlers)
+        asm.raw(wrap.drop if self.flags_dead else wrap.restore)
+        copy = displaced(self.insns, asm.pc, self.window.end, self.window.jump_end)
+        asm.raw(copy.code)
+        answer = None
+        if ask is not None:
+            emit_rest(asm, frame, handlers, said)
+            asm.raw(wrap.restore)
+            answer = emit_ask(asm, ask)
+            asm.jmp_rel32(copy.start)
+        return DetourCode(asm.finish(), answer, copy)
 
     def patch(self, at: VirtAddr) -> CodePatch:
         """The jump to the code at *at*.
@@ -119,7 +151,8 @@ class Detour:
         plain = prepared(_NONE)
         if any(program.reads_flags for program in plain):
             return _PUSHF
-        if self.flags is Flags.DEAD or not any(program.clobbers_flags for program in plain):
+        unread = self.flags_dead and self.action.ask is None
+        if unread or not any(program.clobbers_flags for program in plain):
             return _NONE
         if self.flags is Flags.PUSHF:
             return _PUSHF

@@ -4,13 +4,13 @@
 
     dispatcher:  from user mode, or not in the table?        -> jmp exc_int3
                  jmp to the site's handler
-    handler:     its programs; regs->ip = slot; ret             (a hit that does not need the host)
-            or   rax = slot, rdx = the word to count a miss in; jmp gate
-            or   its filters; the latter if one says so, else the former
-    gate:        nop                                            (the host's breakpoint is here)
-                 count the miss; regs->ip = slot; ret           (nobody was there to handle it)
+    handler:     its programs; regs->ip = slot; ret
+                 the rest of the programs; regs->ip = ask; ret  (one has said that the host is to see the hit)
+    ask:         as in a detour: in the interrupted context     (gdb_kprobe.kprobes.action)
     retired:     an int3 is there now?                       -> jmp exc_int3   (it is the guest's own)
                  regs->ip -= 1; ret                             (ours was removed meanwhile: take the original)
+
+So the host sees the same, whether a hit comes from an int3 or from a jump, and has the same to do.
 
 The dispatcher's jump to a handler is the one indirect branch, so that each of its targets, the handlers and
 ``retired``, begins with ``endbr64`` (left out above): with indirect branch tracking (CR4.CET, IA32_S_CET) anything else
@@ -27,12 +27,12 @@ handler becomes ``retired``, for a vCPU may have executed the int3 before it was
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.bpf.frame import InHandler
-from gdb_kprobe.kprobes.handler import Handler
+from gdb_kprobe.kprobes.action import Action, emit_ask, emit_programs, emit_rest
 from gdb_kprobe.linux.pt_regs import OFFSETS
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.x86.assemble import Assembler, Label, rel32
@@ -56,7 +56,7 @@ def table_index(addr: int, bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GateCode:
-    """Where a hit stops for the host; the breakpoint goes on :attr:`gate`."""
+    """Where hits stop for the host; the breakpoint goes on :attr:`gate`."""
 
     gate: VirtAddr
     retired: VirtAddr
@@ -70,8 +70,6 @@ def emit_gate(at: VirtAddr, forward: VirtAddr) -> GateCode:
     """
     asm = Assembler(at)
     asm.raw(b"\x90")  # nop
-    asm.raw(b"\xf0\x48\xff\x02")  # lock inc qword ptr [rdx]
-    asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
     asm.ret()
     retired = asm.pc
     asm.raw(ENDBR64)
@@ -117,75 +115,55 @@ def emit_dispatcher(at: VirtAddr, table: VirtAddr, bits: int, forward: VirtAddr)
     return asm.finish()
 
 
-def emit_handler(at: VirtAddr, handlers: Sequence[Handler], addr: VirtAddr, slot: VirtAddr) -> bytes:
-    """What handles a hit at the probed *addr* without the host: it runs *handlers*, and goes on in *slot*.
-
-    :raises DisplacementError: something that it refers to is out of reach.
-    """
-    asm = Assembler(at)
-    asm.raw(ENDBR64)
-    for handler in handlers:
-        handler.emit(asm, InHandler(addr))
-    _lea(asm, 0, slot)
-    asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
-    asm.ret()
-    return asm.finish()
-
-
-def emit_stopping_handler(at: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr) -> bytes:
-    """A handler that stops at *gate*; when nobody is there, *missed* counts a miss, and the guest goes on in *slot*.
-
-    :raises DisplacementError: one of them is out of reach.
-    """
-    asm = Assembler(at)
-    asm.raw(ENDBR64)
-    _stop(asm, gate, missed, slot)
-    return asm.finish()
-
-
 @dataclass(frozen=True, slots=True)
-class Filtered:
-    """What a hit does of which the host wants to see only some.
+class HandlerCode:
+    """What handles the hits of a site.
 
-    :ivar filters: programs that return whether it wants to see this one. One is enough.
-    :ivar handlers: what runs when it does not.
+    :ivar entry: where the dispatcher jumps to.
+    :ivar answer: what the guest goes on with when nobody answers; ``None``: the host is never asked.
     """
 
-    filters: tuple[Handler, ...]
-    handlers: tuple[Handler, ...]
+    code: bytes
+    entry: VirtAddr
+    answer: VirtAddr | None
 
 
-def emit_filtering_handler(
-    at: VirtAddr, what: Filtered, addr: VirtAddr, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr
-) -> bytes:
-    """A handler for hits at the probed *addr* that stops at *gate* only for those that *what* lets through.
+def emit_handler(
+    at: VirtAddr, action: Action, addr: VirtAddr, slot: VirtAddr, copy: Callable[[VirtAddr], bytes] | None = None
+) -> HandlerCode:
+    """What does *action* for a hit at the probed *addr*, and goes on in *slot*. The ask comes first, if there is one.
 
+    :param copy: makes what the guest goes on with in place of what is in *slot*, which the host steps.
     :raises DisplacementError: something that it refers to is out of reach.
     """
     asm = Assembler(at)
-    wanted = Label("wanted")
+    answer, goes_on = None, slot
+    if action.ask is not None:
+        answer = emit_ask(asm, action.ask)
+        if copy is None:
+            asm.jmp_rel32(slot)
+        else:
+            goes_on = asm.pc
+            asm.raw(copy(goes_on))
+    entry = asm.pc
     asm.raw(ENDBR64)
-    for wants in what.filters:
-        wants.emit(asm, InHandler(addr))
-        asm.raw(b"\x85\xc0")  # test eax, eax
-        asm.jcc_rel32(_NZ, wanted)
-    for handler in what.handlers:
-        handler.emit(asm, InHandler(addr))
-    _lea(asm, 0, slot)
+    frame = InHandler(addr)
+    said = []
+    if not action.always:
+        said = emit_programs(asm, frame, action.handlers)
+        _go_on(asm, goes_on)
+    if action.ask is not None:
+        if not action.always:
+            emit_rest(asm, frame, action.handlers, said)
+        _go_on(asm, at)
+    return HandlerCode(asm.finish(), entry, answer)
+
+
+def _go_on(asm: Assembler, at: VirtAddr) -> None:
+    """Have the interrupted code go on *at*."""
+    _lea(asm, 0, at)
     asm.raw(b"\x48\x89\x87" + _IP)  # mov [rdi+ip], rax
     asm.ret()
-    asm.bind(wanted)
-    _stop(asm, gate, missed, slot)
-    return asm.finish()
-
-
-def _stop(asm: Assembler, gate: VirtAddr, missed: VirtAddr, slot: VirtAddr) -> None:
-    _lea(asm, 0, slot)
-    _lea(asm, 2, missed)
-    asm.jmp_rel32(gate)
-
-
-STOPPING_SIZE: Final = 23
 
 
 def _lea(asm: Assembler, register: int, target: VirtAddr) -> None:

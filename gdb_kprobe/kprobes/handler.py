@@ -12,7 +12,7 @@ from gdb_kprobe.bpf.check import CheckedProgram
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.jit import Prepared, emit, prepare
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.x86.assemble import Assembler
+from gdb_kprobe.x86.assemble import Assembler, Label
 
 _NOWHERE = VirtAddr(0)
 
@@ -20,13 +20,13 @@ _NOWHERE = VirtAddr(0)
 class Program:
     """A checked program, compared by identity. *region* is the number that it knows its data by.
 
-    *returns*: what it has in r0 at its exit is of interest, so that it can be only where that is an x86 register's.
+    *decides*: its r0 is a verdict, other than CONTINUE for some hits.
     """
 
-    def __init__(self, checked: CheckedProgram, region: int, returns: bool = False) -> None:
+    def __init__(self, checked: CheckedProgram, region: int, decides: bool = False) -> None:
         self.checked = checked
         self.region = region
-        self.returns = returns
+        self.decides = decides
         self._prepared: dict[object, Prepared] = {}
 
     def prepared(self, frame: Frame) -> Prepared:
@@ -35,7 +35,7 @@ class Program:
         if isinstance(frame, InDetour):
             key = frame.pushed, tuple(frame.saved.items())
         if key not in self._prepared:
-            self._prepared[key] = prepare(self.checked, replace(frame, ip=_NOWHERE), self.returns)
+            self._prepared[key] = prepare(self.checked, replace(frame, ip=_NOWHERE), self.decides)
         return self._prepared[key].moved(frame.ip)
 
 
@@ -47,11 +47,15 @@ class Handler:
     data: VirtAddr
     ip: VirtAddr | None = None
 
-    def emit(self, asm: Assembler, frame: Frame) -> None:
-        """Emit it in line.
+    @property
+    def decides(self) -> bool:
+        return self.program.decides
+
+    def emit(self, asm: Assembler, frame: Frame, said: Label) -> None:
+        """Emit it in line; *said* is where it leads with another verdict than CONTINUE.
 
         :raises DisplacementError: its data is out of reach.
         """
         regions: Mapping[int, VirtAddr] = {self.program.region: self.data}
         seen = frame if self.ip is None else replace(frame, ip=self.ip)
-        emit(asm, self.program.prepared(seen), regions)
+        emit(asm, self.program.prepared(seen), regions, said=said if self.decides else None)

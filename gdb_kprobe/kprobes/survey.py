@@ -99,15 +99,15 @@ class Survey:
         return sum(count for reason, count in self.refused.items() if reason not in BY_PLACE)
 
     def as_json(self, kernel: str) -> dict[str, object]:
-        """The counts for a file; *kernel* is the kernel's release."""
+        """The counts for a file; *kernel* is the kernel's release. Reasons are the names in :class:`Reason`."""
         return {
             "kernel": kernel,
             "instructions": self.instructions,
             "rungs": {str(rung): self.rungs[rung] for rung in Rung},
-            "refused": {str(reason): count for reason, count in self.refused.most_common() if count},
+            "refused": {reason.name: count for reason, count in self.refused.most_common() if count},
             "not_optimized": {}
             if self.jumps is None
-            else {str(reason): count for reason, count in self.jumps.refused.most_common() if count},
+            else {reason.name: count for reason, count in self.jumps.refused.most_common() if count},
         }
 
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import KprobeError, ReportedError
 from gdb_kprobe.launcher import gdbinit, start_gdb
 from gdb_kprobe.launcher.verb import OF_GUESTS, Verb
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         return _run(words)
-    except KprobeError as error:
+    except ReportedError as error:
         print(f"gdb-kprobe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -45,7 +45,6 @@ def _run(words: list[str]) -> int:
             verb.arguments(sub)
             sub.set_defaults(run=verb.run)
     arguments = parser.parse_args(words)
-    arguments.words = words
     try:
         return int(arguments.run(arguments))
     except ValueError as error:  # of a guest that cannot be

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from gdb_kprobe.launcher.oracle import text_of
 from gdb_kprobe.model import Rung
 from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.spec import KERNEL_NAMES
 

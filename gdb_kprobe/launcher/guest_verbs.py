@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.launcher import bench, check, demo, matrix, torture
+from gdb_kprobe.launcher import check, demo
 from gdb_kprobe.launcher.verb import OF_GUESTS, Verb
 from kprobe_guest import cli as guest_cli
 from kprobe_guest.errors import GuestError
@@ -28,8 +28,5 @@ def _verb(name: str, arguments: _Arguments, run: _Run) -> Verb:
 VERBS = {
     **{command.name: _verb(command.name, command.arguments, command.run) for command in guest_cli.SUBCOMMANDS},
     "demo": _verb("demo", demo.arguments, demo.run),
-    "bench": _verb("bench", bench.arguments, bench.run),
     "check": _verb("check", check.arguments, check.run),
-    "matrix": _verb("matrix", matrix.arguments, matrix.run),
-    "torture": _verb("torture", torture.arguments, torture.run),
 }

@@ -21,9 +21,6 @@ OF_GUESTS = {
     "boot": "boot a guest and show its console",
     "nested": "run a command in an emulated machine that has KVM",
     "demo": "put kprobes on a live Debian guest and count them",
-    "bench": "measure what a hit costs",
     "check": "classify every instruction of a guest's kernel",
-    "matrix": "run cells of userland, kernel, accelerator and kind of guest",
-    "torture": "prove on guests of its own that probes are safe",
 }
 """Summaries of the verbs in :mod:`gdb_kprobe.launcher.guest_verbs`."""

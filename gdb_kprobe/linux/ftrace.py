@@ -227,56 +227,56 @@ class FtraceTracers:
         return None
 
 
-def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, btf: Types) -> FtraceRecords:
+def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, types: Types) -> FtraceRecords:
     """Read all records. A kernel without CONFIG_DYNAMIC_FTRACE has none.
 
     :raises GuestStateError: the kernel has them, but they cannot be found.
     :raises UnmappedError: the list of pages leads to unmapped memory.
     """
-    if kallsyms.find("ftrace_pages_start") is None or not btf.has_member("dyn_ftrace", "flags"):
+    if kallsyms.find("ftrace_pages_start") is None or not types.has_member("dyn_ftrace", "flags"):
         return FtraceRecords(None, [])
-    layout = _layout(btf)
+    layout = _layout(types)
     pages: list[tuple[VirtAddr, bytes]] = []
     at = read_pointer(memory, kallsyms.address("ftrace_pages_start"))
     for _ in range(_MOST_PAGES):
         if not at:
             return FtraceRecords(layout, pages)
-        page = read_struct(memory, btf, "ftrace_page", at)
+        page = read_struct(memory, types, "ftrace_page", at)
         start = page.pointer("records")
         pages.append((start, memory.read(start, layout.size * page.uint("index"))))
         at = page.pointer("next")
     raise _endless("ftrace_pages_start")
 
 
-def _layout(btf: Types) -> FtraceLayout:
-    ip, flags = btf.offset_of("dyn_ftrace", "ip"), btf.offset_of("dyn_ftrace", "flags")
+def _layout(types: Types) -> FtraceLayout:
+    ip, flags = types.offset_of("dyn_ftrace", "ip"), types.offset_of("dyn_ftrace", "flags")
     try:
-        btf.enumerator("FTRACE_FL_ENABLED")
+        types.enumerator("FTRACE_FL_ENABLED")
     except NeedsTypesError:
-        return FtraceLayout(btf.size_of("dyn_ftrace"), ip, flags, 0, 0, 0)
-    enabled, disabled = (btf.enumerator(f"FTRACE_FL_{name}") for name in ("ENABLED", "DISABLED"))
+        return FtraceLayout(types.size_of("dyn_ftrace"), ip, flags, 0, 0, 0)
+    enabled, disabled = (types.enumerator(f"FTRACE_FL_{name}") for name in ("ENABLED", "DISABLED"))
     if enabled is None or disabled is None:
         raise GuestStateError("the flags of struct dyn_ftrace are not as known here", "probe behind the function entry")
     # Kernels before v6.4 ("ftrace: Show a list of all functions that have ever been enabled") have no TOUCHED, those
     # before v6.6 ("ftrace: Add MODIFIED flag to show if IPMODIFY or direct was attached") have no MODIFIED.
-    history = sum(btf.enumerator(name) or 0 for name in _HISTORY)
-    return FtraceLayout(btf.size_of("dyn_ftrace"), ip, flags, enabled, disabled, history)
+    history = sum(types.enumerator(name) or 0 for name in _HISTORY)
+    return FtraceLayout(types.size_of("dyn_ftrace"), ip, flags, enabled, disabled, history)
 
 
-def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, btf: Types) -> FtraceTracers:
+def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, types: Types) -> FtraceTracers:
     """Read who is registered with ftrace. A filter that waits for a module to be loaded counts as no filter.
 
     :raises GuestStateError: the list cannot be found, or has no end.
     :raises UnmappedError: it leads to unmapped memory.
     """
-    lock = read_struct(memory, btf, "mutex", kallsyms.address("ftrace_lock"))
+    lock = read_struct(memory, types, "mutex", kallsyms.address("ftrace_lock"))
     # CONFIG_PREEMPT_RT makes a mutex of an rt_mutex (include/linux/mutex_types.h). Either owner is 0 as long as nobody
     # holds or waits; the low bits say more of the one there is or, in an rt_mutex, of one that is about to be.
     changing = bool(lock.uint("owner" if lock.has("owner") else "rtmutex.owner"))
     tracers: list[_Tracer] = []
-    for ops in for_each_ops(memory, kallsyms, btf):
-        hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))
-        only, never = (read_hash(memory, btf, hashes.pointer(f"{name}_hash")) for name in ("filter", "notrace"))
+    for ops in for_each_ops(memory, kallsyms, types):
+        hashes = read_struct(memory, types, "ftrace_ops_hash", ops.pointer("func_hash"))
+        only, never = (read_hash(memory, types, hashes.pointer(f"{name}_hash")) for name in ("filter", "notrace"))
         tracers.append(_Tracer(only or None, never))
     return FtraceTracers(tuple(tracers), changing)
 
@@ -287,7 +287,7 @@ def has_ops(memory: Memory, kallsyms: Kallsyms) -> bool:
     return head is not None and read_pointer(memory, head) not in (0, end)
 
 
-def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Iterator[Struct]:
+def for_each_ops(memory: Memory, kallsyms: Kallsyms, types: Types) -> Iterator[Struct]:
     """Yield each ``struct ftrace_ops`` that is registered.
 
     :raises GuestStateError: the list cannot be found, or has no end.
@@ -298,29 +298,29 @@ def for_each_ops(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Iterator[Str
     for _ in range(_MOST_OPS):
         if at in (0, end):
             return
-        ops = read_struct(memory, btf, "ftrace_ops", at)
+        ops = read_struct(memory, types, "ftrace_ops", at)
         yield ops
         at = ops.pointer("next")
     raise _endless("ftrace_ops_list")
 
 
-def read_hash(memory: Memory, btf: Types, addr: VirtAddr) -> frozenset[int]:
+def read_hash(memory: Memory, types: Types, addr: VirtAddr) -> frozenset[int]:
     """Return the addresses in the ``struct ftrace_hash`` at *addr*; none for a null pointer."""
     if not addr:
         return frozenset()
-    table = read_struct(memory, btf, "ftrace_hash", addr)
+    table = read_struct(memory, types, "ftrace_hash", addr)
     if not table.uint("count"):
         return frozenset()
     heads = array("Q", memory.read(table.pointer("buckets"), _WORD << table.uint("size_bits")))
-    return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, btf, head))
+    return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, types, head))
 
 
-def _chain(memory: Memory, btf: Types, node: int) -> Iterator[Struct]:
-    link = btf.offset_of("ftrace_func_entry", "hlist")
+def _chain(memory: Memory, types: Types, node: int) -> Iterator[Struct]:
+    link = types.offset_of("ftrace_func_entry", "hlist")
     for _ in range(_MOST_ENTRIES):
         if not node:
             return
-        entry = read_struct(memory, btf, "ftrace_func_entry", VirtAddr(node - link))
+        entry = read_struct(memory, types, "ftrace_func_entry", VirtAddr(node - link))
         yield entry
         node = entry.uint("hlist.next")
     raise _endless("a hash of ftrace's")

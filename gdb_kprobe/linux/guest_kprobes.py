@@ -8,17 +8,20 @@ the instructions that the jump would displace, and copies them (``arch_prepare_o
 again when the jump is written, some ticks after the kprobe was enabled (``arch_optimize_kprobes``): the 4 bytes behind
 the int3 are saved as they are then, and written back later. So all bytes that were copied belong to such a kprobe from
 its registration on.
+
+One whose text is gone (KPROBE_FLAG_GONE: a module was unloaded, init text was freed) stays in the table until it is
+unregistered. It patches nothing any more, and what is at its address now is no business of its.
 """
 
 from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_struct
 from gdb_kprobe.linux.types import Types
@@ -27,6 +30,7 @@ from gdb_kprobe.target.protocols import Memory
 
 BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
 _MOST: Final = 1 << 16
+_GONE: Final = 1  # KPROBE_FLAG_GONE
 _OPTIMIZED: Final = 4  # KPROBE_FLAG_OPTIMIZED
 _ON_FTRACE: Final = 8  # KPROBE_FLAG_FTRACE
 _JMP_REL32: Final = b"\xe9"
@@ -58,11 +62,20 @@ class GuestKprobe:
 
 
 class GuestKprobes:
-    """All of them at one moment."""
+    """All of them at one moment; or as many as can be read, and *unread* is why not all."""
 
-    def __init__(self, kprobes: Iterable[GuestKprobe] = ()) -> None:
+    def __init__(self, kprobes: Iterable[GuestKprobe] = (), unread: GuestStateError | None = None) -> None:
         self._all = sorted(kprobes, key=lambda kprobe: kprobe.addr)
         self._addrs = [kprobe.addr for kprobe in self._all]
+        self.unread = unread
+
+    def check_all(self) -> None:
+        """Before text is patched, or decoded: each of them must be known.
+
+        :raises GuestStateError: there may be more than could be read.
+        """
+        if self.unread is not None:
+            raise GuestStateError(self.unread.message, self.unread.hint)
 
     def __iter__(self) -> Iterator[GuestKprobe]:
         return iter(self._all)
@@ -85,30 +98,48 @@ class GuestKprobes:
                 yield kprobe
 
 
-def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, btf: Types) -> GuestKprobes:
-    """Read all of them, as they are now. Without CONFIG_KPROBES there are none.
-
-    :raises UnmappedError: the table leads to unmapped memory.
-    :raises GuestStateError: a chain of it has no end.
-    """
-    table = kallsyms.find("kprobe_table")
-    if table is None or not btf.has_member("kprobe", "hlist"):
+def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, types: Types) -> GuestKprobes:
+    """Read all of them, as they are now. Without CONFIG_KPROBES there are none."""
+    if not types.has_member("kprobe", "hlist"):
         return GuestKprobes()
-    link = btf.offset_of("kprobe", "hlist")
+    link = types.offset_of("kprobe", "hlist")
     # An aggregate (kprobe_aggrprobe()), which is part of a struct optimized_kprobe, is known by its handler.
-    aggregate = kallsyms.find("aggr_pre_handler") if btf.has_member("optimized_kprobe", "optinsn") else None
-    heads = struct.unpack(f"<{BUCKETS}Q", memory.read(table, 8 * BUCKETS))
-    return GuestKprobes(
-        _kprobe(memory, probe, aggregate)
-        for head in heads
-        if head
-        for probe in _chain(memory, btf, VirtAddr(head), link)
-    )
+    aggregate = kallsyms.find("aggr_pre_handler") if types.has_member("optimized_kprobe", "optinsn") else None
+
+    def read(bucket: int, node: VirtAddr) -> Iterator[GuestKprobe]:
+        for probe in _chain(memory, types, node, link):
+            if not probe.uint("flags") & _GONE:
+                yield _kprobe(memory, probe, aggregate)
+
+    return read_table(memory, kallsyms, read)
 
 
-def _chain(memory: Memory, btf: Types, node: VirtAddr, link: int) -> Iterator[Struct]:
+def read_table(
+    memory: Memory, kallsyms: Kallsyms, read: Callable[[int, VirtAddr], Iterable[GuestKprobe]]
+) -> GuestKprobes:
+    """What *read* finds from the first node of each list of ``kprobe_table`` on, which it is given with its number."""
+    table = kallsyms.find("kprobe_table")
+    if table is None:
+        return GuestKprobes()
+    found: list[GuestKprobe] = []
+    unread: GuestStateError | None = None
+    for bucket, head in enumerate(struct.unpack(f"<{BUCKETS}Q", memory.read(table, 8 * BUCKETS))):
+        try:
+            for kprobe in read(bucket, VirtAddr(head)) if head else ():
+                found.append(kprobe)  # those in front of one that cannot be read are known
+        except UnmappedError as error:
+            unread = GuestStateError(
+                f"a kprobe of the guest's own cannot be read: {error.message}",
+                "remove the guest's own kprobes, also those that are disabled; or its memory is damaged",
+            )
+        except GuestStateError as error:
+            unread = error
+    return GuestKprobes(found, unread)
+
+
+def _chain(memory: Memory, types: Types, node: VirtAddr, link: int) -> Iterator[Struct]:
     for _ in range(_MOST):
-        probe = read_struct(memory, btf, "kprobe", VirtAddr(node - link))
+        probe = read_struct(memory, types, "kprobe", VirtAddr(node - link))
         yield probe
         node = probe.pointer("hlist.next")
         if not node:
@@ -124,12 +155,12 @@ def _kprobe(memory: Memory, probe: Struct, aggregate: VirtAddr | None) -> GuestK
     leads_to = _leads_to(memory, probe, addr) if original == _JMP_REL32 else None
     if aggregate is None or probe.pointer("pre_handler") != aggregate:
         return GuestKprobe(addr, original, leads_to=leads_to)
-    optimized = VirtAddr(probe.addr - probe.btf.offset_of("optimized_kprobe", "kp"))
+    optimized = VirtAddr(probe.addr - probe.types.offset_of("optimized_kprobe", "kp"))
     # 0: it was not prepared (arch_prepared_optinsn()), and stays an int3.
-    prepared = read_struct(memory, probe.btf, "optimized_kprobe", optimized).uint("optinsn.size")
+    prepared = read_struct(memory, probe.types, "optimized_kprobe", optimized).uint("optinsn.size")
     # The flag comes first: the bytes are saved when the jump is written, up to some ticks later.
     if prepared and flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
-        member = probe.btf.member("optimized_kprobe", "optinsn.copied_insn")
+        member = probe.types.member("optimized_kprobe", "optinsn.copied_insn")
         original += memory.read(offset(optimized, member.offset), member.size)
     return GuestKprobe(addr, original, min(max(prepared, len(original)), MAX_RESERVED), leads_to)
 

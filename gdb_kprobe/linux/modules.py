@@ -56,12 +56,12 @@ class Module:
         return sum(window.size for window in self.ranges)
 
 
-def read_modules(memory: Memory, btf: Types, modules: VirtAddr) -> tuple[Module, ...]:
+def read_modules(memory: Memory, types: Types, modules: VirtAddr) -> tuple[Module, ...]:
     """Read the list at symbol ``modules``, the last loaded first. Modules still being formed are left out.
 
     :raises GuestStateError: the list or the structures are not as known here.
     """
-    found = (_read_module(memory, raw) for raw in for_each_struct(memory, btf, "module", "list", modules))
+    found = (_read_module(memory, raw) for raw in for_each_struct(memory, types, "module", "list", modules))
     return tuple(module for module in found if module.state is not ModuleState.UNFORMED)
 
 
@@ -84,12 +84,12 @@ def _read_module(memory: Memory, raw: Struct) -> Module:
 
 
 def _load(memory: Memory, raw: Struct) -> int:
-    if not raw.has("mkobj") or not raw.btf.has_member("kernfs_node", "id"):
+    if not raw.has("mkobj") or not raw.types.has_member("kernfs_node", "id"):
         return 0
     directory = raw.pointer("mkobj.kobj.sd")
     if not directory:
         return 0
-    member = raw.btf.member("kernfs_node", "id")
+    member = raw.types.member("kernfs_node", "id")
     try:
         return int.from_bytes(memory.read(VirtAddr(directory + member.offset), member.size), "little")
     except UnmappedError:
@@ -100,16 +100,16 @@ _Memory = tuple[tuple[AddressRange, ...], AddressRange, AddressRange | None]
 
 
 def _memory_since_6_4(raw: Struct) -> _Memory:
-    types = raw.btf.enum("mod_mem_type")
-    first, step = raw.btf.offset_of("module", "mem"), raw.btf.size_of("module_memory")
+    kinds = raw.types.enum("mod_mem_type")
+    first, step = raw.types.offset_of("module", "mem"), raw.types.size_of("module_memory")
     parts: dict[int, AddressRange] = {}
-    for index in range(raw.btf.member("module", "mem").size // step):
+    for index in range(raw.types.member("module", "mem").size // step):
         start = first + index * step
-        part = Struct(raw.btf, "module_memory", VirtAddr(raw.addr + start), raw.data[start : start + step])
+        part = Struct(raw.types, "module_memory", VirtAddr(raw.addr + start), raw.data[start : start + step])
         if part.uint("size"):
             parts[index] = _range(part.uint("base"), part.uint("size"))
     base = raw.uint("mem.base")
-    return tuple(parts.values()), parts.get(types["MOD_TEXT"], _range(base, 0)), parts.get(types["MOD_INIT_TEXT"])
+    return tuple(parts.values()), parts.get(kinds["MOD_TEXT"], _range(base, 0)), parts.get(kinds["MOD_INIT_TEXT"])
 
 
 def _memory_before_6_4(raw: Struct) -> _Memory:
@@ -133,8 +133,8 @@ def read_module_symbols(memory: Memory, module: Module) -> SymbolTable:
 
     :raises GuestStateError: this kernel has no such tables.
     """
-    btf = module.raw.btf
-    table = read_struct(memory, btf, "mod_kallsyms", module.raw.pointer("kallsyms"))
+    types = module.raw.types
+    table = read_struct(memory, types, "mod_kallsyms", module.raw.pointer("kallsyms"))
     count = table.uint("num_symtab")
     symtab = memory.read(table.pointer("symtab"), count * _ELF64_SYM.size)
     letters = memory.read(table.pointer("typetab"), count).decode("latin-1")
@@ -169,11 +169,11 @@ def _exported(memory: Memory, module: Module) -> Iterator[tuple[str, int]]:
     """Yield name and address of each symbol in ``module.syms``; the members are relative to themselves (PREL32)."""
     count = module.raw.uint("num_syms")
     start = module.raw.pointer("syms")
-    step = module.raw.btf.size_of("kernel_symbol")
+    step = module.raw.types.size_of("kernel_symbol")
     data = memory.read(start, count * step)
     for at in range(0, count * step, step):
-        entry = Struct(module.raw.btf, "kernel_symbol", VirtAddr(start + at), data[at : at + step])
-        name_member = module.raw.btf.offset_of("kernel_symbol", "name_offset")
+        entry = Struct(module.raw.types, "kernel_symbol", VirtAddr(start + at), data[at : at + step])
+        name_member = module.raw.types.offset_of("kernel_symbol", "name_offset")
         name = read_string(memory, VirtAddr(entry.addr + name_member + entry.sint("name_offset")))
         yield name, entry.addr + entry.sint("value_offset")
 

@@ -88,7 +88,7 @@ def way_points(kallsyms: Kallsyms) -> tuple[VirtAddr, ...]:
     return tuple(found for name in names if (found := kallsyms.find(name)) is not None)
 
 
-def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Types, registers: dict[str, int]) -> bool:
+def may_call_here(memory: Memory, kallsyms: Kallsyms, types: Types, registers: dict[str, int]) -> bool:
     """Whether a CPU with these *registers* is where it may be called: in the kernel, nothing held, nothing off.
 
     Not in an idle task: its CPU halts, and would not wake for us.
@@ -100,11 +100,11 @@ def may_call_here(memory: Memory, kallsyms: Kallsyms, btf: Types, registers: dic
         return False
     # In kernel mode gs_base is what is added to a per-CPU symbol's address.
     name = "__preempt_count" if kallsyms.find("__preempt_count") is not None else "preempt_count"
-    count = memory.read(per_cpu_ptr(hot_symbol(kallsyms, btf, name), registers["gs_base"]), 4)
+    count = memory.read(per_cpu_ptr(hot_symbol(kallsyms, types, name), registers["gs_base"]), 4)
     if int.from_bytes(count, "little") & ~_PREEMPT_NEED_RESCHED:
         return False
-    task = read_pointer(memory, per_cpu_ptr(hot_symbol(kallsyms, btf, "current_task"), registers["gs_base"]))
-    return any(memory.read(VirtAddr(task + btf.offset_of("task_struct", "pid")), 4))
+    task = read_pointer(memory, per_cpu_ptr(hot_symbol(kallsyms, types, "current_task"), registers["gs_base"]))
+    return any(memory.read(VirtAddr(task + types.offset_of("task_struct", "pid")), 4))
 
 
 def blocks_of(size: int) -> tuple[int, int]:

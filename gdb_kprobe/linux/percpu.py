@@ -10,22 +10,22 @@ from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
 
-def possible_cpus(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[int, ...]:
+def possible_cpus(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[int, ...]:
     """Return the numbers of the CPUs in ``cpu_possible_mask``.
 
     :raises GuestStateError: this kernel lacks the mask.
     """
-    mask = memory.read(kallsyms.address("__cpu_possible_mask"), btf.size_of("cpumask"))
+    mask = memory.read(kallsyms.address("__cpu_possible_mask"), types.size_of("cpumask"))
     bits = int.from_bytes(mask, "little")
     return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
 
 
-def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, btf: Types) -> dict[int, int]:
+def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, types: Types) -> dict[int, int]:
     """Return what to add to a per-CPU symbol's address (modulo 2**64), for each possible CPU.
 
     :raises GuestStateError: this kernel lacks the table.
     """
-    cpus = possible_cpus(memory, kallsyms, btf)
+    cpus = possible_cpus(memory, kallsyms, types)
     data = memory.read(kallsyms.address("__per_cpu_offset"), 8 * (cpus[-1] + 1))
     return {cpu: struct.unpack_from("<Q", data, 8 * cpu)[0] for cpu in cpus}
 
@@ -35,11 +35,11 @@ def per_cpu_ptr(symbol: VirtAddr, offset: int) -> VirtAddr:
     return VirtAddr((symbol + offset) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
-def hot_symbol(kallsyms: Kallsyms, btf: Types, name: str) -> VirtAddr:
+def hot_symbol(kallsyms: Kallsyms, types: Types, name: str) -> VirtAddr:
     """A per-CPU variable that was a member of ``pcpu_hot`` for a while.
 
     Linux kernel commit e57ef2ed97c1 "x86: Put hot per CPU variables into a struct" (in v6.2), undone in v6.15.
     """
-    if btf.has_member("pcpu_hot", name) and kallsyms.find("pcpu_hot") is not None:
-        return VirtAddr(kallsyms.address("pcpu_hot") + btf.offset_of("pcpu_hot", name))
+    if types.has_member("pcpu_hot", name) and kallsyms.find("pcpu_hot") is not None:
+        return VirtAddr(kallsyms.address("pcpu_hot") + types.offset_of("pcpu_hot", name))
     return kallsyms.address(name)

@@ -7,6 +7,7 @@ known, and whatever needs it says so (:class:`~gdb_kprobe.errors.NeedsTypesError
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,8 +45,16 @@ def prove_types(memory: Memory, kallsyms: Kallsyms) -> KnownTypes:
     read by it.
     """
     running = _running_state(memory, kallsyms)
-    layouts = dict(_Proofs(memory, kallsyms).all())
+    layouts = {name: functools.partial(_tried, prove) for name, prove in _Proofs(memory, kallsyms).all()}
     return KnownTypes(layouts, {} if running is None else {"system_states": {"SYSTEM_RUNNING": running}})
+
+
+def _tried(prove: Callable[[], Layout | None]) -> Layout | None:
+    """What *prove* proves. What leads to memory that is not mapped proves nothing."""
+    try:
+        return prove()
+    except UnmappedError:
+        return None
 
 
 def _ints(size: int, **offsets: int) -> Layout:

@@ -35,7 +35,7 @@ class Redirect:
     changing: bool = False
 
 
-def read_redirects(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Mapping[VirtAddr, Redirect]:
+def read_redirects(memory: Memory, kallsyms: Kallsyms, types: Types) -> Mapping[VirtAddr, Redirect]:
     """Read which functions are redirected now, by the address of the nop at their entry.
 
     :raises GuestStateError: the list of tracers cannot be found, or has no end.
@@ -44,32 +44,32 @@ def read_redirects(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Mapping[Vi
     found: dict[VirtAddr, Redirect] = {}
     if not has_ops(memory, kallsyms):
         return found
-    ip_modify = btf.enumerator("FTRACE_OPS_FL_IPMODIFY")
+    ip_modify = types.enumerator("FTRACE_OPS_FL_IPMODIFY")
     if ip_modify is None:
         return found
-    for ops in for_each_ops(memory, kallsyms, btf):
+    for ops in for_each_ops(memory, kallsyms, types):
         if not ops.uint("flags") & ip_modify:
             continue
-        redirect = _redirect(memory, kallsyms, btf, ops)
+        redirect = _redirect(memory, kallsyms, types, ops)
         if redirect is not None:
-            hashes = read_struct(memory, btf, "ftrace_ops_hash", ops.pointer("func_hash"))
-            for ip in read_hash(memory, btf, hashes.pointer("filter_hash")):
+            hashes = read_struct(memory, types, "ftrace_ops_hash", ops.pointer("func_hash"))
+            for ip in read_hash(memory, types, hashes.pointer("filter_hash")):
                 found[VirtAddr(ip)] = redirect
     return found
 
 
-def _redirect(memory: Memory, kallsyms: Kallsyms, btf: Types, ops: Struct) -> Redirect | None:
+def _redirect(memory: Memory, kallsyms: Kallsyms, types: Types, ops: Struct) -> Redirect | None:
     symbol = kallsyms.symbol_at(ops.pointer("func"))
     name = "" if symbol is None else symbol[0].name
     if name in _HARMLESS:
         return None
-    if name != _LIVE_PATCH or not btf.has_member("klp_ops", "fops"):
+    if name != _LIVE_PATCH or not types.has_member("klp_ops", "fops"):
         return Redirect(f"a handler of the guest's ftrace, {symbol[0] if symbol else hex(ops.pointer('func'))}")
-    stack = VirtAddr(ops.addr - btf.offset_of("klp_ops", "fops") + btf.offset_of("klp_ops", "func_stack"))
+    stack = VirtAddr(ops.addr - types.offset_of("klp_ops", "fops") + types.offset_of("klp_ops", "func_stack"))
     first = read_pointer(memory, stack)
     if first == stack:
         return None
-    func = read_struct(memory, btf, "klp_func", VirtAddr(first - btf.offset_of("klp_func", "stack_node")))
+    func = read_struct(memory, types, "klp_func", VirtAddr(first - types.offset_of("klp_func", "stack_node")))
     if func.has("nop") and func.uint("nop") & 1:
         return None
     return Redirect("a live patch", func.pointer("new_func"), bool(func.uint("transition") & 1))

@@ -34,7 +34,7 @@ def scan_all_stacks(
 ) -> list[int] | None:
     """All aligned words that point into *wanted* and may be on a kernel stack; ``None`` when stacks may be elsewhere.
 
-    :param stack_pointers: of the CPUs. What lies below one, as far as the same mapping goes, is dead.
+    :param stack_pointers: of the CPUs. What lies below all of those in the same mapping is dead.
     """
     init_stack = next((stack for names in _INIT_STACKS if (stack := kallsyms.section(*names)) is not None), None)
     if kallsyms.find(_OF_VMAP_STACK) is None or init_stack is None:
@@ -55,7 +55,7 @@ def scan_all_stacks(
         return None
     words: list[int] = []
     for run in runs:
-        floor = max((rsp for rsp in pointers if rsp in run), default=0)
+        floor = min((rsp for rsp in pointers if rsp in run), default=0)
         for index, word in enumerate(array("Q", table.read(run.start, run.size))):
             if wanted.start <= word < wanted.end and run.start + 8 * index >= floor:
                 words.append(word)

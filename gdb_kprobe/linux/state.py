@@ -44,13 +44,13 @@ class GuestState:
             )
 
 
-def read_state(memory: Memory, kallsyms: Kallsyms, btf: Types) -> GuestState:
+def read_state(memory: Memory, kallsyms: Kallsyms, types: Types) -> GuestState:
     """Read the state of the guest's kernel.
 
     :raises GuestStateError: this kernel lacks one of the variables.
     """
     value = _read_int(memory, kallsyms, "system_state")
-    names = {number: name for name, number in btf.enum("system_states").items()}
+    names = {number: name for name, number in types.enum("system_states").items()}
     # panic() takes panic_cpu before anything else, so it is set during a panic's very first output.
     panic_cpu = _read_int(memory, kallsyms, "panic_cpu")
     return GuestState(

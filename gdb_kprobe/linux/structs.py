@@ -17,21 +17,21 @@ _LONGEST_LIST = 1 << 17
 class Struct:
     """A copy of one structure: where it is, its type's name and its bytes."""
 
-    btf: Types
+    types: Types
     type_name: str
     addr: VirtAddr
     data: bytes
 
     def has(self, path: str) -> bool:
         """Say whether this kernel's type has the member."""
-        return self.btf.has_member(self.type_name, path)
+        return self.types.has_member(self.type_name, path)
 
     def uint(self, path: str) -> int:
         """Return an integer or pointer member, unsigned.
 
         :raises GuestStateError: this kernel has no such member.
         """
-        member = self.btf.member(self.type_name, path)
+        member = self.types.member(self.type_name, path)
         return int.from_bytes(self.data[member.offset : member.offset + member.size], "little")
 
     def sint(self, path: str) -> int:
@@ -39,7 +39,7 @@ class Struct:
 
         :raises GuestStateError: this kernel has no such member.
         """
-        member = self.btf.member(self.type_name, path)
+        member = self.types.member(self.type_name, path)
         return int.from_bytes(self.data[member.offset : member.offset + member.size], "little", signed=True)
 
     def pointer(self, path: str) -> VirtAddr:
@@ -54,17 +54,17 @@ class Struct:
 
         :raises GuestStateError: this kernel has no such member.
         """
-        member = self.btf.member(self.type_name, path)
+        member = self.types.member(self.type_name, path)
         return self.data[member.offset : member.offset + member.size].partition(b"\0")[0].decode("utf-8", "replace")
 
 
-def read_struct(memory: Memory, btf: Types, type_name: str, addr: VirtAddr) -> Struct:
+def read_struct(memory: Memory, types: Types, type_name: str, addr: VirtAddr) -> Struct:
     """Read the whole ``struct`` (or ``union``) *type_name* at *addr*.
 
     :raises UnmappedError: it is not there.
     :raises GuestStateError: this kernel has no such type.
     """
-    return Struct(btf, type_name, addr, memory.read(addr, btf.size_of(type_name)))
+    return Struct(types, type_name, addr, memory.read(addr, types.size_of(type_name)))
 
 
 def read_pointer(memory: Memory, addr: VirtAddr) -> VirtAddr:
@@ -90,18 +90,18 @@ def for_each_list_entry(memory: Memory, head: VirtAddr, member_offset: int) -> I
     raise _endless(head)
 
 
-def for_each_struct(memory: Memory, btf: Types, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
+def for_each_struct(memory: Memory, types: Types, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
     """Yield copies of the structures on the ``list_head`` at *head*, linked by their *member*; one read for each.
 
     :raises UnmappedError: the list leads to unmapped memory.
     :raises GuestStateError: it does not come back to its head, or this kernel has no such type.
     """
-    offset = btf.offset_of(type_name, member)
+    offset = types.offset_of(type_name, member)
     node = read_pointer(memory, head)
     for _ in range(_LONGEST_LIST):
         if node == head:
             return
-        found = read_struct(memory, btf, type_name, VirtAddr(node - offset))
+        found = read_struct(memory, types, type_name, VirtAddr(node - offset))
         yield found
         node = found.pointer(f"{member}.next")
     raise _endless(head)

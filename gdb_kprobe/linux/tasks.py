@@ -73,7 +73,7 @@ class StackWord:
     value: int
 
 
-def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Task, ...]:
+def read_tasks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Task, ...]:
     """Return every thread of every process, and the idle task (pid 0) of each possible CPU.
 
     :raises GuestStateError: this kernel's structures are not as known here.
@@ -83,28 +83,28 @@ def read_tasks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Task, ..
     # Idle tasks of the other CPUs are on no list. CPU 0's is init_task.
     idle_threads = kallsyms.find("idle_threads")
     if idle_threads is not None:
-        for offset in per_cpu_offsets(memory, kallsyms, btf).values():
+        for offset in per_cpu_offsets(memory, kallsyms, types).values():
             found[read_pointer(memory, per_cpu_ptr(idle_threads, offset))] = None
     found.pop(VirtAddr(0), None)
-    signal = btf.offset_of("task_struct", "signal")
-    thread_head = btf.offset_of("signal_struct", "thread_head")
-    thread_node = btf.offset_of("task_struct", "thread_node")
-    tasks_head = VirtAddr(init_task + btf.offset_of("task_struct", "tasks"))
+    signal = types.offset_of("task_struct", "signal")
+    thread_head = types.offset_of("signal_struct", "thread_head")
+    thread_node = types.offset_of("task_struct", "thread_node")
+    tasks_head = VirtAddr(init_task + types.offset_of("task_struct", "tasks"))
     for leader in for_each_list_entry(memory, tasks_head, tasks_head - init_task):
         threads = VirtAddr(read_pointer(memory, VirtAddr(leader + signal)) + thread_head)
         for thread in for_each_list_entry(memory, threads, thread_node):
             found[thread] = None
-    return tuple(_read_task(memory, btf, addr) for addr in found)
+    return tuple(_read_task(memory, types, addr) for addr in found)
 
 
-def _read_task(memory: Memory, btf: Types, addr: VirtAddr) -> Task:
+def _read_task(memory: Memory, types: Types, addr: VirtAddr) -> Task:
     members = ("pid", "tgid", "comm", "stack", "thread.sp")
-    size = max(btf.offset_of("task_struct", name) + btf.member("task_struct", name).size for name in members)
-    task = Struct(btf, "task_struct", addr, memory.read(addr, size))
+    size = max(types.offset_of("task_struct", name) + types.member("task_struct", name).size for name in members)
+    task = Struct(types, "task_struct", addr, memory.read(addr, size))
     base = task.pointer("stack")
     # THREAD_SIZE is a macro and no type has that size; an interrupt's stack is as large on x86-64, by THREAD_SIZE_ORDER
     # and IRQ_STACK_ORDER in arch/x86/include/asm/page_64_types.h.
-    stack_size = btf.size_of("irq_stack") if base else 0
+    stack_size = types.size_of("irq_stack") if base else 0
     return Task(
         addr=addr,
         pid=task.sint("pid"),
@@ -120,22 +120,22 @@ def task_on_stack(tasks: Iterable[Task], rsp: int) -> Task | None:
     return next((task for task in tasks if rsp in task.stack), None)
 
 
-def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Stack, ...]:
+def cpu_stacks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Stack, ...]:
     """Return the interrupt, exception (IST) and entry stacks of all possible CPUs.
 
     :raises GuestStateError: this kernel's variables are not as known here.
     """
-    hardirq_ptr = hot_symbol(kallsyms, btf, "hardirq_stack_ptr")
-    irq_size = btf.size_of("irq_stack")
+    hardirq_ptr = hot_symbol(kallsyms, types, "hardirq_stack_ptr")
+    irq_size = types.size_of("irq_stack")
     stacks = []
-    for cpu, offset in per_cpu_offsets(memory, kallsyms, btf).items():
+    for cpu, offset in per_cpu_offsets(memory, kallsyms, types).items():
         # The pointer is to the last word: arch/x86/kernel/irq_64.c, map_irq_stack().
         top = read_pointer(memory, per_cpu_ptr(hardirq_ptr, offset)) + 8
         # Exceptions use theirs through cpu_entry_area, with a guard page in front of each: mm/cpu_entry_area.c.
         used_at = read_pointer(memory, per_cpu_ptr(kallsyms.address("cea_exception_stacks"), offset))
-        used = AddressRange(used_at, VirtAddr(used_at + btf.size_of("cea_exception_stacks")))
-        exceptions = _storage(kallsyms, btf, "exception_stacks", "exception_stacks", offset)
-        entry = _storage(kallsyms, btf, "entry_stack_storage", "entry_stack_page", offset)
+        used = AddressRange(used_at, VirtAddr(used_at + types.size_of("cea_exception_stacks")))
+        exceptions = _storage(kallsyms, types, "exception_stacks", "exception_stacks", offset)
+        entry = _storage(kallsyms, types, "entry_stack_storage", "entry_stack_page", offset)
         interrupts = AddressRange(VirtAddr(top - irq_size), VirtAddr(top))
         stacks += [
             Stack(f"interrupt stack of CPU {cpu}", interrupts, StackKind.INTERRUPT, cpu),
@@ -145,9 +145,9 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> tuple[Stack, .
     return tuple(stacks)
 
 
-def _storage(kallsyms: Kallsyms, btf: Types, symbol: str, type_name: str, offset: int) -> AddressRange:
+def _storage(kallsyms: Kallsyms, types: Types, symbol: str, type_name: str, offset: int) -> AddressRange:
     start = per_cpu_ptr(kallsyms.address(symbol), offset)
-    return AddressRange(start, VirtAddr(start + btf.size_of(type_name)))
+    return AddressRange(start, VirtAddr(start + types.size_of(type_name)))
 
 
 def live_stacks(stacks: Iterable[Stack], stack_pointers: Iterable[int]) -> tuple[Stack, ...]:
@@ -181,13 +181,13 @@ def task_stacks(tasks: Iterable[Task], running: Iterable[VirtAddr] = ()) -> Iter
         yield Stack(str(task), AddressRange(VirtAddr(start & ~7), task.stack.end))
 
 
-def current_tasks(memory: Memory, kallsyms: Kallsyms, btf: Types) -> dict[int, VirtAddr]:
+def current_tasks(memory: Memory, kallsyms: Kallsyms, types: Types) -> dict[int, VirtAddr]:
     """Return the task that runs on each possible CPU, by its ``struct task_struct``.
 
     :raises GuestStateError: this kernel keeps the current task where it is not known here.
     """
-    symbol = hot_symbol(kallsyms, btf, "current_task")
-    offsets = per_cpu_offsets(memory, kallsyms, btf)
+    symbol = hot_symbol(kallsyms, types, "current_task")
+    offsets = per_cpu_offsets(memory, kallsyms, types)
     return {cpu: read_pointer(memory, per_cpu_ptr(symbol, offset)) for cpu, offset in offsets.items()}
 
 

@@ -64,6 +64,11 @@ _SHORT_JUMP_LABEL_SIZE = 2
 _SHORT_JUMP_LABELS = (b"\xeb", b"\x66")  # jmp rel8, and the first byte of the 2-byte nop 66 90
 
 
+def is_padding(name: str) -> bool:
+    """Whether *name* is no function, but what lies in front of one (objtool's ``__pfx_``, kCFI's ``__cfi_``)."""
+    return name.startswith(_PADDING_PREFIXES)
+
+
 @dataclass(frozen=True, slots=True)
 class ForbiddenRange:
     """Text that is refused as a whole, why, and what it is."""
@@ -183,7 +188,7 @@ class TextFacts:
 
     def rule_for_symbol(self, name: str) -> SymbolRule | None:
         """Return why nothing of the symbol *name* may be touched, as far as its name says it; None otherwise."""
-        if name.startswith(_PADDING_PREFIXES):
+        if is_padding(name):
             return SymbolRule(Reason.PADDING, "padding in front of a function")
         if name in _TEMPLATES:
             return SymbolRule(Reason.TEMPLATE, "it runs where a copy of it lies, which a probe would break")
@@ -228,7 +233,7 @@ class TextFacts:
         return f"{found[0]}+{found[1]:#x}" if found else f"{addr:#x}"
 
 
-def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...]) -> TextFacts:
+def read_text_facts(memory: Memory, kallsyms: Kallsyms, types: Types, modules: tuple[Module, ...]) -> TextFacts:
     """Read everything that decides what text may be touched. *kallsyms* has the symbols of *modules*.
 
     :raises GuestStateError: the kernel's structures are not as known here.
@@ -243,8 +248,8 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tup
             *((init,) if init else ()),
             *(module.init_text for module in modules if module.init_text is not None),
         ),
-        forbidden=ForbiddenRanges(_read_forbidden(memory, kallsyms, btf, modules)),
-        tables=read_text_tables(memory, kallsyms, btf, modules),
+        forbidden=ForbiddenRanges(_read_forbidden(memory, kallsyms, types, modules)),
+        tables=read_text_tables(memory, kallsyms, types, modules),
         bp_path=tuple(
             AddressRange(symbol.addr, kallsyms.end(symbol)) for name in _BP_PATH for symbol in kallsyms.lookup(name)
         ),
@@ -252,7 +257,7 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tup
 
 
 def _read_forbidden(
-    memory: Memory, kallsyms: Kallsyms, btf: Types, modules: Iterable[Module]
+    memory: Memory, kallsyms: Kallsyms, types: Types, modules: Iterable[Module]
 ) -> Iterator[ForbiddenRange]:
     for start, end, reason, what in _SECTIONS:
         section = kallsyms.section(start, end)
@@ -267,9 +272,9 @@ def _read_forbidden(
     # NOKPROBE_SYMBOL() leaves a table in init memory only, from which the kernel makes this list at boot. Without
     # CONFIG_KPROBES there is neither: the macro is empty then.
     head = kallsyms.find("kprobe_blacklist")
-    if head is None or not btf.has_member("kprobe_blacklist_entry", "start_addr"):
+    if head is None or not types.has_member("kprobe_blacklist_entry", "start_addr"):
         return
-    for entry in for_each_struct(memory, btf, "kprobe_blacklist_entry", "list", head):
+    for entry in for_each_struct(memory, types, "kprobe_blacklist_entry", "list", head):
         blacklisted = AddressRange(entry.pointer("start_addr"), entry.pointer("end_addr"))
         yield ForbiddenRange(blacklisted, Reason.BLACKLISTED, "the guest's kprobe blacklist")
 

@@ -72,7 +72,7 @@ class TextTables:
     locks: array[int]
 
 
-def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...]) -> TextTables:
+def read_text_tables(memory: Memory, kallsyms: Kallsyms, types: Types, modules: tuple[Module, ...]) -> TextTables:
     """Read all tables of the core kernel and of *modules*. A table that this kernel does not have is empty.
 
     :raises GuestStateError: a table is there, but its entries are not as known here.
@@ -80,8 +80,8 @@ def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tu
 
     def read(table: _Table) -> list[array[int]]:
         rows: list[tuple[int, ...]] = []
-        for section, inside in _sections(kallsyms, btf, modules, table):
-            columns = [_relative_column(memory, btf, section, table.type_name, member) for member in table.members]
+        for section, inside in _sections(kallsyms, types, modules, table):
+            columns = [_relative_column(memory, types, section, table.type_name, member) for member in table.members]
             found = zip(*columns, strict=True)
             rows += [row for row in found if any(row[0] in window for window in inside)]
         rows.sort()
@@ -91,12 +91,12 @@ def read_text_tables(memory: Memory, kallsyms: Kallsyms, btf: Types, modules: tu
     jump_labels, jump_targets = read(_JUMP_TABLE)
     (static_calls,) = read(_STATIC_CALLS)
     (bugs,) = read(_BUG_TABLE)
-    locks = array("Q", sorted(_lock_prefixes(memory, kallsyms, btf)))
+    locks = array("Q", sorted(_lock_prefixes(memory, kallsyms, types)))
     return TextTables(ex_table, ex_fixups, jump_labels, jump_targets, static_calls, bugs, locks)
 
 
 def _sections(
-    kallsyms: Kallsyms, btf: Types, modules: tuple[Module, ...], table: _Table
+    kallsyms: Kallsyms, types: Types, modules: tuple[Module, ...], table: _Table
 ) -> Iterator[tuple[AddressRange, tuple[AddressRange, ...]]]:
     """Yield where each copy of *table* is, and the memory of the kernel or module that it speaks of.
 
@@ -105,21 +105,21 @@ def _sections(
     core = kallsyms.section(table.start, table.stop)
     if core is not None and core.size:
         yield core, kallsyms.tables[0].ranges
-    if not modules or not btf.has_member("module", table.module_count):
+    if not modules or not types.has_member("module", table.module_count):
         return
     for module in modules:
         count = module.raw.uint(table.module_count)
         if count:
             start = module.raw.pointer(table.module_start)
-            section = AddressRange(start, VirtAddr(start + count * btf.size_of(table.type_name)))
+            section = AddressRange(start, VirtAddr(start + count * types.size_of(table.type_name)))
             yield section, module.ranges
 
 
 def _relative_column(
-    memory: Memory, btf: Types, section: AddressRange, type_name: str, member_name: str
+    memory: Memory, types: Types, section: AddressRange, type_name: str, member_name: str
 ) -> Iterator[int]:
     """Yield what a self-relative 32-bit member of each entry in *section* points to."""
-    member, step = btf.member(type_name, member_name), btf.size_of(type_name)
+    member, step = types.member(type_name, member_name), types.size_of(type_name)
     data = memory.read(section.start, section.size)
     entry = struct.Struct(f"<{member.offset}xi{step - member.offset - 4}x")
     at = section.start + member.offset
@@ -127,15 +127,15 @@ def _relative_column(
         yield (at + index * step + distance) & 0xFFFF_FFFF_FFFF_FFFF
 
 
-def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, btf: Types) -> Iterator[int]:
+def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, types: Types) -> Iterator[int]:
     """Yield the places in ``smp_alt_modules``, the list of what the kernel may still patch.
 
     The section's own symbols do not help: after boot it is freed where no further CPU is possible.
     """
     head = kallsyms.find("smp_alt_modules")
-    if head is None or not btf.has_member("smp_alt_module", "locks"):
+    if head is None or not types.has_member("smp_alt_module", "locks"):
         return
-    for entry in for_each_struct(memory, btf, "smp_alt_module", "next", head):
+    for entry in for_each_struct(memory, types, "smp_alt_module", "next", head):
         start, end = entry.uint("locks"), entry.uint("locks_end")
         data = memory.read(VirtAddr(start), end - start & ~3)
         for index, (distance,) in enumerate(struct.iter_unpack("<i", data)):

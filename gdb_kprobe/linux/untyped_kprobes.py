@@ -6,12 +6,13 @@ itself proves that a word of it is an address. All else of a ``struct kprobe`` d
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
-from gdb_kprobe.linux.guest_kprobes import BUCKETS, MAX_RESERVED, GuestKprobe, GuestKprobes
+from gdb_kprobe.linux.guest_kprobes import BUCKETS, MAX_RESERVED, GuestKprobe, GuestKprobes, read_table
 from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
@@ -27,23 +28,24 @@ _PATCHED: Final = (b"\xcc", b"\xe9")
 
 
 def read_untyped_kprobes(memory: Memory, kallsyms: Kallsyms, is_ftrace_nop: Callable[[VirtAddr], bool]) -> GuestKprobes:
-    """Read where all of them are, as they are now.
+    """Read where all of them are, as they are now. What cannot be proven to be one is :attr:`GuestKprobes.unread`.
 
     :param is_ftrace_nop: whether the guest's ftrace calls a kprobe there: nothing is patched for it.
-    :raises NeedsTypesError: that cannot be told.
     """
-    table = kallsyms.find("kprobe_table")
-    if table is None:
-        return GuestKprobes()
-    heads = struct.unpack(f"<{BUCKETS}Q", memory.read(table, 8 * BUCKETS))
-    try:
-        found = [addr for bucket, head in enumerate(heads) for addr in _chain(memory, kallsyms, bucket, head)]
-    except UnmappedError as error:
-        raise NeedsTypesError("a kprobe of the guest's own") from error
-    return GuestKprobes(_kprobe(memory, addr, is_ftrace_nop(addr)) for addr in found)
+
+    def read(bucket: int, node: VirtAddr) -> Iterator[GuestKprobe]:
+        try:
+            for addr in _chain(memory, bucket, node):
+                kprobe = _kprobe(memory, addr, is_ftrace_nop(addr))
+                if kprobe is not None:
+                    yield kprobe
+        except UnmappedError as error:
+            raise NeedsTypesError("a kprobe of the guest's own") from error
+
+    return read_table(memory, kallsyms, read)
 
 
-def _chain(memory: Memory, kallsyms: Kallsyms, bucket: int, node: int) -> Iterator[VirtAddr]:
+def _chain(memory: Memory, bucket: int, node: int) -> Iterator[VirtAddr]:
     for _ in range(_MOST):
         if not node:
             return
@@ -59,13 +61,20 @@ def _bucket(addr: int) -> int:
     return (addr * _GOLDEN_RATIO & (1 << 64) - 1) >> 64 - (BUCKETS - 1).bit_length()
 
 
-def _kprobe(memory: Memory, addr: VirtAddr, on_ftrace: bool) -> GuestKprobe:
+def _kprobe(memory: Memory, addr: VirtAddr, on_ftrace: bool) -> GuestKprobe | None:
+    """The one at *addr*; ``None`` when its text is gone, which nothing else of it tells."""
     if on_ftrace:
         return GuestKprobe(addr)
-    text = memory.read(addr, _JUMP_SIZE)
-    if text[:1] not in _PATCHED:
+    try:
+        first = memory.read(addr, 1)
+    except UnmappedError:
+        return None
+    if first not in _PATCHED:
         # Not armed now.
-        return GuestKprobe(addr, text[:1], MAX_RESERVED)
-    # Where the four bytes are those of a jump of ours, the kprobe is on it and has saved it.
-    leads_to = offset(addr, _JUMP_SIZE + int.from_bytes(text[1:], "little", signed=True))
+        return GuestKprobe(addr, first, MAX_RESERVED)
+    leads_to = None
+    with contextlib.suppress(UnmappedError):
+        # Where the four bytes are those of a jump of ours, the kprobe is on it and has saved it.
+        distance = int.from_bytes(memory.read(offset(addr, 1), _JUMP_SIZE - 1), "little", signed=True)
+        leads_to = offset(addr, _JUMP_SIZE + distance)
     return GuestKprobe(addr, size=MAX_RESERVED, leads_to=leads_to, opaque=True)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 from gdb_kprobe.errors import KprobeError
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import Section
 
 _SECONDS: Final = 600
 """At most, for pahole; Debian's kernels take it a minute."""
+_LOOK_EVERY: Final = 0.1
+"""Seconds between two looks whether a Ctrl-C is held back."""
 
 
 def build_id_of(path: Path) -> bytes:
@@ -42,13 +47,18 @@ def types_of(path: Path) -> bytes:
     """
     with _opened(path) as elf:
         section = elf.get_section_by_name(".BTF")
-        if section is not None:
+        if _has_data(section):
             return bytes(section.data())
-        has_dwarf = elf.get_section_by_name(".debug_info") is not None
+        has_dwarf = _has_data(elf.get_section_by_name(".debug_info"))
     if not has_dwarf:
         raise KprobeError(f"{path} has no types, neither .BTF nor .debug_info", "build it with CONFIG_DEBUG_INFO")
     stat = path.stat()
     return _encoded(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _has_data(section: Section | None) -> TypeGuard[Section]:
+    """Whether *section* is in the file; with the debug info apart, each of the two files has the headers of all."""
+    return section is not None and section["sh_type"] != "SHT_NOBITS"
 
 
 @functools.lru_cache(maxsize=2)
@@ -58,21 +68,42 @@ def _encoded(path: Path, changed: int, size: int) -> bytes:
     with tempfile.TemporaryDirectory(prefix="gdb-kprobe-types-") as directory:
         out = Path(directory) / "btf"
         command = ["pahole", f"--btf_encode_detached={out}", str(path)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL
-            )
-        except FileNotFoundError:
-            raise KprobeError(
-                f"the types of {path} are DWARF, which pahole reads, and pahole is not installed",
-                "sudo apt-get install pahole (or dwarves)",
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise KprobeError(f"pahole has not read {path} in {_SECONDS} s", "is it a vmlinux?") from None
-        if done.returncode or not out.exists():
-            said = (done.stderr or done.stdout).strip()
+        status, said = _run(command, Path(directory) / "said", path)
+        if status or not out.exists():
             raise KprobeError(f"pahole cannot read the types of {path}: {said}", "a pahole as old as the compiler?")
         return out.read_bytes()
+
+
+def _run(command: list[str], log: Path, path: Path) -> tuple[int, str]:
+    """Run pahole on *path*; returns its status, and what it says, which is in *log* meanwhile.
+
+    Whoever holds SIGINT back, as a debugger's commands do while they are at work, ends it by a Ctrl-C all the same.
+
+    :raises KprobeError: it is not installed, takes too long, or was ended.
+    """
+    deadline = time.monotonic() + _SECONDS
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        except OSError as error:
+            raise KprobeError(
+                f"the types of {path} are DWARF, which pahole reads, and pahole "
+                + ("is not installed" if isinstance(error, FileNotFoundError) else f"cannot be run: {error.strerror}"),
+                "sudo apt-get install pahole (or dwarves)",
+            ) from error
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LOOK_EVERY)
+                    return process.returncode, log.read_text(errors="replace").strip()
+                if signal.SIGINT in signal.sigpending():
+                    raise KprobeError(f"pahole was interrupted while it read {path}", "nothing is known from it yet")
+                if time.monotonic() > deadline:
+                    raise KprobeError(f"pahole has not read {path} in {_SECONDS} s", "is it a vmlinux?")
+        finally:
+            if process.poll() is None:
+                process.kill()  # it holds SIGTERM back as we do
+                process.wait()
 
 
 @contextlib.contextmanager

@@ -68,7 +68,10 @@ def probe_info(view: ProbeView) -> str:
         ("state", flags(view) or "enabled"),
         ("hits", str(view.hits)),
         ("missed", str(view.missed)),
-        ("note", "a kprobe of the guest's own is on the jump, which stays until that is removed" * view.is_saved),
+        (
+            "note",
+            "a kprobe of the guest's own is, or may be, on the jump, which stays until that is removed" * view.is_saved,
+        ),
         ("note", view.redirected),
     ]
     return "\n".join(f"{label:13}{text}" for label, text in lines if text)

@@ -11,7 +11,7 @@ from typing import Final
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
-from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestStateError, RegionError
+from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestResetError, GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr, Rung
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
@@ -45,12 +45,25 @@ class Attached:
     left: tuple[tuple[Definition, Counter | None], ...] = ()
 
     @property
+    def types(self) -> str:
+        """Where the types of the guest's kernel are known from; empty if it is no Linux, which has none.
+
+        Where they are not known: what that costs, and what to do.
+        """
+        if not isinstance(self.guest, LinuxGuest):
+            return ""
+        return self.guest.types_from or f"none (no BTF){self._unknown}. To change that, {NEEDS_TYPES_HINT}"
+
+    @property
     def lacks(self) -> str:
         """What is not known of the guest for want of its kernel's types, and what to do; empty if nothing."""
-        if not isinstance(self.guest, LinuxGuest) or self.guest.has_types:
+        if not isinstance(self.guest, LinuxGuest) or self.guest.types_from:
             return ""
-        unknown = "".join(f"; {what}" for what in self.guest.unknown)
-        return f"the guest's kernel has no types (no BTF){unknown}. To change that, {NEEDS_TYPES_HINT}"
+        return f"the guest's kernel has no types (no BTF){self._unknown}. To change that, {NEEDS_TYPES_HINT}"
+
+    @property
+    def _unknown(self) -> str:
+        return "".join(f"; {what}" for what in self.guest.unknown) if isinstance(self.guest, LinuxGuest) else ""
 
 
 def attach(
@@ -123,7 +136,7 @@ _CR4_FRED: Final = 1 << 32
 
 def _take_away(region: Region, machine: Machine) -> None:
     """Nothing was armed. What cannot be given back to the guest now stays for the next attach."""
-    with contextlib.suppress(GuestStateError):
+    with contextlib.suppress(GuestStateError, GuestResetError):
         region.unmap(machine)
 
 
@@ -217,7 +230,7 @@ def _borrowed(
         try:
             region = create_mapped(memory, guest, lent.start, lent.size, config.virtual, MODULES, lent=lent.order)
         except RegionError:
-            with contextlib.suppress(GuestStateError), giving_back(machine, guest, lent) as give_back:
+            with contextlib.suppress(GuestStateError, GuestResetError), giving_back(machine, guest, lent) as give_back:
                 give_back()
             raise
     if lent.order:

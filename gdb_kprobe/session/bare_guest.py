@@ -134,6 +134,9 @@ class BareGuest:
         found = {addr: self.place_of(addr) for addr, name in named if fnmatchcase(name, pattern)}
         return tuple(found.values())
 
+    def init_functions(self, pattern: str) -> tuple[Place, ...]:
+        return ()
+
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         return None
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Final, TypeVar, overload
 
 from gdb_kprobe.errors import UnmappedError
+from gdb_kprobe.language.spec import FetchArg, ProbeSpec
 from gdb_kprobe.model import GENERAL_REGISTERS, PT_REGS_NAMES, CpuId, VirtAddr
 from gdb_kprobe.target.protocols import Cpus
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _WRITABLE = frozenset(GENERAL_REGISTERS)
+_NONE: Final = object()
+_D = TypeVar("_D")
 
 
 class Registers(MutableMapping[str, int]):
@@ -100,32 +104,76 @@ def _hardware(name: str) -> str:
     return hardware
 
 
+class Arguments(Mapping[str, int]):
+    """What the definition of a probe fetches, by name, as numbers of its types; ``args["dfd"]`` and ``args.dfd``.
+
+    A value is that of its register when it is asked for: a handler that has written the register sees that.
+    """
+
+    __slots__ = ("_args", "_regs")
+
+    def __init__(self, args: Sequence[FetchArg], regs: Registers) -> None:
+        self._args = {arg.name: arg for arg in args}
+        self._regs = regs
+
+    def __getitem__(self, name: str) -> int:
+        arg = self._args.get(name)
+        if arg is None:
+            names = ", ".join(self._args) or "none: a definition fetches them, as 'p:NAME PLACE dfd=%di:s32'"
+            raise KeyError(f"no argument {name!r}; there are {names}")
+        return arg.type.extract(self._regs[arg.register])
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._args)
+
+    def __len__(self) -> int:
+        return len(self._args)
+
+    def __repr__(self) -> str:
+        return "Arguments(" + ", ".join(f"{name}={value}" for name, value in self.items()) + ")"
+
+
 class HitContext:
     """One hit of one probe, as its handler sees it.
 
     *regs* are the registers at the probe point, before the instruction (pre-handler) or after it (post-handler).
     Changing ``regs.ip`` in a pre-handler skips the instruction: the guest goes on at the new address. *name* is the
-    probe's, *hit* counts its hits from 1.
+    probe's, *hit* counts its hits from 1, *args* are what its definition fetches.
+
+    What reads guest memory takes a *default*: it is returned where the memory is not mapped, as a page is that the
+    guest would fault in (the kernel's own events say ``(fault)`` then). Without it that is an error, and one that a
+    handler lets out disables its probe.
     """
 
-    def __init__(self, name: str, hit: int, cpu: CpuId, regs: Registers, next_ip: VirtAddr, machine: Cpus) -> None:
-        self.name = name
+    def __init__(
+        self, probe: ProbeSpec, hit: int, cpu: CpuId, regs: Registers, next_ip: VirtAddr, machine: Cpus
+    ) -> None:
+        self.name = probe.name
         self.hit = hit
         self.cpu = cpu
         self.regs = regs
+        self.args = Arguments(probe.args, regs)
         self.next_ip = next_ip
         self._machine = machine
         self.stop_requested = False
 
-    def read(self, addr: int, size: int) -> bytes:
+    @overload
+    def read(self, addr: int, size: int) -> bytes: ...
+    @overload
+    def read(self, addr: int, size: int, *, default: _D) -> bytes | _D: ...
+    def read(self, addr: int, size: int, *, default: object = _NONE) -> object:
         """Read *size* bytes of the current address space, the user's part included.
 
-        :raises UnmappedError: not mapped now (a page that the guest would fault in is not).
+        :raises UnmappedError: not mapped now, and there is no *default*.
         """
         data = self._machine.read_current(self.cpu, VirtAddr(addr), size)
-        if data is None:
-            raise UnmappedError(VirtAddr(addr), "in the address space of the current task")
-        return data
+        return _or(default, addr) if data is None else data
 
     def write(self, addr: int, data: bytes) -> None:
         """Write *data* to the current address space, whatever the page's protection is.
@@ -135,25 +183,37 @@ class HitContext:
         if not self._machine.write_current(self.cpu, VirtAddr(addr), data):
             raise UnmappedError(VirtAddr(addr), "in the address space of the current task")
 
-    def read_int(self, addr: int, size: int = 8) -> int:
-        """Read an unsigned little-endian integer of *size* bytes."""
-        return int.from_bytes(self.read(addr, size), "little")
+    @overload
+    def read_int(self, addr: int, size: int = 8) -> int: ...
+    @overload
+    def read_int(self, addr: int, size: int = 8, *, default: _D) -> int | _D: ...
+    def read_int(self, addr: int, size: int = 8, *, default: object = _NONE) -> object:
+        """Read an unsigned little-endian integer of *size* bytes.
 
-    def read_string(self, addr: int, limit: int = 256) -> str:
+        :raises UnmappedError: not mapped now, and there is no *default*.
+        """
+        data = self.read(addr, size, default=None)
+        return _or(default, addr) if data is None else int.from_bytes(data, "little")
+
+    @overload
+    def read_string(self, addr: int, limit: int = 256) -> str: ...
+    @overload
+    def read_string(self, addr: int, limit: int = 256, *, default: _D) -> str | _D: ...
+    def read_string(self, addr: int, limit: int = 256, *, default: object = _NONE) -> object:
         """Read a zero-terminated string of at most *limit* bytes; stops early at an unmapped page.
 
-        :raises UnmappedError: not even the first byte is mapped.
+        :raises UnmappedError: not even the first byte is mapped, and there is no *default*.
         """
         data = b""
         while len(data) < limit and b"\0" not in data:
             at = addr + len(data)
             count = min(limit - len(data), 0x1000 - (at & 0xFFF), 64)
-            try:
-                data += self.read(at, count)
-            except UnmappedError:
+            more = self.read(at, count, default=None)
+            if more is None:
                 if not data:
-                    raise
+                    return _or(default, addr)
                 break
+            data += more
         return data.partition(b"\0")[0].decode(errors="backslashreplace")
 
     def skip(self) -> None:
@@ -165,5 +225,14 @@ class HitContext:
         self.stop_requested = True
 
 
+def _or(default: object, addr: int) -> object:
+    if default is _NONE:
+        raise UnmappedError(VirtAddr(addr), "in the address space of the current task")
+    return default
+
+
 Handler = Callable[[HitContext], object]
 """A pre- or post-handler. Returning ``True`` is the same as calling :meth:`HitContext.stop`."""
+
+Watch = Callable[[Registers], None]
+"""What the session itself does at a hit. No Ctrl-C gets into it; it tells itself what goes wrong."""

@@ -1,6 +1,6 @@
 """Counters in the region's data pages: written by the guest, read by the host, also while the guest runs.
 
-What is in one is said in :mod:`gdb_kprobe.handlers.count`.
+What is in one is said in :mod:`gdb_kprobe.actions.lower`.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection
 
+from gdb_kprobe.actions.lower import ENABLE, MISSED
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.handlers.count import ENABLE, MISSED
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.session.header import Header
 from gdb_kprobe.target.protocols import LiveMemory, PhysicalMemory
 
 SIZE = 32
-"""Bytes from one counter to the next; :data:`gdb_kprobe.handlers.count.COUNTER_SIZE` of them are in use."""
+"""Bytes from one counter to the next; :data:`gdb_kprobe.actions.lower.COUNTER_SIZE` of them are in use."""
 _ENABLED = struct.Struct("<I")
 _WORDS = struct.Struct("<QQ")
 

@@ -19,8 +19,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gdb_kprobe.actions.lower import ENABLE
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.handlers.count import ENABLE
 from gdb_kprobe.language.spec import DEFAULT_GROUP, ProbeSpec, default_name
 from gdb_kprobe.model import Rung, VirtAddr, offset
 from gdb_kprobe.session.counters import SIZE, Counter

@@ -1,8 +1,9 @@
-"""Dispatch through the stub: what happens when a vCPU stops because of an int3 of ours.
+"""Dispatch through the stub: what happens when a vCPU stops because of a hit for the host.
 
-A hit is: read the interrupted context, run the handlers, and send the vCPU to the probe's slot with all registers as
-they were. The exception is undone; the guest never sees it. Where the vCPU stops, and where its context is then, is
-the business of a :class:`~gdb_kprobe.session.traps.Gate`.
+A hit is: read the interrupted context, run the handlers, and send the vCPU to what the probe displaced with all
+registers as they were. The way to the host is undone; the guest never sees it. Where the vCPU stops, and where its
+context is then, is the business of a :class:`~gdb_kprobe.session.traps.Gate`. At the #BP entry all that the probes want
+is done here; at the gate in the region only what the guest does not do by itself, for the probes whose programs ask.
 
 We may be killed between any two requests, and somebody may let the guest run then who knows nothing of us. So registers
 are written at once, after what they need on the stack, and a slot leads back by itself: a vCPU goes on right from
@@ -13,15 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 
-from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.errors import SessionOverError, TargetError
 from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.session.context import Handler, HitContext, Registers
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.probes import Hit, Probe, Site
-from gdb_kprobe.session.traps import Gate, Trap
+from gdb_kprobe.session.probes import Asked, Hit, Probe, Site
+from gdb_kprobe.session.traps import Gate, Read, Trap
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 from gdb_kprobe.x86.relocate import StepCopy, copy_for_step
@@ -52,7 +53,8 @@ class Outcome(Enum):
 class StubDispatcher:
     """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
 
-    *sites* is the session's own table, by address. *on_hit* is told of every hit. *way_to* says where a vCPU is to be
+    *sites* is the session's own table, by address; *asks* is what asks the host in the region, by its answer (the
+    routes'). *on_hit* is told of every hit that is handled. *way_to* says where a vCPU is to be
     resumed so that it gets to an address. *gate* is where hits stop. *interruptible* is the adapter's: it is around a
     user's handler, within a dispatch that is not interrupted.
     """
@@ -62,6 +64,7 @@ class StubDispatcher:
         machine: Cpus,
         guest: Guest,
         sites: Mapping[VirtAddr, Site],
+        asks: Mapping[VirtAddr, Asked],
         on_hit: Callable[[Hit], None],
         way_to: Callable[[CpuId, VirtAddr], VirtAddr],
         gate: Gate,
@@ -70,6 +73,7 @@ class StubDispatcher:
         self._machine = machine
         self._guest = guest
         self._sites = sites
+        self._asks = asks
         self._on_hit = on_hit
         self._way_to = way_to
         self._gate = gate
@@ -78,7 +82,6 @@ class StubDispatcher:
         # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
         self._faulted: dict[_Key, _Called] = {}
         self._stopped: dict[_Key, _Called] = {}
-        self._arrived: list[VirtAddr] = []
         # What is being written to a vCPU and its stack, and the step that is being made: for who must finish it.
         self._writing: tuple[CpuId, _Memory, dict[str, int]] | None = None
         self._stepping: tuple[CpuId, Site, dict[str, int], _Called] | None = None
@@ -91,7 +94,9 @@ class StubDispatcher:
 
     def site_of(self, trap: Trap) -> Site | None:
         """The site of ours that *trap* hit."""
-        site = self._sites.get(trap.rip)
+        asked = self._asked(trap)
+        addr = trap.rip if asked is None else asked.addr
+        site = None if addr is None else self._sites.get(addr)
         return site if site is not None and site.armed and not trap.from_user else None
 
     def dispatch(self, cpu: CpuId) -> Outcome | None:
@@ -101,15 +106,41 @@ class StubDispatcher:
             return None
         site = self.site_of(trap)
         if site is None:
-            return Outcome.FOREIGN
+            if trap.answer is None:
+                return Outcome.FOREIGN
+            # Its probes have gone since their programs have run.
+            asked = self._asked(trap)
+            where = trap.answer if asked is None else asked.addr if asked.undo else asked.goes_on
+            self._leave(cpu, trap, trap.context(where))
+            return Outcome.HANDLED
         try:
             return self._hit(cpu, trap, site)
-        except ConnectionLostError:
+        except SessionOverError:
             raise
         except BaseException:
             # Left alone it would count as missed, or the guest's own handler would run, which knows nothing of it.
             self.undo_trap(cpu)
             raise
+
+    def hit_at(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
+        """The probed address, and RSP there, for a frame at the gate; ``None``: it is no hit of ours."""
+        found = self._gate.interrupted(rip, rsp, read)
+        if found is None:
+            return None
+        word, sp = found
+        asked = self._asks.get(word)
+        addr = word if asked is None else asked.addr
+        return (addr, sp) if addr in self._sites else None
+
+    def come_again(self, cpus: Iterable[CpuId]) -> None:
+        """Have those of *cpus* that stand at the gate come to it once more, for a breakpoint stops each arrival once.
+
+        Nothing of their hits happens twice: they are as they were before the last instruction.
+        """
+        for cpu in cpus:
+            trap = self.trap_of(cpu)
+            if trap is not None and (registers := self._gate.again(trap)):
+                self._write(cpu, registers)
 
     def arrive(self, cpu: CpuId, site: Site) -> tuple[bool, _Called]:
         """*cpu* is at the instruction of *site*, without a trap: a hit, unless it is one that has rested there.
@@ -121,7 +152,7 @@ class StubDispatcher:
         if called is not None:
             return False, called
         regs = Registers(values)
-        stop, called = self._run_handlers(cpu, site, regs)
+        stop, called = self._run_handlers(cpu, site, site.probes, regs)
         if regs.changed:
             self._write(cpu, {name: values[name] for name in regs.changed})
         return stop, called
@@ -137,15 +168,44 @@ class StubDispatcher:
         for probe in called:
             probe.count(hits=-1)
 
-    def undo_trap(self, cpu: CpuId) -> bool:
-        """Send a vCPU that stands at the #BP entry because of a site of ours back to the probed instruction.
+    def resume(self, watched: Collection[VirtAddr]) -> None:
+        """The machine is about to run. A vCPU at a hit that has stopped for the user goes on behind it.
 
-        For when the site's text is about to be restored: no handler runs, nothing is counted.
+        *watched*: the sites that have the guest's own text; there a step of the user's begins.
+        """
+        for cpu in self._machine.cpus() if self._stopped else ():
+            addr = VirtAddr(self._machine.read_register(cpu, "rip"))
+            key = addr, self._machine.read_register(cpu, "rsp")
+            site = self._sites.get(addr)
+            if key not in self._stopped or site is None or not site.armed or addr in watched:
+                continue
+            if site.plan.rung is not Rung.SINGLE_STEP:
+                del self._stopped[key]
+                self._write(cpu, {"rip": site.way})
+            elif site.asked is not None:
+                # To be stepped: the host is asked anew, whatever a filter says of the registers by now.
+                self._write(cpu, {"rip": site.asked.entry})
+
+    def undo_trap(self, cpu: CpuId, *, wholly: bool = False) -> bool:
+        """Send a vCPU that stands at the gate because of a site of ours back to the probed instruction.
+
+        For when the site's text is about to be restored: no handler runs, nothing is counted. Where some programs have
+        had their effects, it goes on as if nobody was there; *wholly*: then it stays where it is.
         """
         trap = self.trap_of(cpu)
-        if trap is None or self.site_of(trap) is None:
+        if trap is None:
             return False
-        self._write(cpu, trap.context)
+        asked = self._asked(trap)
+        if trap.answer is not None:
+            if asked is not None and asked.undo and not self._is_saved(asked.addr):
+                self._leave(cpu, trap, trap.context(asked.addr))
+            elif not wholly:
+                self._leave(cpu, trap, trap.context(trap.answer))
+            return True
+        site = self.site_of(trap)
+        if site is None:
+            return False
+        self._write(cpu, trap.context(site.addr))
         return True
 
     def complete(self) -> None:
@@ -159,15 +219,6 @@ class StubDispatcher:
             after = self._machine.read_registers(cpu)
             self._fix_up(cpu, site, before, after if step.stepped(_copy_at(site), after) else None, called)
 
-    def awaits(self, addr: VirtAddr) -> bool:
-        """Whether a hit at *addr* has stopped for the user: its vCPU comes to the int3 again, which is the same hit."""
-        return any(at == addr for at, _ in self._stopped)
-
-    def take_arrived(self) -> list[VirtAddr]:
-        """Where hits have come that were awaited, since the last call."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
-
     def forget_stopped(self) -> None:
         """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
         self._stopped.clear()
@@ -176,54 +227,74 @@ class StubDispatcher:
         """The machine is at another moment: nothing that was under way is."""
         self._faulted.clear()
         self._stopped.clear()
-        self._arrived.clear()
         self._writing = self._stepping = None
 
     def forget(self, site: Site) -> None:
-        """The int3 of *site* is gone: nobody comes back to it."""
+        """*site* is not probed any more: nobody comes back to it."""
         for table in (self._faulted, self._stopped):
             for key in [key for key in table if key[0] == site.addr]:
                 del table[key]
 
     # -- private ------------------------------------------------------------------------------------------------
 
+    def _is_saved(self, addr: VirtAddr) -> bool:
+        """Whether a kprobe of the guest's own is at *addr*, and has seen the hit: it would see it again."""
+        site = self._sites.get(addr)
+        return site is not None and site.saved
+
+    def _asked(self, trap: Trap) -> Asked | None:
+        return None if trap.answer is None else self._asks.get(trap.answer)
+
     def _hit(self, cpu: CpuId, trap: Trap, site: Site) -> Outcome:
+        asked = self._asked(trap)
         values = self._machine.read_registers(cpu)
-        values.update(trap.context, cs=trap.cs)
+        context = trap.context(site.addr)
+        values.update(context, cs=trap.cs)
         regs = Registers(values)
-        key = (trap.rip, trap.rsp)
+        key = (site.addr, trap.rsp)
         called = self._faulted.pop(key, None)
-        if key in self._stopped:
-            called = self._stopped.pop(key)
-            self._arrived.append(trap.rip)
+        called = self._stopped.pop(key, called)
         for watcher in site.watchers:
             # The fault was fixed up: the instruction is not executed again.
             self._faulted.pop((watcher, trap.rsp), None)
 
         stop = False
         if called is None:
-            stop, called = self._run_handlers(cpu, site, regs)
-        frame = {name: values[name] for name in (*trap.context, *regs.changed)}
+            probes = site.probes if asked is None or asked.probes is None else asked.probes
+            stop, called = self._run_handlers(cpu, site, probes, regs)
+        frame = {name: values[name] for name in (*context, *regs.changed)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
             if not stop:
                 frame["rip"] = self._way_to(cpu, VirtAddr(frame["rip"]))
-            self._write(cpu, frame)
+            self._leave(cpu, trap, frame)
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
-            self._stopped[trap.rip, frame["rsp"]] = called
-            self._write(cpu, frame)
+            self._stopped[site.addr, frame["rsp"]] = called
+            self._leave(cpu, trap, frame)
             return Outcome.STOP
 
-        frame["rip"] = site.plan.slot.code
-        if site.plan.rung is Rung.SINGLE_STEP:
+        if site.plan.rung is not Rung.SINGLE_STEP:
+            frame["rip"] = site.way if asked is None else asked.goes_on
+        else:
+            frame["rip"] = site.plan.slot.code
             values.update(frame)
             # Known before the vCPU is in the slot: who finishes this must not take the hit for another one.
             self._stepping = cpu, site, values, called
-            self._write(cpu, frame)
+            self._leave(cpu, trap, frame)
             return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
-        self._write(cpu, frame)
+        self._leave(cpu, trap, frame)
         return Outcome.HANDLED
+
+    def _leave(self, cpu: CpuId, trap: Trap, registers: dict[str, int]) -> None:
+        """Have *cpu* go on from *trap* with *registers*.
+
+        Then, for who is killed before leaves it at the gate, the word there is cleared: dead, but of the region, it
+        could be taken for alive under a frame that does not write there. Not if the handler has gone below it.
+        """
+        self._write(cpu, registers)
+        if trap.remains is not None and registers["rsp"] >= trap.rsp:
+            self._machine.write_current(cpu, trap.remains, bytes(8))
 
     def _write(self, cpu: CpuId, registers: dict[str, int], memory: _Memory = ()) -> None:
         """Write to the stack and to the registers of *cpu*; cut off, it can be done again by :meth:`complete`."""
@@ -237,12 +308,14 @@ class StubDispatcher:
         self._machine.write_registers(cpu, registers)
         self._writing = None
 
-    def _run_handlers(self, cpu: CpuId, site: Site, regs: Registers) -> tuple[bool, _Called]:
-        """Call what is to be called; whether to stop for the user, and the probes whose condition held."""
+    def _run_handlers(self, cpu: CpuId, site: Site, probes: Iterable[Probe], regs: Registers) -> tuple[bool, _Called]:
+        """Do what *probes*, of *site*, want; whether to stop for the user, and those whose condition held."""
         stop = False
         called: list[Probe] = []
         next_ip = offset(site.addr, site.plan.insn.length)
-        for probe in tuple(site.probes):
+        for probe in tuple(probes):
+            if not any(probe is other for other in site.probes):
+                continue  # it has gone since its program has run
             condition = probe.spec.condition
             with regs.shown_at(site.addr if probe.place is None else probe.place.addr):
                 if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
@@ -250,9 +323,11 @@ class StubDispatcher:
                 called.append(probe)
                 probe.count(hits=1)
                 self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
+                if probe.watch is not None:
+                    probe.watch(regs)
                 if probe.pre is not None:
                     stop |= self._call(
-                        probe, probe.pre, HitContext(probe.name, probe.hits, cpu, regs, next_ip, self._machine)
+                        probe, probe.pre, HitContext(probe.spec, probe.hits, cpu, regs, next_ip, self._machine)
                     )
         return stop, tuple(called)
 
@@ -265,6 +340,8 @@ class StubDispatcher:
         except KeyboardInterrupt:
             context.regs.restore(before)
             return True
+        except SessionOverError:
+            raise  # what the handler asked for showed it: that is no fault of the handler's
         except Exception:
             context.regs.restore(before)
             probe.last_error = traceback.format_exc()
@@ -323,7 +400,7 @@ class StubDispatcher:
         for probe in called:
             if probe.enabled and probe.post is not None:
                 stop |= self._call(
-                    probe, probe.post, HitContext(probe.name, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)
+                    probe, probe.post, HitContext(probe.spec, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)
                 )
         if regs.changed:
             self._write(cpu, {name: values[name] for name in regs.changed})

@@ -23,8 +23,10 @@ class FunctionText:
     """
 
     def __init__(self, guest: Guest, text: TextMap, place: Place) -> None:
+        """:raises GuestStateError: not all of the guest's own kprobes can be read."""
         self.place = place
         self.kprobes = guest.own_kprobes()
+        self.kprobes.check_all()
         self.error: DecodeError | None = None
         """Where decoding ended early."""
         self._guest = guest
@@ -51,14 +53,7 @@ class FunctionText:
         """Why instruction *index* must not be probed on any rung; ``None`` where only the rungs' rules are left."""
         insn = self._insns[index]
         place = self._guest.place_of(insn.addr)
-        for kprobe in self.kprobes.within(AddressRange(self.place.start, max(self.place.end, insn.end))):
-            if kprobe.opaque:
-                detail = (
-                    f"the guest has put one at {self._guest.place_of(kprobe.addr)}, and what was there is not known"
-                )
-                hint = f"remove it in the guest, or probe another function; with the kernel's types: {NEEDS_TYPES_HINT}"
-                return Refusal(Reason.GUEST_KPROBE, insn.addr, detail, hint)
-        refusal = self._guest.refusal_at(place, insn.length) or self._guest_kprobe(insn)
+        refusal = self._opaque(insn) or self._guest.refusal_at(place, insn.length) or self._guest_kprobe(insn)
         if refusal is not None:
             return refusal
         if self.place.symbol is not None and self._is_padding(index):
@@ -74,7 +69,7 @@ class FunctionText:
         kprobe = next((kprobe for kprobe in self.kprobes.within(function) if kprobe.opaque), None)
         if kprobe is None:
             return None
-        detail = f"the guest has put one at {self._guest.place_of(kprobe.addr)}; what was there is not known"
+        detail = f"the guest has put one at {self._guest.place_of(kprobe.addr)}, and what was there is not known"
         hint = f"remove it in the guest, or probe another function; or {NEEDS_TYPES_HINT}"
         return Refusal(Reason.GUEST_KPROBE, insn.addr, detail, hint)
 
@@ -132,8 +127,13 @@ class FunctionText:
 
 
 def guest_kprobe_in(guest: Guest, text: AddressRange) -> Refusal | None:
-    """Why *text* must not be patched: a kprobe of the guest's own has patched a byte of it, or may at any time."""
-    for kprobe in guest.own_kprobes().within(text):
+    """Why *text* must not be patched: a kprobe of the guest's own has patched a byte of it, or may at any time.
+
+    :raises GuestStateError: not all of them can be read.
+    """
+    kprobes = guest.own_kprobes()
+    kprobes.check_all()
+    for kprobe in kprobes.within(text):
         place = guest.place_of(kprobe.addr)
         detail = f"the guest has put one at {place}"
         if kprobe.size > 1:

@@ -126,7 +126,7 @@ class Guest(Protocol):
         """The functions whose calls go elsewhere now, by the address of the nop at their entry."""
 
     def own_kprobes(self) -> GuestKprobes:
-        """The guest's own kprobes as they are now."""
+        """The guest's own kprobes as they are now; those that can be read (:attr:`GuestKprobes.unread`)."""
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""
@@ -139,6 +139,9 @@ class Guest(Protocol):
 
     def functions(self, pattern: str) -> Iterable[Place]:
         """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""
+
+    def init_functions(self, pattern: str) -> Iterable[Place]:
+        """The same of init text, which symbols tell of for ever, and which is freed."""
 
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found."""

@@ -117,7 +117,7 @@ def _ready(machine: Machine, guest: LinuxGuest) -> CpuId:
         registers = machine.read_registers(cpu)
         # Without the kernel's types that cannot be told of a vCPU that is not at the entry of a certain function.
         with contextlib.suppress(UnmappedError, NeedsTypesError):
-            if may_call_here(guest.memory, guest.kallsyms, guest.btf, registers):
+            if may_call_here(guest.memory, guest.kallsyms, guest.types, registers):
                 return cpu
     reached = machine.run_to(way_points(guest.kallsyms), _PATIENCE)
     if reached is None:

@@ -6,23 +6,34 @@ call of ``exc_int3`` in the #BP entry calls the dispatcher instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes import guest_dispatch as code
-from gdb_kprobe.kprobes.handler import Handler
+from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import SLOT_HEADER, Slot
 from gdb_kprobe.linux.bp_path import BpPath
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
-from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.header import Record, RecordKind
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.x86.assemble import rel32
 from gdb_kprobe.x86.decode import Insn
-from gdb_kprobe.x86.relocate import relocate, relocated_size
+from gdb_kprobe.x86.relocate import relocate
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """A handler that was written to *slot*; see :class:`~gdb_kprobe.kprobes.guest_dispatch.HandlerCode`."""
+
+    slot: Slot
+    entry: VirtAddr
+    answer: VirtAddr | None
+    code: bytes
+    """From the entry on."""
 
 
 class GuestDispatch:
@@ -34,7 +45,8 @@ class GuestDispatch:
         :raises RegionError: the region has no room for it.
         """
         self.path = path
-        self._unattended = region.counters.allocate()
+        self.unattended = region.counters.allocate().missed_addr
+        """Counts the hits that nobody was there for, and that are of no probe."""
         self._region = region
         self._memory = memory
         self._bits = (region.header.table.size // code.ENTRY.size).bit_length() - 1
@@ -51,6 +63,7 @@ class GuestDispatch:
         emitted = code.emit_gate(gate.code, path.handler)
         self._write(gate, path.call.addr, emitted.code)
         self.gate = emitted.gate
+        region.store.describe_dispatch(path.entry_text, self.gate)
         self._retired = emitted.retired
         table = region.header.table.start
         size = len(code.emit_dispatcher(gate.code, table, self._bits, path.handler))
@@ -63,48 +76,30 @@ class GuestDispatch:
     def hook_record(self) -> Record:
         return Record(self.hook, self._gate_slot, Rung.BOOSTED, RecordKind.HOOK)
 
-    def make_handling(self, addr: VirtAddr, handlers: Sequence[Handler], slot: VirtAddr) -> Slot:
-        """Write what runs *handlers* for a hit at *addr* and goes on in *slot*.
+    def make_handler(self, insn: Insn, action: Action, slot: VirtAddr | None) -> Handling:
+        """Write what does *action* for the hits of *insn*, and goes on in *slot*.
+
+        ``None``: what is there is to be stepped by the host. Without it the guest goes on in relocated code: no call of
+        that leaves an address of ours.
 
         :raises RegionError: there is no room for it.
         """
-        handler = self._allocate(len(code.emit_handler(slot, handlers, addr, slot)))
-        self._write(handler, addr, code.emit_handler(handler.code, handlers, addr, slot))
-        return handler
+        copy = partial(relocate, insn) if slot is None else None
 
-    def make_stopping(self, insn: Insn, missed: Counter | None, slot: VirtAddr | None) -> Slot:
-        """Write a handler that stops at the gate for the host.
+        def emit(at: VirtAddr) -> code.HandlerCode:
+            return code.emit_handler(at, action, insn.addr, at if slot is None else slot, copy)
 
-        Should nobody be there, it counts as *missed*, and the guest goes on in *slot*, or, when what is there is to be
-        stepped by the host (``None``), in relocated code behind the handler: no call of it leaves an address of ours.
+        handler = self._allocate(len(emit(insn.addr if slot is None else slot).code))
+        made = emit(handler.code)
+        self._write(handler, insn.addr, made.code)
+        return Handling(handler, made.entry, made.answer, made.code[made.entry - handler.code :])
 
-        :raises RegionError: there is no room for it.
-        """
-        size = code.STOPPING_SIZE + (relocated_size(insn) if slot is None else 0)
-        handler = self._allocate(size)
-        behind = offset(handler.code, code.STOPPING_SIZE)
-        word = (missed or self._unattended).missed_addr
-        image = code.emit_stopping_handler(handler.code, self.gate, word, behind if slot is None else slot)
-        self._write(handler, insn.addr, image + (relocate(insn, behind) if slot is None else b""))
-        return handler
-
-    def make_filtering(self, addr: VirtAddr, what: code.Filtered, missed: Counter | None, slot: VirtAddr) -> Slot:
-        """Write what stops at the gate only for the hits at *addr* that *what* lets through, and goes on in *slot*.
-
-        :raises RegionError: there is no room for it.
-        """
-        word = (missed or self._unattended).missed_addr
-        size = len(code.emit_filtering_handler(slot, what, addr, self.gate, word, slot))
-        handler = self._allocate(size)
-        self._write(handler, addr, code.emit_filtering_handler(handler.code, what, addr, self.gate, word, slot))
-        return handler
-
-    def serve(self, addr: VirtAddr, handler: Slot) -> None:
-        """Have hits at *addr* go to *handler* from now on.
+    def serve(self, addr: VirtAddr, entry: VirtAddr) -> None:
+        """Have hits at *addr* go to the handler whose *entry* this is from now on.
 
         :raises RegionError: the table is full.
         """
-        self._set(addr, handler.code)
+        self._set(addr, entry)
 
     def retire(self, addr: VirtAddr) -> None:
         """The int3 at *addr* is gone. A vCPU that has executed it before takes the original instruction instead."""

@@ -27,14 +27,15 @@ from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, 
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 5
+VERSION = 6
 
-_HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQ")
+_HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQQ")
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")
 RECORD_SIZE = 72
 RECORD_OFFSET = PAGE_SIZE
 
-NO_ENTRY_TEXT = AddressRange(VirtAddr(0), VirtAddr(0))
+NOWHERE = VirtAddr(0)
+NO_ENTRY_TEXT = AddressRange(NOWHERE, NOWHERE)
 
 _RUNGS = (Rung.SINGLE_STEP, Rung.BOOSTED, Rung.OPTIMIZED)
 
@@ -110,6 +111,8 @@ class Header:
     """The order of the blocks in which the guest's own allocator has lent the memory; 0: it has not."""
     entry_text: AddressRange = NO_ENTRY_TEXT
     """The guest's entry text, in which a vCPU may be on its way to and from our dispatcher; empty without one."""
+    gate: VirtAddr = NOWHERE
+    """Where hits stop for the host; 0: there is no dispatcher."""
 
     def pack(self) -> bytes:
         return _HEADER.pack(
@@ -129,6 +132,7 @@ class Header:
             self.code_high_water,
             self.entry_text.start,
             self.entry_text.end,
+            self.gate,
         )
 
     @classmethod
@@ -152,7 +156,9 @@ class Header:
             at,
             value,
             high,
-            *entry_text,
+            first,
+            end,
+            gate,
         ) = _HEADER.unpack(data[: _HEADER.size])
         if magic != MAGIC:
             return None
@@ -162,8 +168,18 @@ class Header:
                 "detach with the gdb_kprobe that made it, or reset the guest",
             )
         identity = Identity(build_id, VirtAddr(text), VirtAddr(entry), PhysAddr(at), value)
-        entries = AddressRange(*map(VirtAddr, entry_text))
-        return cls(size, VirtAddr(virt), PhysAddr(phys), identity, cookie, VirtAddr(high), records, lent, entries)
+        return cls(
+            size,
+            VirtAddr(virt),
+            PhysAddr(phys),
+            identity,
+            cookie,
+            VirtAddr(high),
+            records,
+            lent,
+            AddressRange(VirtAddr(first), VirtAddr(end)),
+            VirtAddr(gate),
+        )
 
     @property
     def layout(self) -> Layout:
@@ -205,7 +221,7 @@ class RecordKind(IntEnum):
     SITE = 1
     """A probed instruction."""
     HOOK = 2
-    """The call in the guest's #BP path that leads to our dispatcher; the slot begins with the dispatcher's gate."""
+    """The call in the guest's #BP path that leads to our dispatcher; the slot is the gate's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +297,15 @@ class HeaderStore:
             self.header = changed
             self.create()
 
-    def describe_entry_text(self, entry_text: AddressRange) -> None:
-        """Say where a vCPU can be on its way to our dispatcher. Before the guest's #BP path is patched."""
-        self.header = replace(self.header, entry_text=entry_text)
+    def reach(self, code_high_water: VirtAddr) -> None:
+        """Say that all code up to there was given out: whoever comes later may find somebody in it."""
+        if code_high_water != self.header.code_high_water:
+            self.header = replace(self.header, code_high_water=code_high_water)
+            self.create()
+
+    def describe_dispatch(self, entry_text: AddressRange, gate: VirtAddr) -> None:
+        """Say where a vCPU can be on its way to our dispatcher, and where hits stop. Before any text is patched."""
+        self.header = replace(self.header, entry_text=entry_text, gate=gate)
         self.create()
 
     def remove(self, addr: VirtAddr) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-from gdb_kprobe.kprobes.detour import Action
+from gdb_kprobe.kprobes.action import Action
+from gdb_kprobe.kprobes.handler import Handler
 from gdb_kprobe.kprobes.window import Window
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
 from gdb_kprobe.session.guest import Guest, Place
-from gdb_kprobe.session.listeners import Listeners
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.windows import Wish
@@ -26,10 +26,7 @@ _TEXT = AddressRange(VirtAddr(0xFFFF_FFFF_8000_0000), VirtAddr(0xFFFF_FFFF_FF00_
 
 
 class Jumps:
-    """The jumps of *sites*, the session's own table. *allowed*: there may be any.
-
-    *listeners* are who is told of hits, which the host handles then.
-    """
+    """The jumps of *sites*, the session's own table. *allowed*: there may be any."""
 
     def __init__(
         self,
@@ -38,7 +35,6 @@ class Jumps:
         breakpoints: Breakpoints,
         sites: Mapping[VirtAddr, Site],
         programs: Programs,
-        listeners: Listeners,
         allowed: bool,
     ) -> None:
         self._machine = machine
@@ -46,7 +42,6 @@ class Jumps:
         self._breakpoints = breakpoints
         self._sites = sites
         self._programs = programs
-        self._listeners = listeners
         self._allowed = allowed
         self._hidden: dict[VirtAddr, VirtAddr] = {}
         """An address that a jump hides, and the site of that."""
@@ -60,22 +55,33 @@ class Jumps:
         """
         if not self._allowed:
             return Refusal(Reason.POLICY, addr, "every hit is to be dispatched by the stub")
-        enabled = [probe for probe in probes if probe.enabled]
-        for probe in enabled:
-            if self._listeners.concern(probe):
-                return Refusal(Reason.TOLD, addr, f"a trace of {probe.name} is on, or a script listens to it")
-            if probe.needs_host:
-                return Refusal(Reason.NEEDS_HOST, addr, f"{probe.name} has a handler in Python")
         if watched:
             return Refusal(Reason.NEEDS_HOST, addr, "a hit there ends a fault of another probe's instruction")
-        return Wish(Action(self._programs.handlers(enabled)), partial(self.check, addr))
+        enabled = [probe for probe in probes if probe.enabled]
+        action = self._programs.action(addr, enabled)
+        if action is None:
+            stays = any(probe.needs_host for probe in enabled)
+            reason = Reason.NEEDS_HOST if stays else Reason.TRACED
+            return Refusal(reason, addr, "only the stub can stop a hit of this guest: at an int3")
+        return Wish(action, partial(self.check, addr))
+
+    def action(self, addr: VirtAddr, probes: Iterable[Probe]) -> Action | None:
+        """What a hit at *addr* does for all of *probes*; those that are disabled are told so by their enable words.
+
+        ``None``: it cannot.
+        """
+        return self._programs.action(addr, probes)
 
     def preview(self, place: Place, condition: Condition | None, counter: VirtAddr) -> Wish | Refusal:
         """The jump for a probe that there is not yet; it would count in *counter*."""
         wish = self.wish(place.at, ())
         if isinstance(wish, Refusal):
             return wish
-        return replace(wish, action=Action((self._programs.handler(condition, counter, place),)))
+        return replace(wish, action=Action((self.counting(place, condition, counter),)))
+
+    def counting(self, place: Place, condition: Condition | None, counter: VirtAddr) -> Handler:
+        """What a probe that there is not yet would do; it would count in *counter*."""
+        return self._programs.counting(condition, counter, place)
 
     def check(self, addr: VirtAddr, window: Window) -> Refusal | None:
         """Why the jump at *addr* must not be written now."""
@@ -122,6 +128,15 @@ class Jumps:
         """The site whose jump hides the instruction at *addr*."""
         found = self._hidden.get(addr)
         return None if found is None else self._sites[found]
+
+    def copy_of(self, addr: VirtAddr) -> VirtAddr | None:
+        """Where the instruction at *addr*, which a jump hides, is executed instead; ``None``: no jump hides it."""
+        site = self.hiding(addr)
+        if site is None or site.plan.detour is None:
+            return None
+        copy = site.plan.detour.code(site.plan.slot.code).displaced.way(addr)
+        # Behind the call that is the last to be executed there is nothing but nops.
+        return site.plan.detour.window.end if copy is None else copy
 
     def disturbed(self) -> Iterator[tuple[Site, Refusal]]:
         """The sites whose jump must not be written before the machine runs, and why.

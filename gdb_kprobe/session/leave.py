@@ -2,7 +2,7 @@
 
 All there is to go by is the records in the region and the vCPUs themselves. A vCPU may be
 
-* at the #BP entry, or at the gate in the region, with a trap that nobody has handled: the trap is undone;
+* at the #BP entry, or at the gate in the region, with a hit that nobody has handled: it is undone, or passes as a miss;
 * between the #BP entry and the slot, in the guest's entry code or in our dispatcher: it is stepped on to the slot;
 * at the start of a slot, to run there or to be stepped: it goes back to the instruction;
 * behind the single step of a slot's copy, or at the exception that it raised, not yet fixed up: that is done now;
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gdb_kprobe.errors import TargetError
-from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SLOT_HEADER
+from gdb_kprobe.kprobes.action import UNDO_SIZE
+from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
@@ -62,8 +63,8 @@ class BpCode:
     sites: Container[int]
 
     def is_ours(self, ip: int) -> bool:
-        """Whether *ip* is behind an int3 of ours, or where a handler of ours sends the vCPU: the start of a slot."""
-        return ip - 1 in self.sites or (ip in self.region and ip % SLOT_ALIGN == SLOT_HEADER)
+        """Whether *ip* is behind an int3 of ours, or where a handler of ours sends the vCPU: into the region."""
+        return ip - 1 in self.sites or ip in self.region
 
 
 class Trapping(Protocol):
@@ -86,15 +87,14 @@ def bring_out(machine: Cpus, guest: Trapping, records: Iterable[Record], header:
     """
     known = tuple(records)
     sites = tuple(record for record in known if record.kind is RecordKind.SITE)
-    gate = next((record.slot.code for record in known if record.kind is RecordKind.HOOK), VirtAddr(0))
     machine.watch_faults(fault_entries(guest.gates))
-    code = BpCode(header.entry_text, header.code, gate, frozenset(site.patch.addr for site in sites))
+    code = BpCode(header.entry_text, header.code, header.gate, frozenset(site.patch.addr for site in sites))
     for cpu in machine.cpus():
         _drop_trap_flag(machine, guest, cpu, sites, header.code)
-        if not _undo_trap(machine, guest, cpu, sites, gate) and not _undo_entry(machine, cpu, sites):
+        if not _undo_trap(machine, guest, cpu, sites, header) and not _undo_entry(machine, cpu, sites):
             _complete_step(machine, guest, cpu, sites)
-        if gate and not step_off_path(machine, cpu, code):
-            _undo_trap(machine, guest, cpu, sites, gate)
+        if header.gate and not step_off_path(machine, cpu, code):
+            _undo_trap(machine, guest, cpu, sites, header)
         step_out(machine, cpu, header.code)
 
 
@@ -150,12 +150,30 @@ def trapped_at(machine: Cpus, cpu: CpuId, bp_entry: VirtAddr, site: VirtAddr) ->
     return trap is not None and trap.rip == site and not trap.from_user
 
 
-def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...], gate: VirtAddr) -> bool:
-    trap = EntryGate(guest.bp_entry).trap_of(machine, cpu) or RegionGate(gate).trap_of(machine, cpu)
-    if trap is None or trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
+def _undo_trap(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Record, ...], header: Header) -> bool:
+    trap = EntryGate(guest.bp_entry).trap_of(machine, cpu)
+    if trap is not None and trap.rip is not None:
+        if trap.from_user or not any(site.patch.addr == trap.rip for site in sites):
+            return False
+        machine.write_registers(cpu, trap.context(trap.rip))
+        return True
+    trap = RegionGate(header.gate).trap_of(machine, cpu) if header.gate else None
+    if trap is None or trap.answer is None:
         return False
-    machine.write_registers(cpu, trap.context)
+    # What asks the host says in front of its answer where the hit may be taken back to; 0: it has happened in part.
+    word = b"" if trap.answer not in header.code else guest.memory.read(offset(trap.answer, -UNDO_SIZE), UNDO_SIZE)
+    undo = VirtAddr(int.from_bytes(word, "little"))
+    if undo and not _is_the_guests(guest, undo, sites):
+        machine.write_registers(cpu, trap.context(undo))
+    else:
+        machine.write_registers(cpu, trap.context(trap.answer))
     return True
+
+
+def _is_the_guests(guest: Trapping, addr: VirtAddr, sites: tuple[Record, ...]) -> bool:
+    """Whether there is an int3 of the guest's own at *addr*, where a jump of ours was: its kprobe has seen the hit."""
+    was_a_jump = any(site.patch.addr == addr and not site.patch.new.startswith(INT3) for site in sites)
+    return was_a_jump and guest.memory.walk(addr) is not None and guest.memory.read(addr, 1) == INT3
 
 
 def _undo_entry(machine: Cpus, cpu: CpuId, sites: tuple[Record, ...]) -> bool:

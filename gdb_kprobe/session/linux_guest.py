@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +46,7 @@ from gdb_kprobe.linux.tasks import (
     task_on_stack,
     task_stacks,
 )
-from gdb_kprobe.linux.text import TextFacts, read_text_facts
+from gdb_kprobe.linux.text import TextFacts, is_padding, read_text_facts
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.linux.vmlinux import build_id_of, types_of
@@ -86,7 +86,10 @@ class LinuxGuest:
         self._bp_text = memory.walk(self.bp_entry)
         self.gates = gates.handlers()
         self._core = self.kallsyms = kallsyms
-        self.btf: Types = read_btf(memory, kallsyms) or self._types_of(vmlinux)
+        own = read_btf(memory, kallsyms)
+        self._vmlinux = None if own is not None else vmlinux
+        """What has the types that the kernel itself has not."""
+        self.types: Types = own or self._types_of(vmlinux)
         self.region: AddressRange | None = None
         """Where a session has put its own code, which is no text of the guest's."""
         self._modules: tuple[Module, ...] = ()
@@ -125,7 +128,7 @@ class LinuxGuest:
 
     def state(self) -> GuestState:
         """Booting, running, panicked: as it is now."""
-        return read_state(self.memory, self.kallsyms, self.btf)
+        return read_state(self.memory, self.kallsyms, self.types)
 
     def e820(self) -> E820Table:
         """The guest's own map of its physical memory."""
@@ -201,12 +204,12 @@ class LinuxGuest:
 
         :raises NeedsTypesError: where in there is not known.
         """
-        at = self.kallsyms.address("boot_cpu_data") + self.btf.offset_of("cpuinfo_x86", "x86_capability")
+        at = self.kallsyms.address("boot_cpu_data") + self.types.offset_of("cpuinfo_x86", "x86_capability")
         word, bit = divmod(number, 32)
         return bool(int.from_bytes(self.memory.read(VirtAddr(at + 4 * word), 4), "little") >> bit & 1)
 
     def piece_at(self, addr: VirtAddr, code: bytes) -> Piece:
-        return piece_at(self._facts, self.own_kprobes(), addr, code)
+        return piece_at(self._facts, self._all_kprobes(), addr, code)
 
     def references(self, text: TextMap) -> References:
         from gdb_kprobe.session.search import core_runs, runs, search_references
@@ -235,18 +238,18 @@ class LinuxGuest:
             yield run.start, self.memory.read(run.start, run.size)
 
     def _opaque_kprobes(self) -> Iterator[VirtAddr]:
-        return (kprobe.addr for kprobe in self.own_kprobes() if kprobe.opaque)
+        return (kprobe.addr for kprobe in self._all_kprobes() if kprobe.opaque)
 
     def snapshot(self, text: TextMap) -> Snapshot:
         """All live text as it is now; *text* knows what of it is ours."""
         return self._snapshot(self._facts.text, text)
 
     def _snapshot(self, windows: tuple[AddressRange, ...], text: TextMap) -> Snapshot:
-        return take_snapshot(self.memory, replace(self._facts, text=windows), self.own_kprobes(), text)
+        return take_snapshot(self.memory, replace(self._facts, text=windows), self._all_kprobes(), text)
 
     def ftrace_sites(self, text: AddressRange) -> list[FtraceSite]:
         if self._ftrace_read is None:
-            self._ftrace_read = read_ftrace_records(self.memory, self.kallsyms, self.btf)
+            self._ftrace_read = read_ftrace_records(self.memory, self.kallsyms, self.types)
         found = self._ftrace_read.sites_in(text)
         return [replace(site, data=self.memory.read(site.record, len(site.data))) for site in found]
 
@@ -258,12 +261,12 @@ class LinuxGuest:
         return None
 
     def ftrace_tracers(self) -> FtraceTracers:
-        return read_ftrace_tracers(self.memory, self.kallsyms, self.btf)
+        return read_ftrace_tracers(self.memory, self.kallsyms, self.types)
 
     def redirects(self) -> Mapping[VirtAddr, Redirect]:
         if self._redirects_read is None:
             try:
-                self._redirects_read = read_redirects(self.memory, self.kallsyms, self.btf)
+                self._redirects_read = read_redirects(self.memory, self.kallsyms, self.types)
             except NeedsTypesError:
                 self._redirects_read = {}  # said at the attach
         return self._redirects_read
@@ -271,10 +274,16 @@ class LinuxGuest:
     def own_kprobes(self) -> GuestKprobes:
         if self._kprobes_read is None:
             if self.has_types:
-                self._kprobes_read = read_guest_kprobes(self.memory, self.kallsyms, self.btf)
+                self._kprobes_read = read_guest_kprobes(self.memory, self.kallsyms, self.types)
             else:
                 self._kprobes_read = read_untyped_kprobes(self.memory, self.kallsyms, self._is_ftrace_nop)
         return self._kprobes_read
+
+    def _all_kprobes(self) -> GuestKprobes:
+        """:raises GuestStateError: not all of them can be read."""
+        kprobes = self.own_kprobes()
+        kprobes.check_all()
+        return kprobes
 
     def _is_ftrace_nop(self, addr: VirtAddr) -> bool:
         return any(site.ip == addr for site in self.ftrace_sites(AddressRange(addr, offset(addr, 1))))
@@ -302,14 +311,20 @@ class LinuxGuest:
         )
 
     def functions(self, pattern: str) -> Iterator[Place]:
+        return self._functions(pattern, self._facts.is_live_text)
+
+    def init_functions(self, pattern: str) -> Iterator[Place]:
+        return self._functions(pattern, lambda addr: any(addr in init for init in self._facts.init))
+
+    def _functions(self, pattern: str, is_wanted: Callable[[VirtAddr], bool]) -> Iterator[Place]:
         module, colon, glob = pattern.rpartition(":")
         seen: set[VirtAddr] = set()
         for symbol in self.kallsyms.match(glob):
             if symbol.addr in seen or not symbol.is_text or (colon and symbol.module != module):
                 continue
-            if _is_part(symbol.name):
+            if _is_part(symbol.name) or is_padding(symbol.name):
                 continue
-            if self._facts.is_live_text(symbol.addr):
+            if is_wanted(symbol.addr):
                 seen.add(symbol.addr)
                 yield Place(symbol.addr, symbol.addr, self.kallsyms.end(symbol), symbol)
 
@@ -330,13 +345,13 @@ class LinuxGuest:
     def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
         if not self.has_types:
             return scan_all_stacks(self.memory, self.kallsyms, self.e820(), target, stack_pointers.values())
-        tasks = read_tasks(self.memory, self.kallsyms, self.btf)
-        running = current_tasks(self.memory, self.kallsyms, self.btf).values()
+        tasks = read_tasks(self.memory, self.kallsyms, self.types)
+        running = current_tasks(self.memory, self.kallsyms, self.types).values()
         stacks = list(task_stacks(tasks, running))
         pointers = tuple(stack_pointers.values())
         elsewhere = [rsp for rsp in pointers if rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None]
         if elsewhere:
-            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.btf), elsewhere)
+            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.types), elsewhere)
         words = []
         for stack in stacks:
             # What lies below a vCPU's stack pointer is dead; of exception stacks there are several in a range.
@@ -409,12 +424,19 @@ class LinuxGuest:
     @property
     def has_types(self) -> bool:
         """Whether all types of the kernel are known, and not only what can be proven without."""
-        return isinstance(self.btf, Btf)
+        return isinstance(self.types, Btf)
+
+    @property
+    def types_from(self) -> str:
+        """Where all types of the kernel are known from, for messages; empty if they are not known."""
+        if not self.has_types:
+            return ""
+        return "the kernel's own (BTF)" if self._vmlinux is None else f"those of {self._vmlinux}"
 
     @property
     def _facts(self) -> TextFacts:
         if self._facts_read is None:
-            self._facts_read = read_text_facts(self.memory, self.kallsyms, self.btf, self._ready())
+            self._facts_read = read_text_facts(self.memory, self.kallsyms, self.types, self._ready())
         return self._facts_read
 
     def _read_modules(self) -> None:
@@ -423,7 +445,7 @@ class LinuxGuest:
             # A reference may come from a module, of which nothing but its text can be read.
             self._references = None
         elif self.takes_modules:
-            modules = read_modules(self.memory, self.btf, self._core.address("modules"))
+            modules = read_modules(self.memory, self.types, self._core.address("modules"))
         if modules == self._modules and self._facts_read is not None:
             return
         self._modules = modules

@@ -8,15 +8,17 @@ functions, modules are looked at whenever the machine stops for the user.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
-from gdb_kprobe.errors import ConnectionLostError, KprobeError
+from gdb_kprobe.errors import KprobeError, SessionOverError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.context import HitContext
+from gdb_kprobe.session.context import Registers
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.probes import Probe, Site
 
@@ -74,12 +76,11 @@ class ModuleWatch:
         """Watch modules exactly as long as that is needed. Before the machine runs."""
         wanted = bool(self.waiting) or any(site.owner for site in self._sites.values())
         if wanted and not self._watchers and not self._impossible:
-            for symbol, handler in ((COMES, self._on_come), (GOES, self._on_go)):
-                probe = Probe(parse_definition(f"p:watch_{symbol} {symbol}"), pre=handler, hidden=True)
+            for symbol, look in ((COMES, self._on_come), (GOES, self._on_go)):
+                watch = partial(self._watch, symbol, look)
+                probe = Probe(parse_definition(f"p:watch_{symbol} {symbol}"), watch=watch)
                 try:
                     self._acts.arm(probe, probe.spec.location)
-                except ConnectionLostError:
-                    raise
                 except KprobeError as error:
                     # Then the other one is of no use either.
                     self._impossible = True
@@ -94,14 +95,25 @@ class ModuleWatch:
         while self._watchers:
             self._acts.drop(self._watchers.pop())
 
-    def _on_come(self, hit: HitContext) -> None:
-        self._guest.refresh()
-        self._guest.admit_module(VirtAddr(hit.regs.di))
+    def _watch(self, symbol: str, look: Callable[[VirtAddr], None], regs: Registers) -> None:
+        """The guest is at *symbol*. What goes wrong is told, and the next module is looked at as this one was."""
+        try:
+            self._guest.refresh()
+            look(VirtAddr(regs.di))
+        except SessionOverError:
+            raise
+        except KprobeError as error:
+            self._notes.append(f"the module at {regs.di:#x} was not looked at in {symbol}: {error.message}")
+        except Exception:
+            # A fault of ours: it must neither keep the guest here nor be taken for that of a user's handler.
+            self._notes.append(f"watching modules failed in {symbol}\n{traceback.format_exc().rstrip()}")
+
+    def _on_come(self, module: VirtAddr) -> None:
+        self._guest.admit_module(module)
         self.look()
 
-    def _on_go(self, hit: HitContext) -> None:
-        self._guest.refresh()
-        gone = [site for site in self._sites.values() if f"@{hit.regs.di:#x}#" in site.owner]
+    def _on_go(self, module: VirtAddr) -> None:
+        gone = [site for site in self._sites.values() if f"@{module:#x}#" in site.owner]
         if gone:
             with self._acts.act():
                 for site in gone:
@@ -113,12 +125,11 @@ class ModuleWatch:
         try:
             with self._acts.act():
                 self._acts.arm(probe, replace(probe.spec.location, module=module))
-        except ConnectionLostError:
+        except BaseException as error:
             self.waiting.append(probe)
-            raise
-        except KprobeError as error:
+            if not isinstance(error, KprobeError):
+                raise
             # It waits for the next one: another build of the module, perhaps.
-            self.waiting.append(probe)
             self._refused[probe.name] = load
             self._notes.append(f"{probe.name} is not armed in {module}: {error.message}")
         else:

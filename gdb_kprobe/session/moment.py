@@ -83,7 +83,7 @@ class Moment:
         try:
             yield
         except KprobeError as error:
-            if not isinstance(error, ConnectionLostError) and self.is_lost():
+            if self.is_lost():
                 raise was_loaded() from error
             raise
         finally:
@@ -143,7 +143,7 @@ class Moment:
 
         Then some of it was written to what came.
         """
-        with contextlib.suppress(TargetError):  # nobody answers: whoever looks next will see
+        with contextlib.suppress(TargetError, ConnectionLostError):  # nobody answers: whoever looks next will see
             self._lost |= self._memory.read_physical(self._addr, MARK_SIZE) not in (self._mark, self._before)
         return self._lost
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdb_kprobe.errors import RefusedError
-from gdb_kprobe.kprobes.detour import Action
+from gdb_kprobe.kprobes.action import Action
+from gdb_kprobe.kprobes.detour import Flags
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_jump, can_single_step, make_plan
@@ -94,6 +95,13 @@ class Planner:
             return facts
         detour = wish if isinstance(wish, Refusal) else self._windows.detour(function, insn, wish)
         return replace(facts, detour=detour)
+
+    def flags_under(self, place: Place) -> tuple[Flags, bool]:
+        """How the detour of our jump at *place* saves the flags, and whether nobody reads them there.
+
+        A kprobe of the guest's is on it.
+        """
+        return self._windows.flags_under(FunctionText(self._guest, self._text, place), place.addr)
 
     def _plain_facts(self, insn: Insn, needs_post: bool, strategy: Rung | None) -> Facts:
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))

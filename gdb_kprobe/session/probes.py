@@ -8,14 +8,14 @@ from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError, NameTakenError
 from gdb_kprobe.kprobes import handler as compiled
-from gdb_kprobe.kprobes.guest_dispatch import Filtered
+from gdb_kprobe.kprobes.action import ASK_SIZE, MISS_SIZE, Action
 from gdb_kprobe.kprobes.plan import Plan
-from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
-from gdb_kprobe.model import CpuId, Rung, VirtAddr
-from gdb_kprobe.session.context import Handler
+from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.session.context import Handler, Watch
 from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.guest_dispatch import Handling
 
 
 class State(StrEnum):
@@ -49,8 +49,8 @@ class Probe:
     """Where it is; ``None`` while it is only noted."""
     gone: bool = False
     """The module it was in was unloaded."""
-    hidden: bool = False
-    """It is the session's own, and nobody else knows of it."""
+    watch: Watch | None = None
+    """What the session itself wants to know of a hit. Such a probe is its own, and nobody else knows of it."""
     last_error: str = ""
 
     @property
@@ -74,9 +74,13 @@ class Probe:
         return self.failures + (self.counter.read()[1] if self.counter is not None else 0)
 
     @property
+    def is_the_users(self) -> bool:
+        return self.watch is None
+
+    @property
     def needs_host(self) -> bool:
-        """Whether a hit is more than what the guest does by itself: there is a handler in Python."""
-        return self.pre is not None or self.post is not None
+        """Whether a hit is more than what the guest does by itself: something in Python is called."""
+        return self.pre is not None or self.post is not None or self.watch is not None
 
     def count(self, *, hits: int = 0, missed: int = 0) -> None:
         """Count what the host has handled; in the guest's memory, where it outlives gdb."""
@@ -97,17 +101,37 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Code of the site at *addr* that asks the host. It may be asked by code that the site has no more.
+
+    :ivar answer: what the guest goes on with if nobody answers.
+    :ivar probes: those whose hits the host handles; ``None``: all that the site has.
+    :ivar undo: nothing of the hit has happened yet: the vCPU may go back to the instruction.
+    """
+
+    addr: VirtAddr
+    answer: VirtAddr
+    probes: tuple[Probe, ...] | None
+    undo: bool
+
+    @property
+    def entry(self) -> VirtAddr:
+        """Where the host is asked, whatever the programs would say."""
+        return offset(self.answer, -ASK_SIZE)
+
+    @property
+    def goes_on(self) -> VirtAddr:
+        """Where the guest goes on after the host."""
+        return offset(self.answer, MISS_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """How the dispatcher in the guest serves a site: the handler, and what it was made for."""
 
-    handler: Slot
-    stops: bool
-    """Whether hits stop for the host, all of them or those that :attr:`filtered` lets through."""
-    handlers: tuple[compiled.Handler, ...]
-    """What it runs, or would run if the host did not handle the hits."""
+    handling: Handling
+    action: Action
     plan: Plan
-    filtered: Filtered | None
-    """Which hits the host handles, if not all of them."""
 
 
 @dataclass(slots=True)
@@ -127,8 +151,12 @@ class Site:
     """A kprobe of the guest's own has saved its jump, which must not change (:mod:`gdb_kprobe.session.saved_jumps`)."""
     retired: list[Counter] = field(default_factory=list)
     """Counters of probes that are gone, to which its jump still leads."""
+    faults: bool = False
+    """The instruction is in the guest's exception table."""
     service: Service | None = None
     """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
+    asked: Asked | None = None
+    """What asks the host now; ``None``: nothing does, or the hits stop at the #BP entry."""
 
     @property
     def addr(self) -> VirtAddr:
@@ -150,16 +178,27 @@ class Site:
         return () if self.plan.detour is None else self.plan.detour.window.interior
 
     @property
+    def action(self) -> Action | None:
+        """What a hit does inside the guest; ``None``: it stops."""
+        if self.plan.detour is not None:
+            return self.plan.detour.action
+        return None if self.service is None else self.service.action
+
+    @property
     def stops(self) -> bool:
-        """A hit stops the machine, for the host handles it."""
-        return not self.is_jump and (self.service is None or self.service.stops)
+        """A hit may stop the machine, for the host handles it."""
+        return self.action is None or self.action.ask is not None
 
     @property
     def handlers(self) -> tuple[compiled.Handler, ...]:
-        """What a hit runs inside the guest."""
-        if self.plan.detour is not None:
-            return self.plan.detour.action.handlers
-        return () if self.service is None else self.service.handlers
+        """What a hit runs inside the guest, or would run if the host did not handle it."""
+        return () if self.action is None else self.action.handlers
+
+    @property
+    def way(self) -> VirtAddr:
+        """Where what the probe displaced is executed."""
+        detour, code = self.plan.detour, self.plan.slot.code
+        return code if detour is None else detour.code(code).displaced.start
 
     @property
     def wanted(self) -> bool:

@@ -1,56 +1,67 @@
-"""The programs that probes run inside the guest, each made once."""
+"""What the hits of a site do in the guest: the program of each of its probes, and the way to the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gdb_kprobe.actions.lower import COUNTER, REGIONS, lower
 from gdb_kprobe.bpf.check import check
-from gdb_kprobe.handlers import filter as filters
-from gdb_kprobe.handlers.count import COUNTER, REGIONS, lower
+from gdb_kprobe.kprobes.action import Action, Ask, Verdict
 from gdb_kprobe.kprobes.handler import Handler, Program
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.guest_dispatch import GuestDispatch
+from gdb_kprobe.session.listeners import Listeners
 from gdb_kprobe.session.probes import Probe
 
 
 class Programs:
-    """Makes handlers of definitions."""
+    """Makes actions of probes; each program is made once.
 
-    def __init__(self) -> None:
-        self._known: dict[Condition | None, Program] = {}
-        self._filters: dict[Condition, Program] = {}
+    *listeners* are who is told of hits. *in_guest* has the gate where hits stop for the host; ``None``: no hit asks.
+    """
 
-    def handler(self, condition: Condition | None, counter: VirtAddr, place: Place | None) -> Handler:
-        """What counts in *counter* the hits at *place* for which *condition* holds."""
-        program = self._known.get(condition)
-        if program is None:
-            program = self._known[condition] = Program(check(lower(condition), REGIONS), COUNTER)
-        return Handler(program, counter, _seen_at(place))
+    def __init__(self, listeners: Listeners, in_guest: GuestDispatch | None) -> None:
+        self._listeners = listeners
+        self._in_guest = in_guest
+        self._known: dict[tuple[Condition | None, Verdict], Program] = {}
 
-    def handlers(self, probes: list[Probe]) -> tuple[Handler, ...]:
-        """What the hits of *probes* run; those that have no counter run nothing."""
-        return tuple(
-            self.handler(probe.spec.condition, probe.counter.addr, probe.place)
-            for probe in probes
-            if probe.counter is not None
+    def asks(self, probe: Probe) -> bool:
+        """Whether the host is to see the hits of *probe*: it has a handler in Python, or is listened to."""
+        return probe.needs_host or self._listeners.concern(probe)
+
+    def action(self, addr: VirtAddr, probes: Iterable[Probe], *, always: bool = False) -> Action | None:
+        """What a hit at *addr* does for *probes*; ``None`` where it would have to ask the host, and cannot.
+
+        *always*: it asks whatever the probes want.
+        """
+        counted = [(probe, probe.counter) for probe in probes if probe.counter is not None]
+        verdicts = [Verdict.HOST if self.asks(probe) else Verdict.CONTINUE for probe, _ in counted]
+        handlers = tuple(
+            self._handler(probe.spec.condition, verdict, counter.addr, probe.place)
+            for (probe, counter), verdict in zip(counted, verdicts, strict=True)
         )
+        if not always and Verdict.HOST not in verdicts:
+            return Action(handlers)
+        if self._in_guest is None:
+            return None
+        wanted = (counter for (_, counter), verdict in zip(counted, verdicts, strict=True) if verdict or always)
+        missed = next((counter.missed_addr for counter in wanted), self._in_guest.unattended)
+        undo = addr if always or Verdict.CONTINUE not in verdicts else VirtAddr(0)
+        return Action(handlers, Ask(self._in_guest.gate, missed, undo), always)
 
-    def filters(self, probes: Iterable[Probe]) -> tuple[Handler, ...]:
-        """What tells in the guest whether a hit is one of *probes*, for the host; empty when each hit may be one."""
-        found = []
-        for probe in probes:
-            condition = probe.spec.condition
-            if condition is None or probe.counter is None:
-                return ()
-            program = self._filters.get(condition)
-            if program is None:
-                checked = check(filters.lower(condition), REGIONS)
-                program = self._filters[condition] = Program(checked, COUNTER, returns=True)
-            found.append(Handler(program, probe.counter.addr, _seen_at(probe.place)))
-        return tuple(found)
+    def counting(self, condition: Condition | None, counter: VirtAddr, place: Place) -> Handler:
+        """What a probe at *place* would do that there is not yet, and that would count in *counter*."""
+        return self._handler(condition, Verdict.CONTINUE, counter, place)
 
-
-def _seen_at(place: Place | None) -> VirtAddr | None:
-    """What a program of a probe at *place* sees as ``ip``, if not the address that is patched."""
-    return None if place is None or not place.behind else place.addr
+    def _handler(
+        self, condition: Condition | None, verdict: Verdict, counter: VirtAddr, place: Place | None
+    ) -> Handler:
+        program = self._known.get((condition, verdict))
+        if program is None:
+            checked = check(lower(condition, verdict), REGIONS)
+            program = self._known[condition, verdict] = Program(checked, COUNTER, bool(verdict))
+        # What it sees as ``ip``, if not the address that is patched.
+        seen = None if place is None or not place.behind else place.addr
+        return Handler(program, counter, seen)

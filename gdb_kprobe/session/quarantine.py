@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.moment import Moment
@@ -46,11 +47,16 @@ class Quarantine:
     def _stack_words(self) -> list[int] | None:
         """Where somebody comes back to in the region; also a kprobe of the guest's own that has saved a jump there."""
         words = self._words()
-        if words is None:
+        kprobes = self._guest.own_kprobes()
+        if words is None or kprobes.unread is not None:
             return None
-        saved = savers(self._guest.own_kprobes(), self._region.header.code)
+        saved = savers(kprobes, self._region.header.code)
         return words + [kprobe.leads_to for kprobe in saved if kprobe.leads_to is not None]
 
     def _words(self) -> list[int] | None:
+        """All words on stacks that point into the region; ``None`` when stacks cannot be found, or not be read."""
         pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
-        return self._guest.stack_words_into(self._region.header.range, pointers)
+        try:
+            return self._guest.stack_words_into(self._region.header.range, pointers)
+        except (UnmappedError, GuestStateError):
+            return None

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from gdb_kprobe.errors import GuestResetError, KprobeError, TargetError
+from gdb_kprobe.errors import GuestResetError, ReportedError, TargetError
 from gdb_kprobe.session.leftover import Leftover
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.rsp import RspSocket
@@ -43,7 +43,7 @@ def rescue(session: Session, stub: QemuStub, address: str, has_ended: Callable[[
             if done.still_armed:
                 raise TargetError("; ".join(done.problems))
             channel.detach()
-    except (KprobeError, TimeoutError) as error:
+    except (ReportedError, TimeoutError) as error:
         if has_ended():
             return ENDED
         if not sites:
@@ -66,7 +66,7 @@ def rescue_leftover(leftover: Leftover, stub: QemuStub, address: str) -> str:
             stub.use_channel(channel)
             notes = leftover.restore(stub)
             channel.detach()
-    except (KprobeError, TimeoutError) as error:
+    except (ReportedError, TimeoutError) as error:
         return (
             f"kprobe: the guest cannot be restored: {error}\n"
             f"kprobe: {leftover.sites} site(s) of an earlier session are still armed in it; 'kprobe attach' "

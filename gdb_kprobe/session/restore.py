@@ -15,7 +15,7 @@ from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
 from gdb_kprobe.session.leave import bring_out
 from gdb_kprobe.session.region import links_of, unlink
-from gdb_kprobe.session.saved_jumps import HINT, saved_records, why
+from gdb_kprobe.session.saved_jumps import HINT, saved_records, some, why, why_perhaps
 from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
@@ -51,14 +51,22 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     records = tuple(iter_records(memory, header))
     sites = tuple(record for record in records if record.kind is RecordKind.SITE)
     bring_out(machine, guest, records, header)
-    saved = tuple(saved_records(guest.memory, guest.own_kprobes(), header.code, records))
+    kprobes = guest.own_kprobes()
+    saved = tuple(saved_records(guest.memory, kprobes, header.code, records))
     sites = tuple(site for site in sites if site not in saved)
     armed = sum(is_armed(guest.memory, site) for site in sites)
     messages = [note for record in records if record not in saved and (note := restore_site(guest.memory, record))]
-    messages += [
-        f"{guest.place_of(record.patch.addr)}: {why('it')}: the jump stays, and the region's mapping; {HINT}"
-        for record in saved
-    ]
+    if kprobes.unread is not None and saved:
+        messages.append(
+            f"{some(str(guest.place_of(record.patch.addr)) for record in saved)}: {why_perhaps(kprobes.unread)}: "
+            "each jump stays, and the region's mapping; "
+            f"{kprobes.unread.hint}"
+        )
+    else:
+        messages += [
+            f"{guest.place_of(record.patch.addr)}: {why('it')}: the jump stays, and the region's mapping; {HINT}"
+            for record in saved
+        ]
     messages += _return_records(guest, sites)
     definitions = read_definitions(memory, header)
     if armed:

@@ -31,7 +31,7 @@ class Roll:
                     raise
                 probe.counter = self._counters.allocate()
             probe.counter.enable(probe.enabled)
-        if not probe.hidden:
+        if probe.is_the_users:
             self._definitions.add(probe)
 
     def strike(self, probe: Probe) -> None:

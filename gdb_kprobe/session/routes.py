@@ -1,4 +1,4 @@
-"""What an int3 of ours leads to: the hook, the table and the handlers in the guest, the breakpoint for the host.
+"""What a hit leads to: the hook, the table and the handlers of int3s in the guest, the breakpoint for the host.
 
 Each is there exactly as long as an armed site needs it. Before a site is armed comes :meth:`Routes.open`, and after its
 text is restored :meth:`Routes.close`; whatever is served in between follows its probes by :meth:`Routes.serve`.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from gdb_kprobe.kprobes.guest_dispatch import Filtered
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
-from gdb_kprobe.session.listeners import Listeners
-from gdb_kprobe.session.probes import Probe, Service, Site
+from gdb_kprobe.session.probes import Asked, Probe, Service, Site
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, holds, verify
@@ -27,8 +25,7 @@ class Routes:
     """The routes of the sites in *sites*, the session's own table.
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
-    session's way to have no vCPU between an int3 and its slot. *listeners* are who is told of hits, which the host
-    handles then. *is_awaited*: a hit at the address has stopped for the user, and the vCPU will come to the int3 again.
+    session's way to have no vCPU between an int3 and its slot.
     """
 
     def __init__(
@@ -42,14 +39,12 @@ class Routes:
         bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
         programs: Programs,
-        listeners: Listeners,
-        is_awaited: Callable[[VirtAddr], bool],
     ) -> None:
         self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
         self._programs = programs
-        self._listeners = listeners
-        self._is_awaited = is_awaited
+        self.asks: dict[VirtAddr, Asked] = {}
+        """What asks the host in the region, by its answer; also what somebody may only come back to."""
         self._machine = machine
         self._memory = memory
         self._region = region
@@ -66,14 +61,15 @@ class Routes:
     # -- sites --------------------------------------------------------------------------------------------------
 
     def open(self, site: Site) -> None:
-        """Before *site* is armed: have its int3 lead somewhere.
+        """Before *site* is armed: have its hits lead somewhere.
 
         :raises RegionError: there is no room for its handler.
         :raises StaleTextError: the guest's #BP path does not hold what it must.
         """
-        self._open.add(site.addr)
+        if not site.is_jump:
+            self._open.add(site.addr)
         self.serve(site)
-        if self.in_guest is not None and not self._hooked:
+        if not site.is_jump and self.in_guest is not None and not self._hooked:
             self._hook(self.in_guest)
 
     def serve(self, site: Site) -> None:
@@ -81,12 +77,14 @@ class Routes:
 
         :raises RegionError: there is no room for its handler.
         """
-        if self.in_guest is None:
-            self._stopping.add(site.addr)
-        else:
+        if site.is_jump:
+            assert site.plan.detour is not None
+            self._note(site, site.plan.detour.code(site.plan.slot.code).answer if site.stops else None)
+        elif self.in_guest is not None:
             service = self._service(self.in_guest, site)
-            self.in_guest.serve(site.addr, service.handler)
-            (self._stopping.add if service.stops else self._stopping.discard)(site.addr)
+            self.in_guest.serve(site.addr, service.handling.entry)
+            self._note(site, service.handling.answer)
+        (self._stopping.add if site.stops else self._stopping.discard)(site.addr)
         self.tidy()
 
     def close(self, site: Site) -> None:
@@ -110,7 +108,7 @@ class Routes:
     def free(self, site: Site) -> None:
         """*site* is dropped: its handler is not needed any more."""
         if site.service is not None:
-            self._region.slots.free(site.service.handler)
+            self._region.slots.free(site.service.handling.slot)
             site.service = None
 
     # -- stops --------------------------------------------------------------------------------------------------
@@ -152,36 +150,43 @@ class Routes:
         """What *site* needs now: what it has, if that will do."""
         plan = site.plan
         probes = [probe for probe in site.probes if probe.enabled]
-        handlers = self._programs.handlers(probes)
-        asking: list[Probe] = []
-        others: list[Probe] = []
-        for probe in probes:
-            (asking if probe.needs_host or self._listeners.concern(probe) else others).append(probe)
-        # A hit that has stopped for the user comes again with what has been made of its registers: no filter is asked.
-        for_host = plan.rung is Rung.SINGLE_STEP or bool(site.watchers) or self._is_awaited(site.addr)
-        stops = for_host or bool(asking)
-        filtered = None
-        if asking and not for_host and (filters := self._programs.filters(asking)):
-            filtered = Filtered(filters, self._programs.handlers(others))
+        stepped = plan.rung is Rung.SINGLE_STEP
+        always = bool(site.watchers) or (stepped and not self._may_pass(site, probes))
+        action = self._programs.action(site.addr, probes, always=always)
+        assert action is not None, "there is a gate"
         old = site.service
-        if old is not None and (old.stops, old.handlers, old.filtered, old.plan) == (stops, handlers, filtered, plan):
+        if old is not None and (old.action, old.plan) == (action, plan):
             return old
-        if filtered is not None:
-            counters = (probe.counter for probe in asking if probe.counter is not None)
-            handler = in_guest.make_filtering(site.addr, filtered, next(counters, None), plan.slot.code)
-        elif stops:
-            boosted = plan.slot.code if plan.rung is Rung.BOOSTED else None
-            counters = (probe.counter for probe in probes if probe.counter is not None)
-            handler = in_guest.make_stopping(plan.insn, next(counters, None), boosted)
-        else:
-            handler = in_guest.make_handling(site.addr, handlers, plan.slot.code)
+        handling = in_guest.make_handler(plan.insn, action, None if stepped else plan.slot.code)
+        self._region.store.reach(self._region.slots.high_water)
         if old is not None:
-            self._region.slots.free(old.handler)
-        site.service = Service(handler, stops, handlers, plan, filtered)
+            self._region.slots.free(old.handling.slot)
+        site.service = Service(handling, action, plan)
         return site.service
 
+    def _may_pass(self, site: Site, probes: list[Probe]) -> bool:
+        """Whether a hit of the single-step rung needs no step if none of *probes* wants it.
+
+        One that comes to the int3 again, for the step was not through with it, must be nothing else to the programs.
+        """
+        if site.faults or site.plan.insn.has_repeat_prefix or not probes:
+            return False
+        return all(self._programs.asks(probe) and probe.spec.condition is not None for probe in probes)
+
+    def _note(self, site: Site, answer: VirtAddr | None) -> None:
+        """What asks for *site* now goes on with *answer*."""
+        site.asked = None
+        if answer is None:
+            return
+        assert site.action is not None
+        assert site.action.ask is not None
+        wanted = {handler.data for handler in site.handlers if handler.decides}
+        probes = tuple(probe for probe in site.probes if probe.counter is not None and probe.counter.addr in wanted)
+        undo = bool(site.action.ask.undo)
+        site.asked = Asked(site.addr, answer, None if site.action.always else probes, undo)
+        self.asks[answer] = site.asked
+
     def _hook(self, in_guest: GuestDispatch) -> None:
-        self._region.store.describe_entry_text(in_guest.path.entry_text)
         self._region.store.add(in_guest.hook_record, self._region.slots.high_water)
         self._hooked = True
         if self.lifted:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import ConnectionLostError, GuestStateError, KprobeError
+from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError, SessionOverError
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import Location, ProbeSpec
@@ -31,6 +31,7 @@ from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.sites import Sites
 from gdb_kprobe.session.stepping import Step, Stepping
+from gdb_kprobe.session.traps import Read
 from gdb_kprobe.session.ways import Ways
 from gdb_kprobe.target.protocols import Breakpoints, LiveMemory, Machine
 
@@ -80,13 +81,15 @@ class Session:
         """What else the user is to be told."""
         self._redirected: dict[str, str] = {}
         """By name of the probe, why its hits are not the calls of its function."""
+        self._unseen: list[str] = []
+        """What could not be looked at when the machine last stopped for the user."""
         self.text = TextMap()
         """Which bytes of the guest's text are ours."""
         self.listeners = Listeners()
         self._breakpoints = breakpoints
         machine.watch_faults(fault_entries(guest.gates))
         table: dict[VirtAddr, Site] = {}
-        programs = Programs()
+        programs = Programs(self.listeners, in_guest)
         self._routes = Routes(
             machine,
             guest.memory,
@@ -97,15 +100,16 @@ class Session:
             self._bring_out,
             in_guest,
             programs,
-            self.listeners,
-            self._awaits,
         )
         self._moment = Moment(machine, region.header.phys, lambda: self._routes.lifted)
         self._quarantine = Quarantine(machine, guest, region, self._moment)
         self._roll = Roll(region, self._quarantine)
         self._moment.change()
-        ways = Ways(guest.memory, region, breakpoints)
-        self._dispatcher = StubDispatcher(machine, guest, table, self._tell, ways.to, self._routes.gate, interruptible)
+        jumps_ = Jumps(machine, guest, breakpoints, table, programs, jumps and Rung.OPTIMIZED in rungs)
+        ways = Ways(guest.memory, region, breakpoints, jumps_)
+        self._dispatcher = StubDispatcher(
+            machine, guest, table, self._routes.asks, self._tell, ways.to, self._routes.gate, interruptible
+        )
         self._stepping = Stepping(machine, guest, breakpoints, table, self._dispatcher)
         self.sites = Sites(
             machine,
@@ -115,7 +119,7 @@ class Session:
             self.text,
             Planner(guest, self.text, region.slots, rungs, boost),
             self._routes,
-            Jumps(machine, guest, breakpoints, table, programs, self.listeners, jumps and Rung.OPTIMIZED in rungs),
+            jumps_,
             self._dispatcher,
             self._roll,
             self._quarantine,
@@ -153,7 +157,7 @@ class Session:
     ) -> list[tuple[Probe, KprobeError]]:
         """Arm *probes*; returns those that cannot be, with the reason. *progress* is told how many were tried.
 
-        Cut off by an error of another kind or a Ctrl-C, it has added none.
+        Cut off by an error of another kind or a Ctrl-C, it has added none; where the session is over, those so far.
         """
         self._look()
         added: list[Probe] = []
@@ -164,12 +168,12 @@ class Session:
                     progress(done)
                     try:
                         self._add(probe)
-                    except ConnectionLostError:
-                        raise
                     except KprobeError as error:
                         refused.append((probe, error))
                     else:
                         added.append(probe)
+            except SessionOverError:
+                raise
             except BaseException:
                 for probe in reversed(added):
                     self._delete(probe)
@@ -250,8 +254,13 @@ class Session:
         """
         self._check_memory()
         self.listeners.add(listener, probes)
-        with self._moment.act():
-            self.sites.serve_all()
+        try:
+            with self._moment.act():
+                for site in self.sites.armed():
+                    self.sites.serve(site)
+        except BaseException:
+            self.listeners.remove(listener)
+            raise
 
     def unlisten(self, listener: Listener) -> None:
         """Do not tell *listener* any more; also while the machine runs. Nothing happens when it was dropped."""
@@ -274,13 +283,20 @@ class Session:
         """
         return self._quarantine.is_quiet()
 
+    def original_of(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
+        """RIP and RSP that those of a frame stand for: in a slot, or at the gate with a hit; ``None``: in neither."""
+        original = self.sites.original_of(rip)
+        if original is not None:
+            return original, rsp
+        return self._dispatcher.hit_at(rip, rsp, read)
+
     # -- stops --------------------------------------------------------------------------------------------------
 
     def on_breakpoint(self, cpu: CpuId) -> bool:
         """*cpu* stopped at the gate: handle the hit, if it is one; whether the user gets the prompt.
 
-        Other vCPUs may stand there too: they are not looked at. The stub's breakpoint is still there when the
-        machine is resumed, and stops each of them in its turn.
+        Other vCPUs may stand there too. The stub's breakpoint is still there when the machine is resumed, and stops
+        each of them in its turn; where it would not, they are set back to before it.
 
         :raises GuestResetError: the guest's memory is not what it was. Nothing was done.
         """
@@ -289,10 +305,7 @@ class Session:
             return True  # the guest's own text was loaded: no probe is armed until the user resumes
         outcome = self._dispatcher.dispatch(cpu)
         self._drop_failed()
-        if arrived := self._dispatcher.take_arrived():
-            with self._moment.act():
-                self.sites.serve(arrived)
-        return outcome is Outcome.STOP
+        return self._stops(outcome is Outcome.STOP, cpu)
 
     def on_place(self, cpu: CpuId, addr: VirtAddr) -> bool:
         """A step of the user's has brought *cpu* to *addr*, which :meth:`Breakpoints.watch` names; whether to stop.
@@ -302,6 +315,12 @@ class Session:
         self._check_memory()
         stop = self._stepping.arrive(cpu, addr)
         self._drop_failed()
+        return self._stops(stop, cpu)
+
+    def _stops(self, stop: bool, cpu: CpuId) -> bool:
+        """Whether the user gets the prompt; if not, the machine is resumed, *cpu* being where it is to go on."""
+        if not stop and self.machine.quirks.stops_once:
+            self._dispatcher.come_again(other for other in self.machine.cpus() if other != cpu)
         return stop
 
     def settle(self) -> None:
@@ -312,7 +331,7 @@ class Session:
 
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
-        self._look()
+        self._tell_once(self._look_as_far_as_can_be())
         self._stepping.end()
         self._settle_all()
         self._drop_failed()
@@ -345,6 +364,7 @@ class Session:
         problems: list[str] = []
         try:
             problems = self._lower()
+            self._dispatcher.resume(self._stepping.watched)
             self._stepping.start()
         finally:
             if self._moment.was_lost:
@@ -358,8 +378,8 @@ class Session:
         with self._moment.act(changes=False):
             before = self.sites.shape()
             self.modules.update()
-            self.sites.serve_all()
-            problems = self.sites.match_jumps()
+            problems = self.sites.serve_all()
+            problems += self.sites.match_jumps()
             rebuilt = self._routes.lower()
             problems += self.sites.write_patches(self._moment.is_lost, self._check_breakpoints)
             if rebuilt or self.sites.shape() != before:
@@ -371,23 +391,21 @@ class Session:
         self._dispatcher.forget_stopped()
 
     def detach(self) -> Detached:
-        """Undo everything: text, records, mapping. What cannot be undone is left alone and named."""
-        self._look()
-        with self._moment.act():
-            return self._detach()
+        """Undo everything: text, records, mapping. What cannot be undone is left alone and named.
 
-    def _detach(self) -> Detached:
-        problems: list[str] = []
+        :raises GuestResetError: the guest is not the one that was attached to any more. Nothing was written.
+        """
+        problems = self._look_as_far_as_can_be()
+        with self._moment.act():
+            return self._detach(problems)
+
+    def _detach(self, problems: list[str]) -> Detached:
         self._dispatcher.complete()
         self._bring_out()
         was_lifted = self._routes.lifted
         # All text first, and only then what tells of it.
-        try:
+        with contextlib.suppress(KprobeError):  # what is not restored is told below, site by site
             self._lift()
-        except ConnectionLostError:
-            raise
-        except KprobeError:
-            pass  # what is not restored is told below, site by site
         restored = 0
         with self.region.memory.batch():
             problems += self.sites.leave_saved()
@@ -395,9 +413,7 @@ class Session:
                 if site.armed and not site.saved:
                     try:
                         self.sites.disarm(site, trapped=False)
-                        restored += any(not probe.hidden for probe in site.probes)
-                    except ConnectionLostError:
-                        raise
+                        restored += any(probe.is_the_users for probe in site.probes)
                     except KprobeError as error:
                         problems.append(f"{self.guest.place_of(site.addr)}: {error.message}")
         still_armed = tuple(
@@ -415,9 +431,7 @@ class Session:
         unmapped = False
         try:
             unmapped = not problems and self._unmap_if_unused()
-        except ConnectionLostError:
-            raise
-        except KprobeError as error:
+        except (KprobeError, GuestResetError) as error:
             problems.append(f"the region is not taken away: {error.message}")
         return Detached(restored, unmapped, tuple(problems), notes=notes)
 
@@ -429,19 +443,52 @@ class Session:
         :raises GuestResetError: it is another boot. Nothing may be written any more.
         """
         self._check_boot()
-        self.guest.refresh()
-        self.sites.begin()
+        for look in self._looks():
+            look()
+
+    def _look_as_far_as_can_be(self) -> list[str]:
+        """Look where what cannot be read, in a guest whose memory is damaged, say, must not keep from what follows.
+
+        Returns what could not be looked at, and why.
+
+        :raises GuestResetError: it is another boot. Nothing may be written any more.
+        """
+        self._check_boot()
+        problems = []
+        for look in self._looks():
+            try:
+                look()
+            except KprobeError as error:
+                problems.append(f"what the guest has changed cannot all be told: {error.message}")
+        return problems
+
+    def _looks(self) -> tuple[Callable[[], None], ...]:
+        return (
+            self.guest.refresh,
+            self.sites.begin,
+            self._forget_gone,
+            self._look_at_saved,
+            self.modules.look,
+            self._tell_redirected,
+        )
+
+    def _forget_gone(self) -> None:
         for site in self.sites.all():
             if self.sites.is_gone(site):
                 with self._moment.act():
                     self._forget(site)
+
+    def _look_at_saved(self) -> None:
         notes, free = self.sites.look_at_saved()
         self.notes += notes
         for site in free:
             with self._moment.act():
                 self.sites.settle_saved(site)
-        self.modules.look()
-        self._tell_redirected()
+
+    def _tell_once(self, problems: list[str]) -> None:
+        """Note those of *problems* that the last stop did not have."""
+        self.notes += [problem for problem in problems if problem not in self._unseen]
+        self._unseen = problems
 
     def _tell_redirected(self) -> None:
         """Note what the guest has redirected since the last look."""
@@ -599,13 +646,20 @@ class Session:
                 if probe.counter is not None:
                     probe.counter.enable(False)
                 if any(probe is other for other in self.probes):  # it may have deleted itself before it raised
-                    with self._moment.act():
-                        self.sites.match(self.sites.need(probe))
+                    self._match_now(self.sites.need(probe))
 
-    def _awaits(self, addr: VirtAddr) -> bool:
-        return self._dispatcher.awaits(addr)
+    def _match_now(self, site: Site) -> None:
+        """Have *site* as its probes want, in the middle of a run: what was read of the guest before is out of date."""
+        with self._moment.act():
+            try:
+                self.guest.refresh()
+                self.sites.forget_moment()
+                self.sites.match(site)
+            except KprobeError as error:
+                # Its probes count, or not, as their enable words say; the next resume has another look.
+                self.notes.append(f"{self.guest.place_of(site.addr)} is handled as before for now: {error.message}")
 
     def _tell(self, hit: Hit) -> None:
         """Tell who listens; not of the session's own probes."""
-        if not hit.probe.hidden:
+        if hit.probe.is_the_users:
             self.listeners.tell(hit)

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from gdb_kprobe.errors import ConnectionLostError, KprobeError, RefusedError
-from gdb_kprobe.kprobes.detour import Action
+from gdb_kprobe.errors import KprobeError, RefusedError
+from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.condition import Condition
@@ -29,7 +29,7 @@ from gdb_kprobe.session.quarantine import Quarantine
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
-from gdb_kprobe.session.saved_jumps import HINT, is_as_saved, plan_of, savers, why
+from gdb_kprobe.session.saved_jumps import HINT, is_as_saved, plan_of, savers, some, why, why_perhaps
 from gdb_kprobe.session.stepping import Stepping
 from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
 from gdb_kprobe.session.windows import Wish
@@ -107,7 +107,7 @@ class Sites:
             if addr in site.plan.slot.range:
                 at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
                 return insn.addr if at_it else insn.end
-            if site.service is not None and addr in site.service.handler.range:
+            if site.service is not None and addr in site.service.handling.slot.range:
                 return insn.addr
         return None
 
@@ -131,22 +131,41 @@ class Sites:
 
         The latter were saved before: they are to be :meth:`settle_saved`.
         """
-        notes, free = [], []
-        saved = {kprobe.addr for kprobe in savers(self._guest.own_kprobes(), self._region.header.code)}
-        for addr in saved:
-            site = self._table.get(addr)
-            if site is not None and site.armed and site.is_jump and not site.saved:
+        kprobes = self._guest.own_kprobes()
+        saved = {kprobe.addr for kprobe in savers(kprobes, self._region.header.code)}
+        notes = []
+        for site in self._unsaved_jumps(self._table.get(addr) for addr in saved):
+            site.saved = True
+            names = ", ".join(probe.name for probe in site.probes)
+            notes.append(
+                f"{names}: {why(self._guest.place_of(site.addr))}. Both count all hits; until it is removed in the "
+                "guest the jump stays as it is, also at stops and after a detach"
+            )
+        if kprobes.unread is not None:
+            # Not one that is away while the machine is stopped: no kprobe has come since it was there.
+            there = [site for site in self._unsaved_jumps(self._table.values()) if self._is_as_saved(site)]
+            for site in there:
                 site.saved = True
-                names = ", ".join(probe.name for probe in site.probes)
+            if there:
+                names = some(probe.name for site in there for probe in site.probes)
                 notes.append(
-                    f"{names}: {why(self._guest.place_of(addr))}. Both count all hits; until it is removed in the "
-                    "guest the jump stays as it is, also at stops and after a detach"
+                    f"{names}: {why_perhaps(kprobes.unread)}. Each jump stays as it is, also at stops and after a "
+                    f"detach. {kprobes.unread.hint}"
                 )
-        for site in self._table.values():
-            # A vCPU that has taken the guest's int3 may be on its way to our detour after the kprobe has gone.
-            if site.saved and site.addr not in saved and not self._jumps.is_on_a_stack(offset(site.addr, 1)):
-                free.append(site)
-        return notes, free
+            return notes, []
+        # A vCPU that has taken the guest's int3 may be on its way to our detour after the kprobe has gone.
+        return notes, [
+            site
+            for site in self._table.values()
+            if site.saved and site.addr not in saved and not self._jumps.is_on_a_stack(offset(site.addr, 1))
+        ]
+
+    @staticmethod
+    def _unsaved_jumps(sites: Iterable[Site | None]) -> list[Site]:
+        return [site for site in sites if site is not None and site.armed and site.is_jump and not site.saved]
+
+    def _is_as_saved(self, site: Site) -> bool:
+        return is_as_saved(self._guest.memory, site.addr, site.plan.patch.new)
 
     def redirected(self, probe: Probe) -> str:
         """Why the hits of *probe* are not the calls of its function, if they are not."""
@@ -179,28 +198,77 @@ class Sites:
 
     def leave_saved(self) -> list[str]:
         """The session ends: have the jumps that are saved do nothing but what they replace. Returns what to tell."""
-        problems = []
-        for site in self._table.values():
-            if site.saved and site.armed:
-                self._quieten(site)
-                problems.append(
-                    f"{self._guest.place_of(site.addr)}: {why('it')}: the jump stays, and with it the region; {HINT}, "
-                    "then 'kprobe attach' and 'kprobe detach' take both away"
-                )
-        return problems
+        saved = [site for site in self._table.values() if site.saved and site.armed]
+        for site in saved:
+            self._quieten(site)
+        unread = self._guest.own_kprobes().unread
+        if unread is not None and saved:
+            places = some(str(self._guest.place_of(site.addr)) for site in saved)
+            return [
+                f"{places}: {why_perhaps(unread)}: each jump stays, and with it the region; {unread.hint}, then "
+                "'kprobe detach' takes all away"
+            ]
+        return [
+            f"{self._guest.place_of(site.addr)}: {why('it')}: the jump stays, and with it the region; {HINT}, "
+            "then 'kprobe attach' and 'kprobe detach' take both away"
+            for site in saved
+        ]
 
     def _quieten(self, site: Site) -> None:
         """Have the detour of *site* count nothing, if nobody is in it; what it counts in may become somebody else's."""
         assert site.plan.detour is not None
         if self._quarantine.is_clear(site.plan.slot.range):
-            code = replace(site.plan.detour, action=Action(())).emit(site.plan.slot.code)
+            code = replace(site.plan.detour, action=Action()).emit(site.plan.slot.code)
             write_verified(self._guest.memory, site.plan.slot.code, code)
+
+    def _join_saved(self, site: Site, probe: Probe) -> Plan:
+        """Have the detour of *site*, whose jump is saved, count the hits of *probe* too; returns what it is then.
+
+        No byte of the jump changes for that, but the code that it leads to: as far as there is room for it, and while
+        nobody is there. So the probes that were there are adopted, and others are added.
+
+        :raises RefusedError: that cannot be.
+        """
+        if probe.post is not None:
+            raise self._is_saved(site, site.addr, f"{probe.name} has a post-handler, which a jump does not call")
+        if probe.strategy not in (None, site.plan.rung):
+            raise self._is_saved(site, site.addr, f"so {probe.name} cannot be {probe.strategy}")
+        action = self._jumps.action(site.addr, [*site.probes, probe])
+        if action is None:
+            raise self._is_saved(site, site.addr, f"{probe.name} needs the host, which the jump cannot ask")
+        plan = self._joined(site, action)
+        if not holds(self._guest.memory, plan.slot.code, plan.code):
+            if not self._quarantine.is_clear(plan.slot.range):
+                raise self._is_saved(site, site.addr, "somebody is where it leads; try again after the guest has run")
+            write_verified(self._guest.memory, plan.slot.start, plan.slot_image)
+        return plan
+
+    def _joined(self, site: Site, action: Action) -> Plan:
+        """What *site*, whose jump is saved, would be with another *action*.
+
+        :raises RefusedError: it cannot have that.
+        """
+        if self._guest.own_kprobes().unread is not None:
+            raise self._is_saved(site, site.addr)
+        assert site.plan.detour is not None
+        flags, dead = self._planner.flags_under(self._guest.place_of(site.addr))
+        detour = replace(site.plan.detour, action=action, flags=flags, flags_dead=dead)
+        if detour.size > site.plan.slot.end - site.plan.slot.code:
+            raise self._is_saved(site, site.addr, "there is no room for another probe where it leads")
+        return replace(site.plan, detour=detour, code=detour.emit(site.plan.slot.code))
+
+    def _is_saved(self, site: Site, addr: VirtAddr, detail: str = "") -> RefusedError:
+        """Why there can be no probe at *addr*: *site* cannot change for it, for its jump is saved."""
+        unread = self._guest.own_kprobes().unread
+        told = why(self._guest.place_of(site.addr)) if unread is None else why_perhaps(unread)
+        told += f"; {detail}" if detail else ""
+        refusal = Refusal(Reason.GUEST_KPROBE, addr, told, HINT if unread is None else unread.hint)
+        return RefusedError(f"cannot probe {self._guest.place_of(addr)}", refusal)
 
     def _check_not_saved(self, site: Site | None, addr: VirtAddr) -> None:
         """:raises RefusedError: *site* cannot change for a probe at *addr*, for its jump is saved."""
         if site is not None and site.saved:
-            refusal = Refusal(Reason.GUEST_KPROBE, addr, why(self._guest.place_of(site.addr)), HINT)
-            raise RefusedError(f"cannot probe {self._guest.place_of(addr)}", refusal)
+            raise self._is_saved(site, addr)
 
     def is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
@@ -212,7 +280,7 @@ class Sites:
             return False
         patch = site.plan.patch
         if site.saved:
-            return not is_as_saved(self._guest.memory, site.addr, patch.new)
+            return not self._is_as_saved(site)
         return site.armed and not holds(self._guest.memory, site.addr, patch.old if self._routes.lifted else patch.new)
 
     def holds_ours(self, site: Site) -> bool:
@@ -240,7 +308,10 @@ class Sites:
         :raises RefusedError: a rule says no.
         """
         site = self._table.get(place.at)
-        self._check_not_saved(site, place.at)
+        if site is not None and site.saved:
+            counted = self._jumps.counting(place, condition, self._region.header.counters.start)
+            action = self._jumps.action(site.addr, site.probes) or Action()
+            return self._joined(site, replace(action, handlers=(*action.handlers, counted)))
         if site is not None:
             return site.plan
         self._check_entry(place)
@@ -287,8 +358,10 @@ class Sites:
         site, strategy = self._table.get(place.at), probe.strategy
         at = self._guest.place_of(place.at)
         self._check_entry(place)
-        self._check_not_saved(site, at.addr)
-        if site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
+        is_saved = site is not None and site.saved
+        if is_saved:
+            pass  # its plan stays
+        elif site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
             self._replan(site, self._plan(at, True, None))
         elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
             # It is only a fixup that is watched: any rung will do.
@@ -302,6 +375,8 @@ class Sites:
                 with self._entries.explained(place):
                     plan = self._plan(at, probe.post is not None, strategy, wish)
                 site = self._table[at.addr] = self._new_site(plan)
+            elif is_saved:
+                site.plan = self._join_saved(site, probe)
             elif strategy not in (None, site.strategy, site.plan.rung):
                 raise KprobeError(
                     f"{at} is probed already, as {site.plan.rung}",
@@ -342,7 +417,8 @@ class Sites:
         addr = plan.insn.addr
         fixup = self._guest.fixup_of(addr)
         # Some are fixed up by being executed again, with another operand: nothing to watch.
-        return Site(plan, fixup=None if fixup == addr else fixup, owner=self._guest.owner_of(addr))
+        watched = None if fixup == addr else fixup
+        return Site(plan, fixup=watched, owner=self._guest.owner_of(addr), faults=fixup is not None)
 
     def _drop_unused(self, site: Site) -> None:
         if not site.in_use and not site.saved:
@@ -374,6 +450,8 @@ class Sites:
     def match(self, site: Site) -> None:
         """Arm or disarm *site*, as its probes want; one that is saved stays, and its counters do what they are told."""
         if site.saved:
+            if site.armed:
+                self._routes.serve(site)
             return
         if site.wanted:
             self._fit(site)
@@ -381,24 +459,26 @@ class Sites:
             self._arm(site)
         elif not site.wanted and site.armed:
             self.disarm(site)
-        elif site.armed and not site.is_jump:
+        elif site.armed:
             self._routes.serve(site)
         self._routes.tidy()
 
-    def serve_all(self) -> None:
-        """Have the hits of all handled as their probes and listeners want now."""
+    def serve_all(self) -> list[str]:
+        """Have the hits of all handled as their probes and listeners want now; returns what went wrong."""
+        problems = []
         for site in self.armed():
-            if site.is_jump:
-                self._fit(site)
-            if not site.is_jump:
-                self._routes.serve(site)
+            try:
+                self.serve(site)
+            except KprobeError as error:
+                problems.append(f"{self._guest.place_of(site.addr)} is handled as before: {error.message}")
+        return problems
 
-    def serve(self, addrs: Iterable[VirtAddr]) -> None:
-        """Have the hits at *addrs* handled as their probes and listeners want now."""
-        for addr in addrs:
-            site = self._table.get(addr)
-            if site is not None and site.armed and not site.is_jump:
-                self._routes.serve(site)
+    def serve(self, site: Site) -> None:
+        """Have the hits of *site*, which is armed, handled as its probes and listeners want now."""
+        if site.is_jump:
+            self._fit(site)
+        if not site.is_jump:
+            self._routes.serve(site)
 
     def match_jumps(self) -> list[str]:
         """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
@@ -415,8 +495,6 @@ class Sites:
             if declined is not None and declined.reason.passes:
                 try:
                     self._fit(site)
-                except ConnectionLostError:
-                    raise
                 except KprobeError as error:
                     problems.append(f"{self._guest.place_of(site.addr)} stays {site.plan.rung}: {error.message}")
         return problems
@@ -457,7 +535,7 @@ class Sites:
             return
         try:
             if armed:
-                self.disarm(site)
+                self.disarm(site, comes_back=True)
             site.plan = plan
             if armed:
                 self._arm(site)
@@ -490,8 +568,6 @@ class Sites:
                 try:
                     check(site)
                     apply(self._guest.memory, [site.plan.patch])
-                except ConnectionLostError:
-                    raise
                 except KprobeError as error:
                     if is_lost():
                         raise
@@ -522,10 +598,9 @@ class Sites:
             self._region.store.add(record, self._region.slots.high_water)
             undo.callback(self._region.store.remove, site.addr)
             write_verified(self._guest.memory, plan.slot.start, plan.slot_image)
-            if not site.is_jump:
-                undo.callback(self._routes.tidy)
-                undo.callback(self._routes.close, site)
-                self._routes.open(site)
+            undo.callback(self._routes.tidy)
+            undo.callback(self._routes.close, site)
+            self._routes.open(site)
             undo.callback(self._borrows.give_back, plan.patch.range)
             self._borrows.borrow(plan.patch.range, borrowed)
             # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
@@ -540,32 +615,33 @@ class Sites:
                 apply(self._guest.memory, [plan.patch])
             undo.pop_all()
 
-    def disarm(self, site: Site, *, trapped: bool = True) -> None:
+    def disarm(self, site: Site, *, trapped: bool = True, comes_back: bool = False) -> None:
         """Text first; a vCPU that has taken the int3 already is sent back to the instruction.
 
         *trapped*: there may be one. It is not, when all were brought out and the machine has not run since.
+        *comes_back*: the site is armed again, with another plan; what is known of hits stays.
         """
         patch = site.plan.patch
         for cpu in self._machine.cpus() if trapped else ():
             trap = self._dispatcher.trap_of(cpu)
             if trap is not None and self._dispatcher.site_of(trap) is site:
-                self._dispatcher.undo_trap(cpu)
+                self._dispatcher.undo_trap(cpu, wholly=True)
         # A write that was cut off may have happened all the same.
         if self._guest.memory.read(patch.addr, len(patch.old)) != patch.old:
             apply(self._guest.memory, [patch.inverse])
-        self._mark_disarmed(site)
+        self._mark_disarmed(site, comes_back=comes_back)
         self._unwatch_fixup(site)
 
-    def _mark_disarmed(self, site: Site, *, keep_record: bool = False) -> None:
+    def _mark_disarmed(self, site: Site, *, keep_record: bool = False, comes_back: bool = False) -> None:
         if not site.armed:
             return
         self._text.remove(site.plan.patch)
         self._jumps.remove(site)
         site.armed = False
-        if not site.is_jump:
-            self._routes.close(site)
+        self._routes.close(site)
         self._borrows.give_back(site.plan.patch.range)
-        self._dispatcher.forget(site)
+        if not comes_back:
+            self._dispatcher.forget(site)
         if not keep_record:
             self._region.store.remove(site.addr)
 

@@ -1,10 +1,11 @@
-"""Jumps in the region that lead a vCPU to where the user has a breakpoint."""
+"""Where a vCPU is to be resumed so that it gets to an address: where that is hidden, or the user has a breakpoint."""
 
 from __future__ import annotations
 
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, VirtAddr
+from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.target.protocols import Breakpoints
@@ -13,20 +14,26 @@ _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
 
 
 class Ways:
-    """One such jump for each vCPU that ever needs one; they stay for the session."""
+    """One jump in the region for each vCPU that ever needs one; they stay for the session."""
 
-    def __init__(self, memory: PageTable, region: Region, breakpoints: Breakpoints) -> None:
+    def __init__(self, memory: PageTable, region: Region, breakpoints: Breakpoints, jumps: Jumps) -> None:
+        self._jumps = jumps
         self._memory = memory
         self._region = region
         self._breakpoints = breakpoints
         self._slots: dict[CpuId, Slot] = {}
 
     def to(self, cpu: CpuId, addr: VirtAddr) -> VirtAddr:
-        """Where *cpu* is to be resumed to get to *addr*: there, unless the user has a breakpoint at it.
+        """Where *cpu* is to be resumed to get to *addr*: there, unless it is hidden or the user has a breakpoint at it.
+
+        What a jump of ours hides is executed in the detour.
 
         A debugger that resumes a program at a breakpoint steps over it, and the user would not stop. So it starts at a
         jump of ours that leads there.
         """
+        copy = self._jumps.copy_of(addr)
+        if copy is not None:
+            return copy
         if not self._breakpoints.is_taken(addr):
             return addr
         slot = self._slots.get(cpu)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gdb_kprobe.kprobes.detour import Action, Detour, Flags
+from gdb_kprobe.kprobes.action import Action
+from gdb_kprobe.kprobes.detour import Detour, Flags
 from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.patch import TextMap
+from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.window import Function, Window, can_optimize, read_up_to
-from gdb_kprobe.model import AddressRange, Refusal, VirtAddr
+from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.guest import Guest
 from gdb_kprobe.x86.decode import Insn, decode
@@ -41,8 +43,7 @@ class Windows:
         """What goes out of line for a jump over *insn* of *function*; or why there can be none."""
         place = function.place
         code = function.code
-        piece = self._guest.piece_at(place.start, code[: insn.addr - place.start + _AHEAD])
-        known = read_up_to(piece, insn.addr + _AHEAD, place.end, self._forms)
+        known = self._read(self._piece(function, insn.addr), function, insn.addr)
         index = bisect_left(known.addrs, insn.addr)
         window = can_optimize(known, index, lambda: self._guest.references(self._text), self._area)
         if isinstance(window, Refusal):
@@ -51,13 +52,28 @@ class Windows:
         if refusal is not None:
             return refusal
         text = code[window.start - place.start : window.end - place.start]
-        flags = self._flags(known, insn.addr)
-        return Detour(window, executed(window.start, text), text, wish.action, flags)
+        flags, dead = self._flags(known, insn.addr)
+        return Detour(window, executed(window.start, text), text, wish.action, flags, dead)
 
-    def _flags(self, function: Function, addr: VirtAddr) -> Flags:
-        if are_flags_dead(addr, function.settled, as_processors_do=True):
-            return Flags.DEAD
-        return Flags.LAHF if self._guest.has_lahf else Flags.PUSHF
+    def flags_under(self, function: FunctionText, addr: VirtAddr) -> tuple[Flags, bool]:
+        """How the flags are saved at *addr* of *function*, and whether they are dead, where a kprobe of the guest's is.
+
+        It is on our jump, and changes none of the function's own text.
+        """
+        piece = self._piece(function, addr)
+        sites = [site for site in piece.sites if (site[0], site[2]) != (addr, Reason.GUEST_KPROBE)]
+        return self._flags(self._read(replace(piece, sites=sites), function, addr), addr)
+
+    def _piece(self, function: FunctionText, addr: VirtAddr) -> Piece:
+        place = function.place
+        return self._guest.piece_at(place.start, function.code[: addr - place.start + _AHEAD])
+
+    def _read(self, piece: Piece, function: FunctionText, addr: VirtAddr) -> Function:
+        return read_up_to(piece, addr + _AHEAD, function.place.end, self._forms)
+
+    def _flags(self, function: Function, addr: VirtAddr) -> tuple[Flags, bool]:
+        dead = are_flags_dead(addr, function.settled, as_processors_do=True)
+        return Flags.LAHF if self._guest.has_lahf else Flags.PUSHF, dead
 
 
 def executed(start: VirtAddr, text: bytes) -> tuple[Insn, ...]:

@@ -51,6 +51,17 @@ class Quirks:
         return _DEBUG_REGISTERS if self.accelerator is Accelerator.KVM else None
 
     @property
+    def stops_once(self) -> bool:
+        """A hardware breakpoint stops a vCPU once for each time that it comes there.
+
+        Of two vCPUs that come to one at the same time QEMU's client is told of one. Under TCG the other one runs into
+        the breakpoint again when the machine is resumed. Under KVM it does not: the processor has had its exception for
+        that instruction (SDM volume 3, 17.3.1.1 and 28.3.3: RFLAGS.RF is saved as the exception would push it;
+        measured with an emulated SVM, which does not save it there).
+        """
+        return self.accelerator is Accelerator.KVM
+
+    @property
     def flushes_at_write(self) -> bool:
         """A control register that is written empties the TLB at once.
 

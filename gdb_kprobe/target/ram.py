@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gdb_kprobe.errors import ConnectionLostError, GuestStateError, TargetError
+from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr
 from gdb_kprobe.target.process_memory import ProcessMemory, find_process_memory
 from gdb_kprobe.target.protocols import Machine, Monitor, PhysicalMemory
@@ -155,8 +155,6 @@ class RamView:
                 continue
             try:
                 process = find_process_memory(machine, pids, block.start, size)
-            except ConnectionLostError:
-                raise
             except TargetError:
                 continue
             if process.covers(root, PAGE_SIZE) and process.read_physical(root, PAGE_SIZE) != machine.read_physical(

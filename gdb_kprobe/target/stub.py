@@ -235,7 +235,7 @@ class QemuStub:
             try:
                 self._expect_ok(b"Qqemu.PhyMemMode:1", "switch to physical addresses")
             except BaseException:
-                with contextlib.suppress(TargetError):  # it may have been heard all the same
+                with contextlib.suppress(TargetError, ConnectionLostError):  # it may have been heard all the same
                     self._channel.send(b"Qqemu.PhyMemMode:0")
                 raise
         self._physical_depth += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gdb_kprobe.linux.arrays import np
-from gdb_kprobe.model import AddressRange, Reason, VirtAddr
+from gdb_kprobe.model import AddressRange, Reason, VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
@@ -65,7 +65,7 @@ class TextSnapshot:
 
     def differences(self) -> tuple[Difference, ...]:
         """Compare with the text as it is now."""
-        self.guest.memory.invalidate()
+        self.guest.refresh()
         return tuple(
             self._difference(VirtAddr(window.start + index), old[index], new[index])
             for window, old in self._texts.items()
@@ -84,7 +84,10 @@ class TextSnapshot:
     def _difference(self, addr: VirtAddr, before: int, after: int) -> Difference:
         place = self.guest.place_of(addr)
         refusal = self.guest.refusal_at(place, 1)
-        own = str(refusal.reason) if refusal is not None and refusal.reason in _GUESTS_OWN else ""
+        reasons = [] if refusal is None else [refusal.reason]
+        # Also in text that is refused for what it is: noinstr functions have jump labels, too.
+        reasons += [site.reason for site in self.guest.text_facts().sites_in(AddressRange(addr, offset(addr, 1)))]
+        own = next((str(reason) for reason in reasons if reason in _GUESTS_OWN), "")
         if not own and place.offset < 16:
             # ftrace's sites have no table that survives boot in the image; they are the entry's nop or call.
             start = VirtAddr(addr - min(place.offset, 4))

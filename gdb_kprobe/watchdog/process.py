@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.target.rsp import RspSocket, is_served
 from gdb_kprobe.target.stub import QemuStub
@@ -55,7 +55,7 @@ def see_to(address: str) -> str:
     their text back, all that are an int3 where the guest has no dispatcher of its own; hits of others that need gdb are
     missed, and the rest goes on.
 
-    :raises KprobeError: the stub does not do as asked.
+    :raises ReportedError: the stub does not do as asked, or answers no more.
     """
     deadline = time.monotonic() + _PATIENCE
     while is_served(address):
@@ -70,7 +70,7 @@ def see_to(address: str) -> str:
         if leftover is not None:
             try:
                 problems = leftover.let_go(machine)
-            except KprobeError as error:
+            except ReportedError as error:
                 if not leftover.dispatches_itself:
                     raise
                 problems = (str(error),)  # a vCPU goes on from anywhere by itself

@@ -7,6 +7,7 @@ what a call pushes is an address of the original text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gdb_kprobe.model import Reason, VirtAddr
 from gdb_kprobe.x86.assemble import JMP_REL32_SIZE, Assembler, DisplacementError
@@ -14,7 +15,20 @@ from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.relocate import RelocateError, emit
 
 
-def displaced(insns: Sequence[Insn], slot: VirtAddr, end: VirtAddr, jump_end: VirtAddr) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Displaced:
+    """The copy of displaced instructions at *start*: *ways* are pairs of an instruction's address and its copy's."""
+
+    start: VirtAddr
+    code: bytes
+    ways: tuple[tuple[VirtAddr, VirtAddr], ...]
+
+    def way(self, addr: VirtAddr) -> VirtAddr | None:
+        """Where the copy of the instruction at *addr* is; ``None`` if there is none."""
+        return next((copy for original, copy in self.ways if original == addr), None)
+
+
+def displaced(insns: Sequence[Insn], slot: VirtAddr, end: VirtAddr, jump_end: VirtAddr) -> Displaced:
     """The code at *slot* that stands in for *insns*, which follow one another.
 
     A call is the last that is executed here. Where its return address is below *jump_end*, only nops may follow it, and
@@ -25,16 +39,18 @@ def displaced(insns: Sequence[Insn], slot: VirtAddr, end: VirtAddr, jump_end: Vi
     :raises RelocateError: an instruction is not handled, or something that it refers to is out of reach of *slot*.
     """
     asm = Assembler(slot)
+    ways = []
     for insn in insns:
         behind = end if insn.is_call and insn.end < jump_end else insn.end
+        ways.append((insn.addr, asm.pc))
         emit(asm, insn, return_to=behind)
         if insn.is_call or not insn.falls_through:
-            return asm.finish()
+            return Displaced(slot, asm.finish(), tuple(ways))
     try:
         asm.jmp_rel32(end)
     except DisplacementError as error:
         raise RelocateError(Reason.OUT_OF_REACH, f"the window's end {end:#x}: {error.message}") from None
-    return asm.finish()
+    return Displaced(slot, asm.finish(), tuple(ways))
 
 
 def displaced_size(insns: Sequence[Insn]) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from kprobe_guest.channel import CommandChannel
 from kprobe_guest.console import SUSPICIOUS, find_problems
-from kprobe_guest.errors import GuestError, GuestTimeoutError
+from kprobe_guest.errors import GuestError, GuestTimeoutError, SilentGuestError
 from kprobe_guest.patience import patient
 
 _SETTINGS = (
@@ -114,26 +114,36 @@ class GuestCommands(ABC):
         if int(last.removeprefix(end)):
             raise GuestError(f"in the guest: {command}: status {last.removeprefix(end).decode()}")
 
-    def follow(self, command: str, say: Callable[[str], None], timeout: float = 60) -> int:
+    def follow(self, command: str, say: Callable[[str], None], timeout: float = 60, first: float | None = None) -> int:
         """Run a shell command in the guest, and *say* each line of its output when it comes; returns its exit status.
 
+        :param first: seconds within which the first line has come, if they are fewer than *timeout*.
         :raises GuestFailedError: the guest failed meanwhile.
         :raises GuestTimeoutError: no end of the command within *timeout* seconds; it has been interrupted.
+        :raises SilentGuestError: the same, with no line of it.
         """
-        deadline = time.monotonic() + patient(timeout)
+        started = time.monotonic()
+        deadline = started + patient(timeout)
+        first_by = deadline if first is None else min(deadline, started + patient(first))
+        begun = said = False
         channel, (begin, end) = self.channel, (mark.decode() for mark in self._send(command, deadline))
         try:
             while True:
                 while (line := channel.take_line()) is None:
-                    self._tick(deadline, f"the end of: {command}")
+                    self._tick(deadline if said else first_by, f"the end of: {command}")
                 text, found, status = line.partition(end)
-                if f"{text}\n" != begin and (text or not found):
+                if not begun:  # what an interrupted command has left
+                    begun = f"{text}\n".endswith(begin)
+                elif text or not found:
+                    said = True
                     say(text)
                 if found:
                     return int(status)
-        except BaseException:
+        except BaseException as error:
             channel.interrupt()
             self._interrupted = True
+            if isinstance(error, GuestTimeoutError) and not said:
+                raise SilentGuestError(str(error)) from error
             raise
 
     def check_output(self, command: str, timeout: float = 60) -> str:
@@ -209,6 +219,6 @@ class GuestCommands(ABC):
         return tuple(sorted(lines.splitlines()))
 
     def modules(self) -> dict[str, int]:
-        """The guest's loaded modules: name and address of the core section."""
-        lines = self.check_output("cat /proc/modules").splitlines()
+        """The guest's loaded modules: name and address of the core section. None of a kernel that can have none."""
+        lines = self.check_output("[ ! -e /proc/modules ] || cat /proc/modules").splitlines()
         return {(fields := line.split())[0]: int(fields[5], 16) for line in lines}

@@ -40,3 +40,7 @@ class GuestFailedError(GuestError):
 
 class GuestTimeoutError(GuestError):
     """The guest is alive as far as one can see, but did not answer in the time given."""
+
+
+class SilentGuestError(GuestTimeoutError):
+    """Nothing at all has come of a command in the guest."""

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kprobe_guest.build.kernel import find_kernel
-from kprobe_guest.errors import BuildError, GuestError
-from kprobe_guest.patience import SLOWNESS
+from kprobe_guest.errors import BuildError, GuestError, SilentGuestError
+from kprobe_guest.patience import SLOWNESS, slowness
 from kprobe_guest.spec import GuestSpec
 from kprobe_guest.vm import GuestVm
 
@@ -46,7 +46,7 @@ SPEC = GuestSpec(
 )
 
 _SLOWER = 20
-"""How many times slower than usual a machine is that runs guests of KVM in L1: generous, for it is for time limits."""
+"""How many times slower than this machine one is that runs guests of KVM in L1: generous, for it is for time limits."""
 
 _PASSED_ON = re.compile(r"GDB_KPROBE_\w+|XDG_CACHE_HOME|KPROBE_\w+|COLUMNS")
 """Variables that a command has in L1 as it has them here."""
@@ -85,18 +85,32 @@ def run_nested(
     directory: Path | None = None,
     timeout: float,
     environment: Mapping[str, str] | None = None,
+    first: float | None = None,
 ) -> int:
     """Run *command* in L1, in *directory* (this process's), and *say* each line of its output; returns its status.
 
+    :param first: seconds within which its first line comes. If it does not L1 is booted once more, and told of: TCG
+        may lose a vCPU of L1 that runs a guest, in a page fault without an end.
     :raises BuildError: L1's kernel cannot be had.
     :raises GuestError: L1 does not come up, or has no KVM; or the command took more than *timeout* seconds.
     """
     prepare()
     variables = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
-    variables |= {SLOWNESS: str(_SLOWER), **(environment or {})}
+    variables |= {SLOWNESS: f"{_SLOWER * slowness():g}", **(environment or {})}
     words = ["env", "-C", str(directory or Path.cwd()), *(f"{name}={value}" for name, value in variables.items())]
+    line = shlex.join([*words, *command])
+    try:
+        return _run_in_l1(line, say, timeout, first)
+    except SilentGuestError as error:
+        if first is None:
+            raise
+        say(f"booting the emulated machine once more: {str(error).splitlines()[0]}")
+        return _run_in_l1(line, say, timeout, first)
+
+
+def _run_in_l1(line: str, say: Callable[[str], None], timeout: float, first: float | None) -> int:
     with GuestVm(SPEC) as machine:
         status, _ = machine.run(f"test -c {_KVM}")
         if status:
             raise GuestError(f"the emulated machine has no {_KVM}\n{machine.run('dmesg | tail -n 20')[1]}")
-        return machine.follow(shlex.join([*words, *command]), say, timeout)
+        return machine.follow(line, say, timeout, first)

@@ -56,6 +56,14 @@ def test_one_source_line_loads_it_and_prints_nothing() -> None:
     assert (done.stdout, done.stderr) == ("no probes\n", "")
 
 
+def test_a_script_of_the_users_can_load_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import gdb\ngdb.execute('source {LOADER}')\ngdb.execute('kprobe list')\n")
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", f"source {script}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("no probes\n", "")
+
+
 def test_loading_twice_is_harmless(gdb: GdbMi) -> None:
     gdb.console(f"source {LOADER}")
     assert gdb.console("kprobe list").strip() == "no probes"
@@ -262,4 +270,4 @@ except Exception:
     command = ["gdb", "-nx", "-q", "-batch", "-ex", f"source {LOADER}", "-x", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "ConnectionLostError: not attached to a guest" in done.stderr
+    assert "KprobeError: not attached to a guest" in done.stderr

@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 
 from gdb_kprobe.config.installation import CONFIGS
-from gdb_kprobe.launcher.guests import environment, profile
-from gdb_kprobe.launcher.oracle import text_of
+from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbDiedError, GdbMi, GdbTimeoutError, TextSnapshot
-from gdb_kprobe.testing.places import spelled
+from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.debian import cached_kernel
 from kprobe_guest.build.kernel import find_kernel
 from kprobe_guest.errors import BuildError
+from tests.support.guests import environment, profile
+from tests.support.places import spelled
+
+PADS = tuple(bytes.fromhex(pad) for pad in ("f30f1efa", "660f1f00", "0f1f40d6"))
+"""endbr64, and what the kernel puts over it where no indirect branch leads."""
 
 
 @dataclass
@@ -79,6 +83,16 @@ class Probed:
         """Put in offsets for ``SYMBOL+entry``, a probe on it, and ``SYMBOL+behind``, the first one behind its jump."""
         return spelled(self.snapshot.guest, text)
 
+    def pad(self, addr: int) -> int:
+        """Bytes of the landing pad (``endbr64``, or what has taken its place) that the function at *addr* begins with.
+
+        A kernel without CONFIG_X86_KERNEL_IBT has none. Behind it is the nop of ftrace.
+        """
+        return 4 if self.snapshot.original(VirtAddr(addr), 4) in PADS else 0
+
+    def address(self, symbol: str) -> int:
+        return int(self.snapshot.guest.kallsyms.address(symbol))
+
     def patched(self, gdb: GdbMi) -> set[int]:
         """The bytes of text that gdb's probes are in while the guest runs."""
         return {addr for probe in gdb.command("-kprobe-list")["probes"] for addr in patched_by(probe)}
@@ -113,6 +127,16 @@ def patched_by(probe: dict[str, str]) -> set[int]:
 def kernels() -> dict[GuestVm, LinuxGuest]:
     """What was found out of the kernel of each guest: most of the time that a look at its text takes."""
     return {}
+
+
+@pytest.fixture
+def expandable() -> Iterator[GuestVm]:
+    """A guest that a CPU can be plugged into; not one of those that are shared, for the CPU stays."""
+    with GuestVm(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))) as vm:
+        if vm.check_output("cat /sys/devices/system/cpu/possible").strip() == "0":
+            pytest.skip("this kernel sees no place for a second CPU")
+        yield vm
+        vm.check()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Every instruction of functions that a workload runs, probed at once: each is hit as often as QEMU has executed it.
 
-A sample; `gdb-kprobe torture boundaries` takes as many functions as one likes. GDB_KPROBE_FULL=1 in the environment
+A sample; `./install.sh torture boundaries` takes as many functions as one likes. GDB_KPROBE_FULL=1 in the environment
 takes 200 in the guest, and 20 by the stub.
 """
 
@@ -12,13 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from gdb_kprobe.launcher.torture.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing import GdbMi, boundaries
-from gdb_kprobe.testing.functions import Function, Kind, Limits
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS, SPIN
 from kprobe_guest.execution_log import KERNEL_TEXT
+from tests.support import boundaries
+from tests.support.functions import Function, Kind, Limits
+from tests.torture.boundary_check import STUB_LIMITS, BoundaryCheck, Outcome, boundary_check
 
 pytestmark = pytest.mark.live
 
@@ -27,7 +28,7 @@ Record = Callable[[str, object], None]
 
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 
-IN_GUEST, BY_STUB = (200, 20) if FULL else (10, 3)
+IN_GUEST, BY_STUB = (200, 20) if FULL else (len(Kind), 2)
 SOME_PARTS = PARTS if FULL else ("pipes", "copies", "tasks", SPIN)
 KERNELS = ("debian", pytest.param("newest", marks=pytest.mark.full))
 RUNTIME = 1800 if FULL else 900

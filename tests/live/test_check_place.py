@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.bench.kernel_events import Way, events
+from gdb_kprobe.linux.ftrace import NOP
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.kernel_events import Way, events
 
 pytestmark = pytest.mark.live
 
@@ -20,27 +21,36 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+def version_of(guest: Any) -> str:
+    """As in the names of the kernel's rules: ``6.1``."""
+    return ".".join(guest.snapshot.guest.release.split(".")[:2])
+
+
 def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
     guest = probed(GuestSpec())
+    nop, pad = (guest.pad(guest.address(name)) for name in ("vfs_read", "exc_int3"))
+    version = version_of(guest)
     with guest.gdb() as gdb:
-        entry = words(gdb.console("kprobe check vfs_read"))
+        entry = words(gdb.console(f"kprobe check vfs_read+{nop:#x}"))
         inside = words(gdb.console("kprobe check vfs_read+1"))
-        trap = words(gdb.console("kprobe check exc_int3"))
+        trap = words(gdb.console(f"kprobe check exc_int3+{pad:#x}"))
         init = words(gdb.console("kprobe check start_kernel"))
         gdb.console("kprobe detach")
-    assert "(vfs_read+0x0) answer it can be probed, optimized boundary yes: instruction 1 of the function" in entry
+    number = 2 if nop else 1
+    assert f"(vfs_read+{nop:#x}) answer it can be probed, optimized" in entry
+    assert f"boundary yes: instruction {number} of the function" in entry
     assert "bytes 0f 1f 44 00 00 instruction nop dword ptr [rax + rax] (nop)" in entry
     assert "optimized yes, in the slot: 0x" in entry
     assert "boosted yes, in the slot: 0x" in entry
     assert "single-step yes, in the slot: 0x" in entry
     assert "table ftrace site, by its looks" in entry
-    assert "the kernel can_probe (6.1): yes the kernel can_boost (6.1): yes" in entry
+    assert f"the kernel can_probe ({version}): yes the kernel can_boost ({version}): yes" in entry
     assert "answer not an instruction boundary: it is inside the instruction at vfs_read+0x0" in inside
-    assert "hint: the nearest instruction that can be probed is vfs_read+0x0" in inside
+    assert f"hint: the nearest instruction that can be probed is vfs_read+{nop:#x}" in inside
     assert "instruction" not in inside.partition("hint:")[2].replace("the nearest instruction", "")
-    assert "answer on the #BP path: exc_int3+0x0: an int3 there would trap for ever" in trap
+    assert f"answer on the #BP path: exc_int3+{pad:#x}: an int3 there would trap for ever" in trap
     assert "boosted no: on the #BP path single-step no: on the #BP path" in trap
-    assert "the kernel can_probe (6.1): no, on the #BP path" in trap
+    assert f"the kernel can_probe ({version}): no, on the #BP path" in trap
     assert "answer init text, freed after boot" in init
     assert "rung" not in init
 
@@ -57,7 +67,7 @@ def test_an_exception_table_place_names_its_fixup(probed: Callable[[GuestSpec], 
     assert "answer it can be probed, single-step" in shown
     assert "boosted no: exception table instruction: a fault must be seen at the original address" in shown
     assert f"exception table: after a fault it goes on at {kernel.place_of(facts.fixup_of(at))}" in shown
-    assert "can_boost (6.1): no, it is in the exception table" in shown
+    assert f"can_boost ({version_of(guest)}): no, it is in the exception table" in shown
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["int3", "jump"])
@@ -66,27 +76,29 @@ def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
 ) -> None:
     guest = probed(GuestSpec())
     vm = guest.guest
+    start = guest.address("vfs_read")
+    body = guest.pad(start) + len(NOP)
     with guest.gdb() as gdb:
-        before = words(gdb.console("kprobe check vfs_read+5"))
+        before = words(gdb.console(f"kprobe check vfs_read+{body:#x}"))
         length = len(before.partition("bytes ")[2].partition(" instruction")[0].split())
-        following = f"vfs_read+{5 + length:#x}"
+        following = f"vfs_read+{body + length:#x}"
         expected = words(gdb.console(f"kprobe check {following}"))
-        addr = VirtAddr(guest.snapshot.guest.kallsyms.address("vfs_read") + 5)
+        addr = VirtAddr(start + body)
         gdb.cont()
         with events(vm, [addr], Way.OPTIMIZED if optimized else Way.INT3):
             gdb.interrupt()
             with pytest.raises(GdbCommandError) as caught:
-                gdb.console("kprobe p:x vfs_read+5")
-            own = words(gdb.console("kprobe check vfs_read+5"))
+                gdb.console(f"kprobe p:x vfs_read+{body:#x}")
+            own = words(gdb.console(f"kprobe check vfs_read+{body:#x}"))
             after = words(gdb.console(f"kprobe check {following}"))
             gdb.cont()
         gdb.interrupt()
-        again = words(gdb.console("kprobe check vfs_read+5"))
+        again = words(gdb.console(f"kprobe check vfs_read+{body:#x}"))
         gdb.console("kprobe detach")
-    assert "a kprobe of the guest's own: the guest has put one at vfs_read+0x5" in words(str(caught.value))
+    assert f"a kprobe of the guest's own: the guest has put one at vfs_read+{body:#x}" in words(str(caught.value))
     assert "hint: the nearest instruction that can be probed is vfs_read+0x" in words(str(caught.value))
     assert "answer a kprobe of the guest's own" in own
-    assert "table a kprobe of the guest's own at vfs_read+0x5" in own
+    assert f"table a kprobe of the guest's own at vfs_read+{body:#x}" in own
     # The bytes are those under the guest's int3.
     assert before.partition("bytes ")[2].partition(" optimized")[0] in own
     assert (

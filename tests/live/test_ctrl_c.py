@@ -284,3 +284,24 @@ def test_ctrl_c_ends_a_trace(probed: Boot, vcpus: int) -> None:
         gdb.wait_prompt()
         assert counts(gdb) == dict.fromkeys(("boosted", "stepped", "inner"), (vcpus * calls, 0))
         gdb.command("kprobe detach")
+
+
+def test_a_thread_that_may_be_given_a_ctrl_c_is_told_of_once(probed: Boot) -> None:
+    guest = probed(GuestSpec())
+    start = "t = threading.Thread(target=over.wait, name='{name}', daemon=True); t.start()"
+    with guest.gdb() as gdb:
+        gdb.console("python import threading; from gdb_kprobe.gdbext import api; over = threading.Event()")
+        gdb.console(f"python {start.format(name='taker')}")
+        gdb.console(
+            "python exec('with api.uninterrupted():\\n    " + start.format(name="other").replace("'", '"') + "')"
+        )
+        said = []
+        for _ in range(2):
+            gdb.cont()
+            guest.guest.check_output("true")
+            gdb.interrupt()
+            said.append("".join(gdb.transcript))
+        assert said[-1].count("may be given a Ctrl-C") == 1
+        assert "the thread taker may be given a Ctrl-C" in said[0]
+        gdb.console("python over.set()")
+        gdb.console("kprobe detach")

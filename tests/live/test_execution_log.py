@@ -8,21 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.model import AddressRange
 from gdb_kprobe.session.linux_guest import open_linux
-from gdb_kprobe.testing import PathTracer
+from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS
 from kprobe_guest.errors import GuestError
 from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
 from kprobe_guest.vm import SHARED_MEMORY
+from tests.support.path import PathTracer
 
 pytestmark = pytest.mark.live
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
-GETPRIORITY = 140
+GETPRIORITY, CALLS = 140, 200
 
 
 def spec(vcpus: int) -> GuestSpec:
@@ -48,7 +48,7 @@ def test_every_call_of_a_function_is_one_execution_of_its_entry(booted_guest: Bo
     guest.stop()
     log.open(one_instruction=vcpus == 1)  # the first instruction of a function begins a block anyway
     guest.cont()
-    calls = 1000 // vcpus
+    calls = CALLS // vcpus
     guest.check_output(
         "".join(f"taskset {1 << cpu:x} workload syscall {GETPRIORITY} {calls} & " for cpu in range(vcpus)) + "wait",
         timeout=240,
@@ -56,7 +56,7 @@ def test_every_call_of_a_function_is_one_execution_of_its_entry(booted_guest: Bo
     guest.stop()
     counts = log.close()
     guest.cont()
-    assert counts[entry] == 1000
+    assert counts[entry] == CALLS
     assert all(addr in range(0xFFFFFFFF80000000, 0xFFFFFFFFF0000000) for addr in counts)
     assert list(SHARED_MEMORY.glob(f"gdb-kprobe-{os.getpid()}-*.log*")) == []
 

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.model import AddressRange, VirtAddr
-from gdb_kprobe.testing import CallPath, PathTracer
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.path import CallPath, PathTracer
 
 pytestmark = pytest.mark.live
 

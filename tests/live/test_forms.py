@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.model import Reason, VirtAddr
 from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.rsp import RspSocket
-from gdb_kprobe.testing.proof.bare import BASE, OPERAND, SLOTS, TEXT, BareMachine, arena_state
-from gdb_kprobe.testing.proof.cases import CASES
-from gdb_kprobe.testing.proof.decoding import check_branch, check_decoding
-from gdb_kprobe.testing.proof.differential import check
-from gdb_kprobe.testing.proof.emulator import Emulator
-from gdb_kprobe.testing.proof.forms import Forms, read_forms
-from gdb_kprobe.testing.proof.privileged import state_for, transplanted
-from gdb_kprobe.testing.proof.prover import MODULE_AREA, Oracle, Prover
-from gdb_kprobe.testing.proof.state import State, differences
+from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.x86 import relocate, step
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.families import Family, Unhandled, classify
 from kprobe_guest import GuestSpec, GuestVm
+from tests.proof.bare import BASE, OPERAND, SLOTS, TEXT, BareMachine, arena_state
+from tests.proof.cases import CASES
+from tests.proof.decoding import check_branch, check_decoding
+from tests.proof.differential import check
+from tests.proof.emulator import Emulator
+from tests.proof.forms import Forms, read_forms
+from tests.proof.privileged import state_for, transplanted
+from tests.proof.prover import MODULE_AREA, Oracle, Prover
+from tests.proof.state import State, differences
 
 pytestmark = pytest.mark.live
 
@@ -163,13 +163,13 @@ def test_step_that_qemu_does_not_end_is_put_right(bare: BareMachine) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        GuestSpec(kernel="debian"),
         GuestSpec(kernel="newest"),
+        pytest.param(GuestSpec(kernel="debian"), marks=pytest.mark.full),
         pytest.param(GuestSpec(kernel="debian", extra_cmdline=("mitigations=off",)), marks=pytest.mark.full),
         pytest.param(GuestSpec(kernel="newest", extra_cmdline=("mitigations=off",)), marks=pytest.mark.full),
         pytest.param(GuestSpec(kernel="newest", cpu="default", vcpus=2), marks=pytest.mark.full),
     ],
-    ids=["debian", "newest", "debian-off", "newest-off", "newest-default-cpu"],
+    ids=["newest", "debian", "debian-off", "newest-off", "newest-default-cpu"],
 )
 def spec(request: pytest.FixtureRequest) -> GuestSpec:
     """The guest whose text is read; by the module, so that its tests are run one after another."""

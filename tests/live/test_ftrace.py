@@ -61,9 +61,9 @@ class Looked:
     def __init__(self, stub: QemuStub) -> None:
         self.guest: LinuxGuest = open_linux(stub, stub)
         before = time.monotonic()
-        self.records: FtraceRecords = read_ftrace_records(self.guest.memory, self.guest.kallsyms, self.guest.btf)
+        self.records: FtraceRecords = read_ftrace_records(self.guest.memory, self.guest.kallsyms, self.guest.types)
         self.seconds = time.monotonic() - before
-        self.tracers: FtraceTracers = read_ftrace_tracers(self.guest.memory, self.guest.kallsyms, self.guest.btf)
+        self.tracers: FtraceTracers = read_ftrace_tracers(self.guest.memory, self.guest.kallsyms, self.guest.types)
 
     def text(self, addr: VirtAddr) -> bytes:
         return self.guest.memory.read(addr, SITE_SIZE)

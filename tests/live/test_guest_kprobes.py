@@ -15,8 +15,8 @@ import pytest
 
 from gdb_kprobe.model import Reason
 from gdb_kprobe.testing import GdbCommandError
-from gdb_kprobe.testing.functions import function_insns
 from kprobe_guest import GuestSpec
+from tests.support.functions import function_insns
 
 pytestmark = pytest.mark.live
 
@@ -24,7 +24,8 @@ GETPRIORITY = 140
 FUNCTION = "__x64_sys_getpriority"
 CALLS = 100
 TRACING = "/sys/kernel/tracing"
-PADS = (bytes.fromhex("f30f1efa"), bytes.fromhex("660f1f00"), bytes.fromhex("0f1f40d6"))
+NOP_SIZE = 5
+"""Of ftrace, at a function's entry."""
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -92,8 +93,7 @@ def boundaries(guest: Any) -> list[int]:
 
 def body(guest: Any) -> int:
     """The offset of the first instruction behind landing pad and nop."""
-    start = guest.snapshot.guest.kallsyms.address(FUNCTION)
-    return 9 if guest.snapshot.original(start, 4) in PADS else 5
+    return int(guest.pad(guest.address(FUNCTION))) + NOP_SIZE
 
 
 @on_both_kernels
@@ -236,8 +236,7 @@ def test_a_function_is_the_guests_own_to_trace_and_probe(probed: Boot, own: Call
 def test_a_landing_pad_is_never_replaced(probed: Boot, kernel: Any) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     start = guest.snapshot.guest.kallsyms.address(FUNCTION)
-    pad = guest.snapshot.original(start, 4)
-    assert (pad in PADS) == (kernel == "newest")
+    assert bool(guest.pad(start)) is not guest.snapshot.guest.release.startswith("6.1.")
     with guest.gdb() as gdb:
         for strategy in ("single-step", "boosted", "optimized"):
             for where in (FUNCTION, f"{start:#x}"):
@@ -290,7 +289,7 @@ def test_a_kprobe_of_the_guest_on_our_jump_is_known_and_keeps_it(
         call(guest)
         gdb.interrupt()
         assert guest.hits(gdb) == {"ours": CALLS}
-        gdb.cont()
+        assert "its hits are counted, and not shown" in gdb.console("kprobe trace ours")
         theirs.enable("theirs")
         counted, own_hits = run_with_both(guest, gdb, theirs, {"ours": CALLS}, 0)
         gdb.console("kprobe disable ours")
@@ -300,8 +299,8 @@ def test_a_kprobe_of_the_guest_on_our_jump_is_known_and_keeps_it(
         gdb.interrupt()
         assert guest.hits(gdb) == counted
         gdb.console("kprobe enable ours")
-        with pytest.raises(GdbCommandError, match="has saved our jump"):
-            gdb.console(f"kprobe p:more {FUNCTION}+{behind}")
+        with pytest.raises(GdbCommandError, match=r"has saved our jump.*so more cannot be boosted"):
+            guest.add(gdb, f"p:more {FUNCTION}+{behind}", "boosted")
         gdb.cont()
         counted, own_hits = run_with_both(guest, gdb, theirs, counted, own_hits)
         gdb.cont()
@@ -350,13 +349,12 @@ def test_a_detach_leaves_what_a_kprobe_of_the_guest_has_saved(
     call(guest)
     assert theirs.hits() == {"theirs": 2 * CALLS}
     with guest.gdb() as gdb:
-        with pytest.raises(GdbCommandError, match="has saved our jump"):
-            gdb.console(f"kprobe p:ours {FUNCTION}")
+        guest.add(gdb, f"p:ours {FUNCTION}")
         guest.add(gdb, f"p:other {FUNCTION}+{last}")
         gdb.cont()
         call(guest)
         gdb.interrupt()
-        assert guest.hits(gdb) == {"other": CALLS}
+        assert guest.hits(gdb) == {"ours": CALLS, "other": CALLS}
         assert "still mapped" in gdb.console("kprobe detach")
     theirs.enable("theirs", False)
     theirs.remove("theirs")
@@ -423,3 +421,74 @@ def test_a_killed_gdb_leaves_what_a_kprobe_of_the_guest_has_saved(
         call(guest)
         gdb.interrupt()
         assert "the region is unmapped" in gdb.console("kprobe detach")
+
+
+@on_both_kernels
+@pytest.mark.parametrize("enabled", [True, False])
+def test_probes_whose_jump_a_kprobe_of_the_guest_has_saved_are_adopted(
+    probed: Boot, own: Callable[[Any], Own], kernel: Any, enabled: bool
+) -> None:
+    """With their counts, while the kprobe is there, enabled or not; and they go on when it has gone."""
+    guest = probed(GuestSpec(kernel=kernel))
+    theirs = own(guest)
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:ours {FUNCTION}")
+        guest.add(gdb, f"p:never {FUNCTION} if di == 99")
+        gdb.cont()
+        theirs.define("theirs", f"{FUNCTION}+{body(guest)}")
+        theirs.enable("theirs", enabled)
+        call(guest)
+        gdb.signal(signal.SIGKILL)
+        gdb.wait_exit()
+    call(guest)
+    with guest.gdb(attach=False) as gdb:
+        said = gdb.console(f"kprobe adopt {guest.profile}")
+        assert "2 probe(s) taken over" in said
+        assert "not taken over" not in said
+        gdb.cont()
+        call(guest)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ours": 3 * CALLS, "never": 0}
+        gdb.cont()
+        theirs.enable("theirs")
+        call(guest)
+        gdb.console("kprobe disable ours")
+        call(guest)
+        gdb.console("kprobe enable ours")
+        assert theirs.hits() == {"theirs": (5 if enabled else 2) * CALLS}
+        theirs.enable("theirs", False)
+        theirs.remove("theirs")
+        call(guest)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ours": 5 * CALLS, "never": 0}
+        assert "[OPTIMIZED]" in gdb.console("kprobe list")
+        gdb.cont()
+        call(guest)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ours": 6 * CALLS, "never": 0}
+        assert "the region is unmapped" in gdb.console("kprobe detach")
+
+
+def test_a_kprobe_whose_module_is_gone_is_none(probed: Boot, own: Callable[[Any], Own]) -> None:
+    """It stays in the guest's table; its text is no more, and neither is the copy that it had of that."""
+    guest = probed(GuestSpec())
+    theirs, vm = own(guest), guest.guest
+    kernel = guest.snapshot.guest
+    jumps = (
+        f"loop:{place.symbol.name}+{insn.addr - place.start}"
+        for place in kernel.functions("loop:*")
+        for insn in function_insns(kernel, place.start, place.end)
+        if insn.raw[:1] == b"\xe9"
+    )
+    theirs.define("theirs", next(jump for jump in jumps if theirs.is_taken(jump)))
+    theirs.enable("theirs")
+    vm.check_output("rmmod loop")
+    assert "[GONE]" in theirs.listed()
+    with guest.gdb() as gdb:
+        guest.add(gdb, f"p:ours {FUNCTION}")
+        gdb.cont()
+        call(guest)
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"ours": CALLS}
+        gdb.console("kprobe detach")
+    vm.check_output("insmod /modules/loop.ko")

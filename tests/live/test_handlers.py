@@ -16,7 +16,7 @@ pytestmark = pytest.mark.live
 
 Boot = Callable[[GuestSpec], Any]
 
-RUNGS = ("single-step", "boosted")
+RUNGS = ("single-step", "boosted", "optimized")
 ARGUMENT_1 = 0x70
 """Offset of di in struct pt_regs: a system call's first argument."""
 
@@ -29,7 +29,7 @@ def handler(tmp_path: Path) -> Callable[[Any, Any, str], None]:
         script = tmp_path / "handler.py"
         script.write_text(f"from gdb_kprobe.gdbext import api as kprobe\nseen = []\n{text}")
         gdb.console(f"source {script}")
-        guest.touched |= {int(probe["addr"], 16) for probe in gdb.command("-kprobe-list")["probes"]}
+        guest.touched |= guest.patched(gdb)
 
     return define
 

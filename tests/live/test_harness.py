@@ -26,6 +26,7 @@ from kprobe_guest import GuestError, GuestFailedError, GuestSpec, GuestTimeoutEr
 from kprobe_guest.build.initramfs import MODULES
 from kprobe_guest.build.kernel import find_kernel
 from kprobe_guest.cli import boot_command
+from kprobe_guest.errors import SilentGuestError
 from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
 from kprobe_guest.snapshots import Snapshots
 from kprobe_guest.spec import MIB
@@ -182,6 +183,18 @@ class TestCommands:
     def test_after_a_timeout_the_guest_takes_commands_again(self, guest: GuestVm) -> None:
         with pytest.raises(GuestTimeoutError, match="sleep 1000"):
             guest.run("sleep 1000", timeout=0.5)
+        assert guest.run("echo here", timeout=10) == (0, "here\n")
+
+    def test_a_command_that_is_followed_is_told_of_line_by_line_and_its_silence(self, guest: GuestVm) -> None:
+        lines: list[str] = []
+        assert guest.follow("echo one; sleep 2; echo two; exit 3", lines.append, first=1) == 3
+        assert lines == ["one", "two"]
+        with pytest.raises(SilentGuestError, match="sleep 1000"):
+            guest.follow("sleep 1000", lines.append, first=0.5)
+        with pytest.raises(GuestTimeoutError, match="echo three") as found:
+            guest.follow("echo three; sleep 1000", lines.append, timeout=1, first=0.5)
+        assert not isinstance(found.value, SilentGuestError)
+        assert lines == ["one", "two", "three"]
         assert guest.run("echo here", timeout=10) == (0, "here\n")
 
     def test_too_long_a_command_is_refused(self, guest: GuestVm) -> None:
@@ -473,12 +486,12 @@ class TestLauncher:
 
     def test_ctrl_c_at_the_console_goes_to_the_guest(self) -> None:
         with Terminal([sys.executable, "-m", "kprobe_guest.cli", "boot"]) as boot:
-            said = boot.read_until("/ # ", 120)
+            said = boot.read_until(" # ", 120)
             assert "All keys are the guest's, Ctrl-C too; Ctrl-A x ends it, Ctrl-A h helps." in said
             boot.type("while :; do echo rou''nd; sleep 1; done\r")
             boot.read_until("round", 30)
             boot.type("\x03")
-            boot.read_until("/ # ", 30)
+            boot.read_until(" # ", 30)
             boot.type("echo still $((40 + 2))\r")
             boot.read_until("still 42", 30)
             boot.type("\x01h")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.torture import hotplug
 from kprobe_guest import GuestSpec, GuestVm
+from tests.torture import hotplug
 
 pytestmark = pytest.mark.live
 
@@ -21,14 +21,6 @@ ONLINE = "/sys/devices/system/cpu/cpu1/online"
 def test_a_cpu_goes_and_comes(kernel: str) -> None:
     """The oracle is the guest: the calls it has made on all CPUs, its log, and its text."""
     assert hotplug.run(Namespace(n=3, kernel=kernel, cpus=2, unprepared=False)) == 0
-
-
-@pytest.fixture
-def expandable() -> Iterator[GuestVm]:
-    """A guest that a CPU can be plugged into; not one of those that are shared, for the CPU stays."""
-    with GuestVm(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))) as vm:
-        yield vm
-        vm.check()
 
 
 def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: Callable[[Any], Any]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
-from gdb_kprobe.launcher.bench.kernel_events import Way, events, hits
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
+from tests.support.kernel_events import Way, events, hits
 
 pytestmark = pytest.mark.live
 
@@ -120,8 +120,9 @@ def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], ke
                 f"{switched.strip()} times on and off; {calls} calls, {counts['target']} at the target; "
                 f"{waited} had to wait"
             )
-            always = calls if kernel == "debian" else CALLS
-            assert counts == {"before": calls, "behind": calls, "above": always, "target": recorded(vm)}
+            # What lies above the target is executed by every call, or by those with a name of that length.
+            assert counts["above"] in (calls, CALLS)
+            assert counts == {**counts, "before": calls, "behind": calls, "target": recorded(vm)}
             assert 0 < counts["target"] < calls
             assert int(switched) > STOPS
             gdb.interrupt()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.torture.cell import Cell, check
 from kprobe_guest import GuestSpec, GuestVm
+from tests.torture.cell import Cell, check
 
 pytestmark = pytest.mark.live
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.testing import GdbMi, TextSnapshot
-from gdb_kprobe.testing.wire import Wire
+from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.boot_files import boot_files
 from kprobe_guest.command_line import kernel_command_line
+from tests.support.wire import Wire
 
 pytestmark = [pytest.mark.live, pytest.mark.full]
 

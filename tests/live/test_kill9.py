@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.torture.kill9 import After, Kill9, Phase
 from kprobe_guest import GuestSpec, GuestVm
+from tests.torture.kill9 import After, Kill9, Phase
 
 pytestmark = pytest.mark.live
 

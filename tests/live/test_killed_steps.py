@@ -12,17 +12,17 @@ from gdb_kprobe.config.load import load_profile
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.launcher.guests import environment
 from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.client import StubClient
-from gdb_kprobe.testing.cut import CutChannel, is_cut
 from gdb_kprobe.x86.decode import iter_insns
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.client import StubClient
+from tests.support.cut import CutChannel, is_cut
+from tests.support.guests import environment
 
 pytestmark = pytest.mark.live
 

@@ -462,16 +462,16 @@ def test_text_tables_name_instructions_of_the_kind_they_are_for(kernel: Kernel) 
     assert not facts.in_extable(tables.ex_table[0] + 1)
 
 
-def test_lock_prefixes_are_known_while_a_second_cpu_may_come() -> None:
-    with GuestVm(GuestSpec(extra_args=("-smp", "1,maxcpus=2"))) as vm:
-        kernel = open_kernel(vm)
-        facts = read_text_facts(kernel.table, kernel.kallsyms, kernel.btf, kernel.modules)
-        live = [addr for addr in facts.tables.locks if facts.is_live_text(addr)]
-        found = {kernel.table.read(VirtAddr(addr), 1) for addr in live}
-        vm.cont()
-        # Patched to a DS prefix, which means nothing there, as long as there is one CPU.
-        assert found == {b"\x3e"}
-        assert len(live) > 5000
+def test_lock_prefixes_are_known_while_a_second_cpu_may_come(expandable: GuestVm) -> None:
+    vm = expandable
+    kernel = open_kernel(vm)
+    facts = read_text_facts(kernel.table, kernel.kallsyms, kernel.btf, kernel.modules)
+    live = [addr for addr in facts.tables.locks if facts.is_live_text(addr)]
+    found = {kernel.table.read(VirtAddr(addr), 1) for addr in live}
+    vm.cont()
+    # Patched to a DS prefix, which means nothing there, as long as there is one CPU.
+    assert found == {b"\x3e"}
+    assert len(live) > 5000
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing.live_patch import NAME, NEW, TEXT, make_live_patch
 from kprobe_guest import GuestSpec
+from tests.support.live_patch import NAME, NEW, TEXT, make_live_patch
 
 pytestmark = pytest.mark.live
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from gdb_kprobe.launcher.oracle import GuestRam
-from gdb_kprobe.launcher.torture.cell import check
-from gdb_kprobe.launcher.torture.matrix import CELLS
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
-from gdb_kprobe.testing import GdbMi, PathTracer
+from gdb_kprobe.testing import GdbMi
+from gdb_kprobe.testing.oracle import GuestRam
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.path import PathTracer
+from tests.torture.cell import check
+from tests.torture.matrix import CELLS
 
 pytestmark = pytest.mark.live
 

@@ -106,7 +106,7 @@ def test_every_command_answers(probed: Boot) -> None:
         assert second["state"] == "armed"
         assert "there is a probe named second already" in refused(gdb, "add", '"p:second vfs_read"')
         assert "no such symbol" in refused(gdb, "add", "no_such_function")
-        plan = ask("plan", "__x64_sys_getpriority+5")["plan"]
+        plan = ask("plan", guest.spelled("__x64_sys_getpriority+entry"))["plan"]
         assert plan["rung"] == "boosted" or plan["rung"] == "optimized"
         assert "not an instruction boundary" in refused(gdb, "plan", "__x64_sys_getpriority+1")
         listed = ask("list")["probes"]

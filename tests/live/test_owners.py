@@ -1,7 +1,7 @@
 """The guest's own kprobes and tracers come and go where probes of ours do, by chance, and all count what they should.
 
 The oracle is a second guest, which takes the same steps of the guest's own and never meets us. The chance is the same
-each time; ``gdb-kprobe torture owners`` has as much of it as is wanted.
+each time; ``./install.sh torture owners`` has as much of it as is wanted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from gdb_kprobe.launcher.torture.owners import Arena
-from gdb_kprobe.launcher.torture.owners.steps import (
+from kprobe_guest import GuestSpec
+from tests.torture.owners import Arena
+from tests.torture.owners.steps import (
     BPF,
     EVENTS,
     HOW,
@@ -27,11 +28,10 @@ from gdb_kprobe.launcher.torture.owners.steps import (
     Step,
     parse,
 )
-from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
 
-SEQUENCES, STEPS = 10, 12
+SEQUENCES, STEPS = 5, 12
 PLACES = 6
 SETTINGS = settings(
     max_examples=SEQUENCES,

@@ -17,9 +17,9 @@ from gdb_kprobe.session.attach import attach
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.client import StubClient
-from gdb_kprobe.testing.cut import CutChannel, is_cut
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.client import StubClient
+from tests.support.cut import CutChannel, is_cut
 
 pytestmark = pytest.mark.live
 

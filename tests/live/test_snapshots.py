@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing.wire import Wire
 from kprobe_guest import GuestSpec, Snapshots
+from tests.support.wire import Wire
 
 pytestmark = pytest.mark.live
 

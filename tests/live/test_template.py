@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.guests import environment, profile
 from gdb_kprobe.testing import GdbMi
-from kprobe_guest import GuestError, GuestSpec, GuestVm, Template, template_of
+from kprobe_guest import GuestError, GuestSpec, GuestVm, Snapshots, Template, template_of
+from tests.support.guests import environment, profile
 
 pytestmark = pytest.mark.live
 
@@ -54,6 +54,15 @@ def test_copies_go_on_by_themselves(template: Template) -> None:
             assert guest.dmesg_problems() == []
         assert [guest.ram_path is None for guest in guests] == [False, False, True]
     assert [digest(path) for path in (template.saved.ram, template.saved.devices)] == before
+
+
+def test_a_snapshot_of_a_copy_has_its_memory(template: Template) -> None:
+    with template.fork() as guest:
+        snapshots = Snapshots(guest)
+        snapshots.save("before")
+        guest.check_output("echo later > /tmp/when")
+        snapshots.load("before")
+        assert guest.run("cat /tmp/when")[0] != 0
 
 
 def test_a_copy_can_be_reset(template: Template) -> None:

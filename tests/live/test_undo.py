@@ -268,7 +268,8 @@ def good(hit):
         assert "bad" in told
         assert "five is too many" in told.split("-kprobe-list")[1]
         good = int(probes["good"]["addr"], 16)
-        assert differing == set(range(good, good + int(probes["good"]["bytes"])))
+        # A jump is there, in place of the function's own: not all of its bytes are others.
+        assert set() < differing <= set(range(good, good + int(probes["good"]["bytes"])))
         gdb.console("kprobe detach")
 
 

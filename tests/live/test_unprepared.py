@@ -20,16 +20,16 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import ConnectionLostError
-from gdb_kprobe.launcher.guests import environment, unprepared
-from gdb_kprobe.launcher.torture.cell import Cell, check
 from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
-from gdb_kprobe.testing.cut import CutChannel, change_of
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.cut import CutChannel, change_of
+from tests.support.guests import environment, unprepared
+from tests.torture.cell import Cell, check
 
 pytestmark = pytest.mark.live
 
@@ -43,7 +43,7 @@ BLOCK = 2 << 20
 
 LATER = f"sleep 1; taskset 2 workload syscall {GETPRIORITY} {CALLS}"
 """On the second vCPU, when it was told that this was started."""
-ROUNDS = 10 if os.environ.get("GDB_KPROBE_FULL") else 4
+ROUNDS = 10 if os.environ.get("GDB_KPROBE_FULL") else 2
 
 Boot = Callable[[GuestSpec], Any]
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     [wheel] = made.directory.glob("*.whl")
     made.run(made.programs / "python", *pip, "install", "-q", wheel)
     return made
+
+
+def test_the_wheel_has_the_plugin_and_the_harness_and_nothing_of_the_tests(installed: Installed) -> None:
+    [wheel] = installed.directory.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {name.partition("/")[0] for name in names}
+    assert {name for name in packages if not name.endswith(".dist-info")} == {"gdb_kprobe", "kprobe_guest"}
+    # Directories of modules that are gone may still hold what Python had compiled of them.
+    of_the_package = {path.relative_to(CHECKOUT).parts[1] for path in (CHECKOUT / "gdb_kprobe").rglob("*.py")}
+    installed_names = {name.split("/")[1] for name in names if name.startswith("gdb_kprobe/")}
+    assert installed_names == of_the_package | {"configs", "py.typed"}
 
 
 def test_the_printed_line_is_that_of_the_installed_plugin(installed: Installed) -> None:

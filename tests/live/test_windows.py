@@ -17,17 +17,17 @@ from gdb_kprobe.kprobes.forms import Forms
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.window import Window, can_optimize, make_function
-from gdb_kprobe.launcher.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.linux_guest import MODULES, open_linux
 from gdb_kprobe.session.pieces import pieces, read_references
-from gdb_kprobe.testing.proof.emulator import Emulator, has_meaning, is_extended, random_state
-from gdb_kprobe.testing.proof.operands import make_sensible
-from gdb_kprobe.testing.proof.state import PAGE, differences
+from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.detour import displaced, displaced_size
 from kprobe_guest import GuestSpec
+from tests.proof.emulator import Emulator, has_meaning, is_extended, random_state
+from tests.proof.operands import make_sensible
+from tests.proof.state import PAGE, differences
 
 pytestmark = pytest.mark.live
 
@@ -131,7 +131,7 @@ def same_in_slot(emulator: Emulator, window: Window, insns: Sequence[Insn], rng:
     """Whether there was something to compare: the window ran to its end."""
     # Of code in two pages, unicorn gives back only that which it fetched.
     slot = VirtAddr(rng.randrange(MODULES.start, MODULES.end - PAGE, PAGE) + rng.randrange(PAGE - MOST_BYTES))
-    code = displaced(insns, slot, window.end, window.jump_end)
+    code = displaced(insns, slot, window.end, window.jump_end).code
     assert len(code) <= MOST_BYTES
     assert len(code) <= displaced_size(insns)
     if window.start // PAGE != (window.end - 1) // PAGE:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from gdb_kprobe.launcher.torture.boundary_check import differences
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, Rung, Symbol, VirtAddr
-from gdb_kprobe.testing.boundaries import Armed, Counts
-from gdb_kprobe.testing.functions import Function, Kind, Limits, executions
 from gdb_kprobe.x86.decode import Insn, iter_insns
+from tests.support.boundaries import Armed, Counts
+from tests.support.functions import Function, Kind, Limits, executions
+from tests.torture.boundary_check import differences
 
 BASE = VirtAddr(0xFFFFFFFF81000000)
 # push rbx; je +1 (to pop); nop; pop rbx; ret

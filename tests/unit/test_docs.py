@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.launcher.cli import OF_GDB, OF_GUESTS
+from tests import bench, matrix, torture
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ROOT / "gdb_kprobe" / "gdbext" / "commands"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "qemu/README.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kvm.md", "qemu/README.md")
 NOT_IMPLEMENTED = {"r"}
 """Commands that only refuse: their help has no example."""
 
@@ -104,8 +105,41 @@ def test_readme_lists_every_setting_and_no_other() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_verbs_of_the_launcher_in_a_document_exist(document: str) -> None:
-    used = set(re.findall(r"`gdb-kprobe ([a-z]+)", read(document)))
+    used = set(re.findall(r"`(?:.venv/bin/)?gdb-kprobe ([a-z]+)", read(document)))
     assert used <= {*OF_GDB, *OF_GUESTS}, document
+
+
+def test_readme_lists_every_verb_of_the_launcher() -> None:
+    cells = [cell.split() for cell in first_cells(section("README.md", "Commands"))]
+    listed = {words[1] for words in cells if words[0] == "gdb-kprobe"}
+    assert listed == {*OF_GDB, *OF_GUESTS}
+
+
+def commands_of_the_installer() -> set[str]:
+    """The words that ``install.sh`` takes, from its ``case``."""
+    chosen = read("install.sh").rpartition('case "${1:-}" in')[2]
+    return set(re.findall(r"(?:^    |\| )([a-z]+)(?= \||\)$)", chosen, re.M))
+
+
+def test_the_installer_has_its_commands_in_its_help() -> None:
+    there = commands_of_the_installer()
+    assert {"demo", "test"} | {room.COMMAND.name for room in (bench, matrix, torture)} == there
+    helped = read("install.sh").partition("<<'END'")[2].partition("END\n")[0]
+    assert set(re.findall(r"^  ([a-z]+)", helped, re.M)) == there
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/support.md"])
+def test_commands_of_the_installer_in_a_document_exist(document: str) -> None:
+    used = re.findall(r"(?:`|^ +)\./install\.sh ([a-z]+)(?: ([a-z][\w-]*))?", read(document), re.M)
+    assert {command for command, _ in used} <= commands_of_the_installer()
+    kinds = {kind.name for kind in torture.KINDS}
+    assert {word for command, word in used if command == "torture" and word} <= kinds
+
+
+def test_readme_lists_every_kind_of_torture_and_no_other() -> None:
+    cells = [cell.split() for cell in first_cells(section("README.md", "Commands"))]
+    listed = {words[2] for words in cells if words[:2] == ["./install.sh", "torture"]}
+    assert listed == {kind.name for kind in torture.KINDS}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -143,7 +177,8 @@ def paths_in(document: str) -> Iterator[str]:
     words |= set(re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose))
     for word in sorted(words):
         path = word.removeprefix("./")
-        if re.fullmatch(r"\w[\w./-]*", path) and path.endswith(_SUFFIXES):
+        of_linux = path.startswith("arch/")
+        if re.fullmatch(r"\w[\w./-]*", path) and path.endswith(_SUFFIXES) and not of_linux:
             yield path
 
 

@@ -19,12 +19,13 @@ from gdb_kprobe.gdbext.commands import (
     stats,
     symbols,
     trace,
+    until,
 )
 
 
 def register() -> None:
     """Define all commands in gdb. Called once, by the plugin."""
     guests = (attach, adopt, doctor, detach)
-    probes = (add, list_, info, plan, check, enable, delete, trace, stats, symbols)
+    probes = (add, list_, info, plan, check, enable, delete, trace, stats, until, symbols)
     for module in (prefix, *guests, *probes, mi):
         module.register()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import profile_names
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.language.completion import complete_definition
 
@@ -33,7 +33,7 @@ def answer(candidates: Callable[[str], Iterable[str]], text: str, word: str | No
     if not token.endswith(word):
         return []  # gdb sees a quotation where we see words
     found: list[str] = []
-    with contextlib.suppress(KprobeError, OSError):  # of a guest that is gone, or a folder that is not to be read
+    with contextlib.suppress(ReportedError, OSError):  # of a guest that is gone, or a folder that is not to be read
         found = sorted({item for item in candidates(text) if item.startswith(token)})
     return [item[len(token) - len(word) :] for item in found]
 

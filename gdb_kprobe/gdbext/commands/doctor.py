@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gdb
 
-from gdb_kprobe.errors import ConnectionLostError, GuestStateError
+from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import GdbChannel
 from gdb_kprobe.gdbext.commands.base import Command, write
@@ -47,7 +47,7 @@ def _attached() -> list[Finding]:
 
 def _connected() -> list[Finding]:
     if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
-        raise ConnectionLostError("not connected to a guest", "'target remote ADDRESS', or 'kprobe attach PROFILE'")
+        raise KprobeError("not connected to a guest", "'target remote ADDRESS', or 'kprobe attach PROFILE'")
     channel = GdbChannel()
     stub = QemuStub(channel)
     with uninterrupted(), channel.borrowed(stub):

@@ -39,6 +39,8 @@ class Info(Command):
         session = link.session
         header, slots = session.region.header, session.region.slots
         write(f"guest:      {session.guest.description}")
+        if link.attached is not None and link.attached.types:
+            write(f"types:      {link.attached.types}")
         write(f"connection: {link.address}, {len(session.machine.cpus())} vCPU(s)")
         write(f"profile:    {link.profile.path}")
         entry = session.guest.place_of(session.guest.bp_entry)

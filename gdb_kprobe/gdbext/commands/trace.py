@@ -9,9 +9,12 @@ import gdb
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.output import unpaged
+from gdb_kprobe.gdbext.sampling import seconds
+from gdb_kprobe.gdbext.ticker import Ticker, run
 from gdb_kprobe.gdbext.views import hit_view
 from gdb_kprobe.render.hit import folded, hit_line
 from gdb_kprobe.session.probes import Hit, Probe, State
@@ -20,9 +23,10 @@ from gdb_kprobe.session.probes import Hit, Probe, State
 class Trace(Command):
     """Run the guest and print hits as they come, until Ctrl-C.
 
-    kprobe trace [-n COUNT] [NAME ...]
+    kprobe trace [-n COUNT] [--for SECONDS] [NAME ...]
 
-    Prints the hits of the named probes, or of all. With -n the guest is stopped after COUNT of them.
+    Prints the hits of the named probes, or of all. With -n the guest is stopped after COUNT of them, with --for after
+    so many seconds. Each hit that is printed stops the guest for a moment, some 10 ms; other probes go on counting.
     Afterwards the guest is stopped and at your disposal, at an address of its own.
 
     Example:
@@ -36,22 +40,25 @@ class Trace(Command):
         wanted = api.named(" ".join(args.names), "kprobe trace") if args.names else api.probes()
         if not any(link.session.state_of(probe) is State.ARMED for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
+        for probe in wanted:
+            site = link.session.sites.of(probe)
+            if site is not None and site.saved:
+                write(f"{probe.name}: its hits are counted, and not shown: a kprobe of the guest's is on its jump.")
         trace = _Trace(wanted, args.count)
         try:
             write("Tracing; Ctrl-C ends it.")
             gdb.flush()
             with unpaged():
-                gdb.execute("continue")
-        except KeyboardInterrupt:
-            pass
-        except gdb.error:
+                if args.seconds is None:
+                    run(link)
+                else:
+                    Ticker(link, args.seconds, lambda: True).run()
+        except BaseException:
             trace.end()
             raise
         # Under an asynchronous MI front end the guest still runs here; then the stop ends the trace.
-        if not any(thread.is_running() for thread in gdb.selected_inferior().threads()):
+        if not is_running():
             trace.end()
-        if plugin.the_plugin().link is not link:
-            raise KprobeError("the connection to the guest was lost while tracing", "'kprobe attach' again")
 
     def candidates(self, text: str) -> list[str]:
         return complete.arguments(_parser(), complete.probes, text)
@@ -60,6 +67,7 @@ class Trace(Command):
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("trace")
     parser.add_argument("-n", dest="count", type=int)
+    parser.add_argument("--for", dest="seconds", type=seconds, metavar="SECONDS")
     parser.add_argument("names", nargs="*")
     return parser
 
@@ -80,8 +88,8 @@ class _Trace:
         if self._over:
             return
         self._over = True
-        self._unsubscribe()
         gdb.events.stop.disconnect(self._on_stop)
+        self._unsubscribe()
         plugin.the_plugin().stop_requested = False
         write(f"{self._shown} hit(s) in {time.monotonic() - self._started:.2f} s.")
 

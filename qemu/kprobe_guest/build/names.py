@@ -65,6 +65,11 @@ class SourceSeries:
         return f"{number}{self.variant}" + (f"@{self.suite}" if self.suite else "")
 
 
+def names_of(series: SourceSeries) -> list[str]:
+    """All names by which a kernel of *series* is asked for."""
+    return [str(series), *(name for name, variant in _SHORT.items() if SourceSeries("", variant) == series)]
+
+
 def parse_name(name: str) -> Series | SourceSeries:
     """The kernels that *name* means.
 

@@ -16,16 +16,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from kprobe_guest.build.apt import Apt, compare_versions
 from kprobe_guest.build.cache import atomic_directory, cache_directory, progress, run_tool
-from kprobe_guest.build.debian import newest_or_cached, sources
+from kprobe_guest.build.debian import newest_or_cached, point, sources
 from kprobe_guest.build.initramfs import DATA
 from kprobe_guest.build.kernel_files import Kernel, cached, kernels_directory
-from kprobe_guest.build.names import SourceSeries
+from kprobe_guest.build.names import SourceSeries, names_of
 from kprobe_guest.build.unpack import unpack
 from kprobe_guest.errors import BuildError
 
@@ -39,6 +39,9 @@ _NEEDED: Final = {
     "pahole": "pahole",
 }  # fmt: skip
 _HEADER: Final = Path("/usr/include/gelf.h"), "libelf-dev"
+
+_COMPILING: Final = ".compiling-"
+"""How the name of a directory begins in which a build is at work: gigabytes."""
 
 _UNUSED: Final = ("*.rst", *(f"*/{place}/*.[ch]" for place in ("drivers/gpu", "drivers/net", "drivers/media", "sound")))
 """Half of the source, which is not compiled."""
@@ -67,14 +70,18 @@ def build_kernel(name: str, series: SourceSeries) -> Kernel:
     :raises BuildError: there is none, and its source or a tool cannot be had, or it does not compile.
     """
     with _only_one():
-        return newest_or_cached(name, lambda: _built(_find(series), series.variant))
+        return newest_or_cached(name, lambda: _built(_find(series), series))
 
 
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """Not the lock of all other builds: they need not wait for minutes."""
     with (cache_directory() / "source.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process, which builds a kernel from source")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -101,18 +108,24 @@ def _find(series: SourceSeries) -> _Source:
     raise BuildError(f"no source of a kernel {series} was found:\n" + "\n".join(failures))
 
 
-def _built(source: _Source, variant: str) -> Kernel:
-    """The kernel from the cache, or built."""
-    found = _cached(source, variant)
-    if found is None:
+def _built(source: _Source, series: SourceSeries) -> Kernel:
+    """The kernel from the cache, or built; all that were built with it can be had by their names, too."""
+    if _cached(source, series.variant) is None:
         check_tools()
         try:
-            with tempfile.TemporaryDirectory(prefix=".compiling-", dir=_made(kernels_directory())) as temporary:
+            kernels = _made(kernels_directory())
+            for left in kernels.glob(f"{_COMPILING}*"):  # of a build that was killed: there is no other one now
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(prefix=_COMPILING, dir=kernels) as temporary:
                 _build(source, Path(temporary))
         except OSError as error:
             raise BuildError(f"{source.package} could not be built: {error}") from error
-        found = _cached(source, variant)
-        assert found is not None, source
+    for variant in _VARIANTS:
+        if (made := _cached(source, variant)) is not None:
+            for name in names_of(replace(series, variant=variant)):
+                point(name, made)
+    found = _cached(source, series.variant)
+    assert found is not None, source
     return found
 
 
@@ -152,16 +165,28 @@ def _build(source: _Source, temporary: Path) -> None:
     archive = source.apt.download(source.package, temporary)
     unpack(archive, temporary / "files")
     archive.unlink()
-    [packed] = (temporary / "files" / "usr" / "src").glob("linux-source-*.tar.xz")
+    packed = _the_one(temporary / "files" / "usr" / "src", "linux-source-*.tar.xz", archive.name)
     progress(f"unpacking {packed.name}")
     run_tool(
         ["tar", "-xJf", str(packed), *(f"--exclude={name}" for name in _UNUSED)], package="tar", cwd=temporary,
     )  # fmt: skip
     packed.unlink()
-    [tree] = temporary.glob("linux-source-*/")
+    tree = _the_one(temporary, "linux-source-*", packed.name)
     for variant in _VARIANTS:
         progress(f"building {source.number}-{variant}: this takes minutes")
         _keep(source, variant, _compile(source, variant, tree, temporary / "out"))
+
+
+def _the_one(directory: Path, pattern: str, packed: str) -> Path:
+    """What was in *packed*.
+
+    :raises BuildError: it is packed otherwise than is known here.
+    """
+    found = list(directory.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "nothing"
+        raise BuildError(f"{packed} has {names} where one {pattern} is expected")
+    return found[0]
 
 
 def _compile(source: _Source, variant: str, tree: Path, out: Path) -> Path:
@@ -177,10 +202,13 @@ def _compile(source: _Source, variant: str, tree: Path, out: Path) -> Path:
             "KBUILD_BUILD_HOST=gdb-kprobe"]  # fmt: skip
     run_tool([*make, f"KCONFIG_ALLCONFIG={fragment}", "allnoconfig"], package="make")
     lines = (out / ".config").read_text().splitlines()
-    unwanted = [option for option in _NOT_WANTED if f"CONFIG_{option}=y" in lines]
-    if unwanted or ("CONFIG_DEBUG_INFO_BTF=y" in lines) != (variant == "nomodules"):
-        raise BuildError(f"the configuration of {source.package} is another one than asked for: {', '.join(unwanted)}")
-    run_tool([*make, f"-j{os.cpu_count() or 1}", "bzImage"], package="make")
+    wrong = [f"{option} is on" for option in _NOT_WANTED if f"CONFIG_{option}=y" in lines]
+    has_types = "CONFIG_DEBUG_INFO_BTF=y" in lines
+    if has_types != (variant == "nomodules"):
+        wrong.append(f"DEBUG_INFO_BTF is {'on' if has_types else 'off: is pahole too old for it?'}")
+    if wrong:
+        raise BuildError(f"the configuration of {source.package} is another one than asked for: {', '.join(wrong)}")
+    run_tool([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], package="make")
     return out
 
 

@@ -23,8 +23,8 @@ from gdb_kprobe.bpf.value import (
     Value,
 )
 from gdb_kprobe.linux import pt_regs
-from gdb_kprobe.testing.proof.bpf import OUTPUT, OUTPUT_SIZE, WORK, WORK_SIZE, context_of, packed, random_program
-from gdb_kprobe.testing.proof.emulator import random_state
+from tests.proof.bpf import OUTPUT, OUTPUT_SIZE, WORK, WORK_SIZE, context_of, packed, random_program
+from tests.proof.emulator import random_state
 
 REGIONS = {0: 24, 7: 4}
 HELPERS = {4: Helper("both", 2), 5: Helper("none", 0)}

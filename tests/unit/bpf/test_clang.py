@@ -13,8 +13,8 @@ from elftools.elf.elffile import ELFFile
 from gdb_kprobe.bpf.check import BpfRefusedError, check
 from gdb_kprobe.bpf.insn import LD_IMM64, LoadKind, Program, decode
 from gdb_kprobe.linux import pt_regs
-from gdb_kprobe.testing.proof.bpf import SURROUNDINGS, compare, context_of, interpret
-from gdb_kprobe.testing.proof.emulator import Emulator, random_state
+from tests.proof.bpf import SURROUNDINGS, compare, context_of, interpret
+from tests.proof.emulator import Emulator, random_state
 
 CLANG = next(
     (path for name in ("clang", *(f"clang-{n}" for n in range(22, 12, -1))) if (path := shutil.which(name))), ""

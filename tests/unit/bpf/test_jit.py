@@ -17,7 +17,9 @@ from gdb_kprobe.bpf.insn import AluOp, JmpOp, Program, Size
 from gdb_kprobe.bpf.jit import emit, prepare
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing.proof.bpf import (
+from gdb_kprobe.x86.assemble import Assembler
+from gdb_kprobe.x86.emit import Emitter, Gp, Op
+from tests.proof.bpf import (
     IP,
     OUTPUT,
     OUTPUT_SIZE,
@@ -27,9 +29,7 @@ from gdb_kprobe.testing.proof.bpf import (
     compare,
     random_program,
 )
-from gdb_kprobe.testing.proof.emulator import Emulator, random_state
-from gdb_kprobe.x86.assemble import Assembler
-from gdb_kprobe.x86.emit import Emitter, Gp, Op
+from tests.proof.emulator import Emulator, random_state
 
 EMULATOR = Emulator()
 REGIONS = {OUTPUT: OUTPUT_SIZE, WORK: WORK_SIZE}

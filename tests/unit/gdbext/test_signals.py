@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import _thread
 import dis
+import os
 import subprocess
 import sys
+import threading
 import traceback
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from gdb_kprobe.gdbext.signals import uninterruptible
+from gdb_kprobe.gdbext.signals import InterruptWatch, sigint_takers, uninterrupted, uninterruptible
 
 NOWHERE = ("NOP", "NOT_TAKEN")
 """Instructions that do nothing: no signal is looked for there, and some are in no row of the exception table."""
@@ -128,14 +130,53 @@ watch.close()
 """
 
 
-def heard(resume: str, seconds: float) -> list[str]:
-    """What becomes of a SIGINT that comes while a command holds it back."""
+IN_A_HANDLER = """
+import os, signal, socket, time
+from gdb_kprobe.gdbext.signals import InterruptWatch, uninterrupted
+ours, stub = socket.socketpair()
+stub.settimeout({seconds})
+watch = InterruptWatch(ours.fileno())
+with uninterrupted():
+    watch.resumed()
+    for _ in range(2):
+        try:
+            with watch.handed_over():
+                os.kill(os.getpid(), signal.SIGINT)
+                deadline = time.monotonic() + 30
+                while time.monotonic() < deadline:
+                    pass
+        except KeyboardInterrupt:
+            print("raised")
+    try:
+        print("asked", stub.recv(1))
+    except TimeoutError:
+        print("not asked")
+    {behind}
+watch.close()
+"""
+
+
+def run(script: str) -> list[str]:
     done = subprocess.run(
-        ["env", "--default-signal=INT", sys.executable, "-c", HELD.format(resume=resume, seconds=seconds)],
+        ["env", "--default-signal=INT", sys.executable, "-c", script],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
+
+
+def heard(resume: str, seconds: float) -> list[str]:
+    """What becomes of a SIGINT that comes while a command holds it back."""
+    return run(HELD.format(resume=resume, seconds=seconds))
+
+
+def test_in_a_handler_a_ctrl_c_is_raised_there_and_asks_the_stub_for_nothing() -> None:
+    assert run(IN_A_HANDLER.format(seconds=0.3, behind="pass")) == ["raised", "raised", "not asked"]
+
+
+def test_behind_a_handler_it_asks_the_stub_again() -> None:
+    behind = "os.kill(os.getpid(), signal.SIGINT); stub.settimeout(30); print('asked', stub.recv(1))"
+    assert run(IN_A_HANDLER.format(seconds=0.1, behind=behind))[-1] == "asked b'\\x03'"
 
 
 def test_while_the_guest_is_stopped_a_ctrl_c_is_the_commands() -> None:
@@ -149,3 +190,28 @@ def test_while_the_guest_runs_it_is_the_watchs_which_asks_the_stub() -> None:
 def test_once_it_is_given_back_it_is_the_commands_again() -> None:
     gives_back = "watch.resumed(); watch.stopped(); watch.release(); signal.pthread_sigmask(signal.SIG_BLOCK, [2])"
     assert heard(gives_back, 0.3) == ["pending True", "raised"]
+
+
+def test_threads_that_may_be_given_a_ctrl_c_are_found() -> None:
+    over = threading.Event()
+    before = sigint_takers()
+    taker = threading.Thread(target=over.wait, name="taker")
+    other = threading.Thread(target=over.wait, name="other")
+    reading, writing = os.pipe()
+    watch = InterruptWatch(writing)
+    try:
+        taker.start()
+        with uninterrupted():
+            other.start()
+        found = sigint_takers()
+        assert {number: name for number, name in found.items() if number not in before} == {taker.native_id: "taker"}
+        watch.resumed()  # now our own thread waits for it
+        assert sigint_takers() == found
+    finally:
+        over.set()
+        watch.close()
+        for thread in (taker, other):
+            thread.join()
+        os.close(reading)
+        os.close(writing)
+    assert sigint_takers() == before

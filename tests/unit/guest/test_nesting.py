@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kprobe_guest.command_line import BootFiles, GuestPaths, kernel_command_line
 from kprobe_guest.errors import BuildError
 from kprobe_guest.patience import SLOWNESS, patient
 from kprobe_guest.spec import GuestSpec
+from tests import torture
 
 PATHS = GuestPaths(Path("/d"), Path("/d/ram"), Path("/d/region"))
 BOOT = BootFiles(Path("/k"), Path("/i"))
@@ -54,19 +56,34 @@ def test_the_emulated_machine_reads_the_hosts_files_and_cannot_write_them() -> N
 def test_a_cell_under_kvm_without_one_is_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cell = "gdb_kprobe.launcher.torture.cell"
-    monkeypatch.setattr(f"{cell}.boot_files", lambda spec: BOOT)
+    monkeypatch.setattr("tests.torture.cell.boot_files", lambda spec: BOOT)
     monkeypatch.setattr(nesting, "what_kvm_lacks", lambda: "there is no /dev/kvm")
-    words = ["torture", "cell", "--accelerator", "kvm"]
-    assert main(words) == 77
+    words = ["cell", "--accelerator", "kvm"]
+    assert torture.COMMAND.main(words) == 77
     assert "skipped (debian, KVM): there is no /dev/kvm; with --nested KVM is emulated" in capsys.readouterr().out
 
     def cannot() -> None:
         raise BuildError("no such kernel")
 
     monkeypatch.setattr(nesting, "prepare", cannot)
-    assert main([*words, "--nested"]) == 77
+    assert torture.COMMAND.main([*words, "--nested"]) == 77
     assert "skipped (debian, KVM): no such kernel" in capsys.readouterr().out
+
+
+def test_a_cell_that_has_kvm_emulated_is_the_same_command_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], say: object, *, timeout: float, first: float | None) -> int:
+        ran.append(command)
+        return 5
+
+    monkeypatch.setattr("tests.torture.cell.boot_files", lambda spec: BOOT)
+    monkeypatch.setattr(nesting, "what_kvm_lacks", lambda: "there is no /dev/kvm")
+    monkeypatch.setattr(nesting, "prepare", lambda: None)
+    monkeypatch.setattr(nesting, "run_nested", run)
+    words = ["cell", "--accelerator", "kvm", "--nested", "--also", "trace"]
+    assert torture.COMMAND.main(words) == 5
+    assert ran == [[sys.executable, "-P", "-m", "tests.torture", *words]]
 
 
 def test_a_kvm_that_runs_no_guest_of_ours_is_told_from_one_that_does(tmp_path: Path) -> None:
@@ -79,8 +96,39 @@ def test_a_kvm_that_runs_no_guest_of_ours_is_told_from_one_that_does(tmp_path: P
     assert nesting.what_kvm_lacks(device, cpu) is None
 
 
+@pytest.mark.parametrize(("here", "there"), [("1", "20"), ("2.5", "50")])
+def test_an_emulated_machine_is_slower_than_the_one_that_emulates_it(
+    monkeypatch: pytest.MonkeyPatch, here: str, there: str
+) -> None:
+    class Machine:
+        """One that runs nothing."""
+
+        def __init__(self, spec: GuestSpec) -> None:
+            pass
+
+        def __enter__(self) -> Machine:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self, command: str) -> tuple[int, str]:
+            return 0, ""
+
+        def follow(self, command: str, say: object, timeout: float, first: float | None) -> int:
+            commands.append(command)
+            return 0
+
+    commands: list[str] = []
+    monkeypatch.setenv(SLOWNESS, here)
+    monkeypatch.setattr(nesting, "prepare", lambda: None)
+    monkeypatch.setattr(nesting, "GuestVm", Machine)
+    assert nesting.run_nested(["true"], print, timeout=1) == 0
+    assert f"{SLOWNESS}={there}" in commands[0].split()
+
+
 def test_an_act_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["torture", "cell", "--also", "trace,dance"]) == 1
+    assert torture.COMMAND.main(["cell", "--also", "trace,dance"]) == 1
     assert "there is no act dance" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kprobe_guest.build import source
+from kprobe_guest.build.debian import cached_kernel
 from kprobe_guest.build.debug_info import fetch_debug_info
 from kprobe_guest.build.kernel import fetch_kernel, find_kernel
 from kprobe_guest.build.kernel_files import Kernel
@@ -82,6 +83,11 @@ def test_one_build_makes_both_kernels_and_is_kept(archive: Any, tmp_path: Path) 
     small = find_kernel("small")
     assert small.release.startswith("6.12.8-nomodules+"), "the highest version, and not the longest name"
     assert small.modules is None
+    by_name = {name: cached_kernel(name) for name in ("small", "nomodules", "small-nobtf", "nobtf")}
+    assert {name: kernel and kernel.release.partition("+")[0] for name, kernel in by_name.items()} == {
+        "small": "6.12.8-nomodules", "nomodules": "6.12.8-nomodules",
+        "small-nobtf": "6.12.8-nobtf", "nobtf": "6.12.8-nobtf",
+    }  # fmt: skip
     assert small.vmlinuz.read_text().strip() == small.release
     without = find_kernel("6.12-nobtf")
     assert without.release.startswith("6.12.8-nobtf+")
@@ -112,8 +118,8 @@ def test_another_configuration_is_built_anew(archive: Any, tmp_path: Path, monke
     ("broken", "said"),
     [
         ("false", "failed"),
-        ("echo CONFIG_KPROBES=y >>$(O)/.config", "another one than asked for: KPROBES"),
-        ("echo CONFIG_DEBUG_INFO_BTF=y >>$(O)/.config", "another one than asked for"),
+        ("echo CONFIG_KPROBES=y >>$(O)/.config", "another one than asked for: KPROBES is on$"),
+        ("echo CONFIG_DEBUG_INFO_BTF=y >>$(O)/.config", "another one than asked for: DEBUG_INFO_BTF is on$"),
     ],
 )
 def test_a_build_that_fails_is_an_error_and_leaves_nothing(
@@ -125,6 +131,30 @@ def test_a_build_that_fails_is_an_error_and_leaves_nothing(
         fetch_kernel("small")
     kernels = tmp_path / "cache" / "gdb-kprobe" / "kernels"
     assert list(kernels.iterdir()) == []
+
+
+def test_types_that_are_asked_for_and_do_not_come_are_told_of(archive: Any, tmp_path: Path) -> None:
+    """kconfig leaves them out where its pahole is too old."""
+    add_source(archive, tmp_path / "log", "6.12.8", broken="sed -i /BTF/d $(O)/.config")
+    archive.publish()
+    with pytest.raises(BuildError, match="another one than asked for: DEBUG_INFO_BTF is off: is pahole too old"):
+        fetch_kernel("small")
+
+
+def test_what_a_build_that_was_killed_has_left_goes_with_the_next(archive: Any, tmp_path: Path) -> None:
+    add_source(archive, tmp_path / "log", "6.12.8")
+    archive.publish()
+    left = tmp_path / "cache" / "gdb-kprobe" / "kernels" / ".compiling-abc"
+    (left / "linux-source-6.12").mkdir(parents=True)
+    fetch_kernel("small")
+    assert not left.exists()
+
+
+def test_a_source_that_is_packed_otherwise_is_an_error(archive: Any) -> None:
+    archive.add("linux-source-6.12", "6.12.8-1", {"usr/src/linux-6.12.tar.gz": b""})
+    archive.publish()
+    with pytest.raises(BuildError, match=r"has nothing where one linux-source-\*.tar.xz is expected"):
+        fetch_kernel("small")
 
 
 def test_where_no_new_one_can_be_built_the_old_one_does(

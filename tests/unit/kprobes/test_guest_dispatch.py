@@ -8,10 +8,10 @@ import pytest
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 from unicorn import x86_const as uc
 
+from gdb_kprobe.actions.lower import COUNTER, ENABLE, REGIONS, lower
 from gdb_kprobe.bpf.check import check
-from gdb_kprobe.handlers.count import COUNTER, ENABLE, REGIONS, lower
-from gdb_kprobe.handlers.filter import lower as filter_of
 from gdb_kprobe.kprobes import guest_dispatch as code
+from gdb_kprobe.kprobes.action import MISS_SIZE, UNDO_SIZE, Action, Ask, Verdict
 from gdb_kprobe.kprobes.handler import Handler, Program
 from gdb_kprobe.language.condition import parse_condition
 from gdb_kprobe.linux import pt_regs
@@ -26,6 +26,7 @@ REGS = STACK + 0x8000
 BITS = 4
 KERNEL_CS, USER_CS = 0x10, 0x33
 KEPT = ("RBX", "RBP", "R12", "R13", "R14", "R15")
+REGISTERS = ("RAX", "RCX", "RDX", "RSI", "RDI", *KEPT, *(f"R{n}" for n in range(8, 12)))
 KERNEL = 0x7100_0000
 """Stands for kernel text; unicorn reads the byte at a probed address that is not probed any more."""
 
@@ -85,14 +86,56 @@ def machine() -> Machine:
     return Machine()
 
 
-def counting(machine: Machine, index: int, counters: list[int], slot: int) -> int:
-    at = VirtAddr(CODE + 0x2000 + 0x100 * index)
+AT = VirtAddr(CODE + 0x2000)
+SLOT = VirtAddr(CODE + 0x4000)
+MISSED = VirtAddr(COUNTERS + 8)
+
+
+def counter_at(index: int) -> VirtAddr:
+    return VirtAddr(COUNTERS + 32 * index)
+
+
+def enable(machine: Machine, *counters: int) -> None:
     for counter in counters:
-        machine.uc.mem_write(COUNTERS + 32 * counter + ENABLE, b"\1\0\0\0")
-    handlers = [Handler(PROGRAM, VirtAddr(COUNTERS + 32 * counter)) for counter in counters]
-    emitted = code.emit_handler(at, handlers, VirtAddr(KERNEL), VirtAddr(slot))
-    machine.uc.mem_write(at, emitted)
+        machine.uc.mem_write(counter_at(counter) + ENABLE, b"\1\0\0\0")
+
+
+def counting(machine: Machine, index: int, counters: list[int], slot: int) -> int:
+    at = VirtAddr(AT + 0x100 * index)
+    enable(machine, *counters)
+    action = Action(tuple(Handler(PROGRAM, counter_at(counter)) for counter in counters))
+    made = code.emit_handler(at, action, VirtAddr(KERNEL), VirtAddr(slot))
+    assert (made.entry, made.answer) == (at, None)
+    machine.uc.mem_write(at, made.code)
     return at
+
+
+def asking(text: str | None, index: int) -> Handler:
+    condition = None if text is None else parse_condition(text)
+    return Handler(Program(check(lower(condition, Verdict.HOST), REGIONS), COUNTER, decides=True), counter_at(index))
+
+
+def serve(machine: Machine, action: Action) -> code.HandlerCode:
+    made = code.emit_handler(AT, action, VirtAddr(KERNEL), SLOT)
+    machine.uc.mem_write(AT, made.code)
+    machine.uc.mem_write(SLOT, b"\xf4")
+    machine.enter(KERNEL, made.entry)
+    return made
+
+
+def ask(machine: Machine, made: code.HandlerCode, *, somebody: bool) -> int:
+    """What the interrupted code does that was sent to *made*; where it is then, with its registers as they were."""
+    before = {name: random.getrandbits(64) for name in REGISTERS}
+    before |= {"RSP": STACK + 0x4000, "EFLAGS": random.getrandbits(12) & 0x8D5 | 2}
+    for name, value in before.items():
+        machine.uc.reg_write(getattr(uc, f"UC_X86_REG_{name}"), value)
+    until = machine.gate.gate if somebody else SLOT
+    machine.uc.emu_start(AT, until, count=100)
+    after = {name: machine.uc.reg_read(getattr(uc, f"UC_X86_REG_{name}")) for name in before}
+    assert after == {**before, "RSP": before["RSP"] - 8 * somebody}
+    if somebody:
+        assert int.from_bytes(machine.uc.mem_read(after["RSP"], 8), "little") == made.answer
+    return int(machine.uc.reg_read(uc.UC_X86_REG_RIP))
 
 
 def test_an_address_that_is_not_in_the_table_goes_to_the_guests_own_handler(machine: Machine) -> None:
@@ -129,67 +172,67 @@ def test_a_handler_counts_for_every_probe_of_its_site(machine: Machine, counters
 def test_a_hit_for_the_host_stops_at_the_gate_and_is_a_miss_when_nobody_is_there(
     machine: Machine, somebody: bool
 ) -> None:
-    at = VirtAddr(CODE + 0x2000)
-    emitted = code.emit_stopping_handler(at, machine.gate.gate, VirtAddr(COUNTERS + 8), VirtAddr(CODE + 0x4000))
-    assert len(emitted) == code.STOPPING_SIZE
-    machine.uc.mem_write(at, emitted)
-    machine.enter(KERNEL, at)
-    if somebody:
-        assert machine.hit(KERNEL, until=machine.gate.gate) == (machine.gate.gate, KERNEL + 1)
-    else:
-        assert machine.hit(KERNEL) == (BACK, CODE + 0x4000)
-    assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(not somebody)
+    action = Action((Handler(PROGRAM, counter_at(1)),), Ask(GATE, MISSED, VirtAddr(KERNEL)), always=True)
+    made = serve(machine, action)
+    assert made.answer is not None
+    assert made.code[made.answer - AT - UNDO_SIZE :][:UNDO_SIZE] == KERNEL.to_bytes(8, "little")
+    assert machine.hit(KERNEL) == (BACK, AT), "it is asked where the int3 was"
+    assert ask(machine, made, somebody=somebody) == (GATE if somebody else SLOT)
+    assert int.from_bytes(machine.uc.mem_read(MISSED, 8), "little") == int(not somebody)
+    assert machine.counter(1) == 0
 
 
-@pytest.mark.parametrize("attended", [True, False])
-@pytest.mark.parametrize("texts", [["cs == 0x11"], ["cs == 0x10"], ["cs == 0x11", "cs == 0x10"], ["cs == 0x11"] * 3])
-def test_a_hit_that_is_filtered_stops_at_the_gate_only_if_a_filter_wants_it(
-    machine: Machine, texts: list[str], attended: bool
+YES, NO = f"cs == {KERNEL_CS:#x}", "cs == 0x11"
+
+
+@pytest.mark.parametrize("texts", [[NO], [YES], [None], [NO, YES], [YES, NO], [None, None], [NO] * 3])
+@pytest.mark.parametrize("counted", [0, 1, 2, 3])
+def test_a_hit_asks_the_host_only_if_a_program_says_so_and_all_others_count(
+    machine: Machine, texts: list[str | None], counted: int
 ) -> None:
-    at, slot = VirtAddr(CODE + 0x2000), VirtAddr(CODE + 0x4000)
-    for index in range(5):
-        machine.uc.mem_write(COUNTERS + 32 * index + ENABLE, b"\1\0\0\0")
-    filters = tuple(
-        Handler(Program(check(filter_of(parse_condition(text)), REGIONS), COUNTER, returns=True), counter_at(index))
-        for index, text in enumerate(texts)
-    )
-    what = code.Filtered(filters, (Handler(PROGRAM, counter_at(4)),))
-    emitted = code.emit_filtering_handler(at, what, KERNEL, machine.gate.gate, VirtAddr(COUNTERS + 8), slot)
-    assert emitted[:4] == code.ENDBR64
-    machine.uc.mem_write(at, emitted)
-    machine.enter(KERNEL, at)
-    wanted = f"cs == {KERNEL_CS:#x}" in texts
-    if wanted and attended:
-        assert machine.hit(KERNEL, until=machine.gate.gate) == (machine.gate.gate, KERNEL + 1)
-    else:
-        assert machine.hit(KERNEL) == (BACK, slot)
-    # What the host handles the host counts; what nobody handles is a miss.
-    assert machine.counter(4) == int(not wanted)
-    assert int.from_bytes(machine.uc.mem_read(COUNTERS + 8, 8), "little") == int(wanted and not attended)
-    assert [machine.counter(index) for index in range(4)] == [0] * 4
+    handlers = [asking(text, index) for index, text in enumerate(texts)]
+    handlers.insert(min(counted, len(handlers)), Handler(PROGRAM, counter_at(8)))
+    handlers.append(Handler(PROGRAM, counter_at(9)))
+    enable(machine, *range(10))
+    made = serve(machine, Action(tuple(handlers), Ask(GATE, MISSED, VirtAddr(0))))
+    assert made.code[made.entry - AT :][:4] == code.ENDBR64
+    wanted = any(text != NO for text in texts)
+    assert machine.hit(KERNEL) == (BACK, AT if wanted else SLOT)
+    assert [machine.counter(index) for index in range(10)] == [0] * 8 + [1, 1]
 
 
-def test_a_filter_wants_no_hit_of_a_probe_that_is_disabled(machine: Machine) -> None:
-    at, slot = VirtAddr(CODE + 0x2000), VirtAddr(CODE + 0x4000)
-    program = Program(check(filter_of(parse_condition("cs == 0x10")), REGIONS), COUNTER, returns=True)
-    what = code.Filtered((Handler(program, counter_at(0)),), ())
-    emitted = code.emit_filtering_handler(at, what, KERNEL, machine.gate.gate, VirtAddr(COUNTERS + 8), slot)
-    machine.uc.mem_write(at, emitted)
-    machine.enter(KERNEL, at)
-    assert machine.hit(KERNEL) == (BACK, slot)
+def test_no_program_asks_for_a_probe_that_is_disabled(machine: Machine) -> None:
+    serve(machine, Action((asking(YES, 0), asking(None, 1)), Ask(GATE, MISSED, VirtAddr(KERNEL))))
+    assert machine.hit(KERNEL) == (BACK, SLOT)
 
 
-def counter_at(index: int) -> VirtAddr:
-    return VirtAddr(COUNTERS + 32 * index)
+def test_what_the_host_steps_goes_on_in_a_copy_without_it(machine: Machine) -> None:
+    action = Action((asking(YES, 0),), Ask(GATE, MISSED, VirtAddr(KERNEL)))
+    enable(machine, 0)
+    copied: list[VirtAddr] = []
+
+    def copy(at: VirtAddr) -> bytes:
+        copied.append(at)
+        return b"\x90\xf4"
+
+    made = code.emit_handler(AT, action, VirtAddr(KERNEL), SLOT, copy)
+    assert made.answer is not None
+    assert copied == [made.answer + MISS_SIZE]
+    assert made.code[copied[0] - AT :][:2] == b"\x90\xf4"
+    machine.uc.mem_write(AT, made.code)
+    machine.enter(KERNEL, made.entry)
+    assert machine.hit(KERNEL) == (BACK, AT)
+    machine.uc.mem_write(counter_at(0) + ENABLE, bytes(4))
+    assert machine.hit(KERNEL) == (BACK, copied[0])
 
 
 @pytest.mark.parametrize("handlers", [0, 1, 3])
 def test_whatever_an_indirect_branch_leads_to_begins_with_endbr64(machine: Machine, handlers: int) -> None:
     """So that the code runs with indirect branch tracking on: read from what is emitted, for TCG has no tracking."""
-    programs = [Handler(PROGRAM, VirtAddr(COUNTERS + 32 * index)) for index in range(handlers)]
-    at = VirtAddr(CODE + 0x2000)
-    handler = code.emit_handler(at, programs, VirtAddr(KERNEL), VirtAddr(CODE + 0x4000))
-    stopping = code.emit_stopping_handler(at, GATE, VirtAddr(COUNTERS + 8), VirtAddr(CODE + 0x4000))
+    programs = tuple(Handler(PROGRAM, counter_at(index)) for index in range(handlers))
+    asks = Action((*programs, asking(YES, 0)), Ask(GATE, MISSED, VirtAddr(0)))
+    entered = [code.emit_handler(AT, action, VirtAddr(KERNEL), SLOT) for action in (Action(programs), asks)]
+    handler, stopping = (made.code[made.entry - AT :] for made in entered)
     gate = machine.gate.code
     retired = gate[machine.gate.retired - GATE :]
     assert [target[:4] for target in (handler, stopping, retired)] == [code.ENDBR64] * 3
@@ -200,7 +243,7 @@ def test_whatever_an_indirect_branch_leads_to_begins_with_endbr64(machine: Machi
 
     dispatcher = code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD)
     assert indirect(dispatcher, DISPATCHER) == ["jmp qword ptr [r8 + 8]"]
-    assert [indirect(text, at) for text in (handler, stopping, gate)] == [[], [], []]
+    assert [indirect(text, AT) for text in (handler, stopping, gate)] == [[], [], []]
 
 
 def test_an_int3_that_was_removed_meanwhile_leads_back_to_the_instruction(machine: Machine) -> None:

@@ -105,6 +105,6 @@ def test_the_file_has_exactly_these_keys() -> None:
         "kernel": "6.12.1",
         "instructions": 3,
         "rungs": {"single-step": 0, "boosted": 2, "optimized": 0},
-        "refused": {"padding between functions": 1},
+        "refused": {"PADDING": 1},
         "not_optimized": {},
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,43 @@ def test_a_file_with_btf_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     subprocess.run(["objcopy", "--strip-debug", "--add-section", add, str(path), str(plain)], check=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert asked(types_of(plain)) == said
+
+
+@needs_compiler
+@needs_pahole
+def test_a_file_of_debug_info_alone_is_read_by_that(tmp_path: Path) -> None:
+    """It has the headers of all other sections, BTF too, and not what they hold."""
+    path, said = compiled(tmp_path, "-g")
+    (tmp_path / "btf").write_bytes(types_of(path))
+    add = f".BTF={tmp_path / 'btf'}"
+    both, debug = tmp_path / "both", tmp_path / "debug"
+    subprocess.run(["objcopy", "--add-section", add, "--set-section-flags", ".BTF=alloc", path, both], check=True)
+    subprocess.run(["objcopy", "--only-keep-debug", both, debug], check=True)
+    assert asked(types_of(debug)) == said
+    stripped = tmp_path / "stripped"
+    subprocess.run(["objcopy", "--strip-debug", "--remove-section", ".BTF", both, stripped], check=True)
+    with pytest.raises(KprobeError, match=r"has no types, neither .BTF nor .debug_info"):
+        types_of(stripped)
+
+
+@needs_compiler
+def test_a_ctrl_c_that_is_held_back_ends_pahole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_dwarf, _ = compiled(tmp_path, "-g")
+    (tmp_path / "pahole").write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 600\n")
+    (tmp_path / "pahole").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    held = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        # To this thread: the process has others, of pytest's, which do not hold the signal back.
+        threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+        with pytest.raises(KprobeError, match="pahole was interrupted"):
+            types_of(with_dwarf)
+        assert signal.sigwait({signal.SIGINT}) == signal.SIGINT
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.errors import NeedsTypesError, UnmappedError
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
@@ -168,6 +168,12 @@ def test_a_kernel_whose_state_is_not_stored_so_needs_types(kernel: Kernel) -> No
         prove_types(kernel.memory, kernel.kallsyms).enum("system_states")
 
 
+def test_what_leads_to_memory_that_is_not_mapped_proves_nothing(kernel: Kernel) -> None:
+    kernel.symbols["_etext"] = TEXT + 0x3000
+    kernel.relative([(TEXT + 0x2000 + 16 * at, 0, 0) for at in range(20)], "<iii", *TABLES["bug_entry"])
+    assert not kernel.knows("bug_entry")
+
+
 def test_nothing_is_said_of_other_types(kernel: Kernel) -> None:
     types = prove_types(kernel.memory, kernel.kallsyms)
     for ask in (lambda: types.has_member("module", "list"), lambda: types.enumerator("FTRACE_FL_ENABLED")):
@@ -211,8 +217,36 @@ def test_without_kprobes_there_are_none(kernel: Kernel) -> None:
 
 def test_a_kprobe_on_another_list_than_its_address_says_is_none_that_is_known(kernel: Kernel) -> None:
     register(kernel, TEXT + 0x10, wrong=1)
-    with pytest.raises(NeedsTypesError, match="a kprobe of the guest's own cannot be read without the types"):
-        read_untyped_kprobes(kernel.memory, kernel.kallsyms, lambda addr: False)
+    found = read_untyped_kprobes(kernel.memory, kernel.kallsyms, lambda addr: False)
+    with pytest.raises(GuestStateError, match="a kprobe of the guest's own cannot be read without the types"):
+        found.check_all()
+    assert list(found) == []
+
+
+def test_what_is_beside_a_kprobe_that_is_not_known_is_known(kernel: Kernel) -> None:
+    register(kernel, TEXT + 0x10, TEXT + 0x20)
+    table = kernel.symbols["kprobe_table"] - DATA
+    (node,) = struct.unpack_from("<Q", kernel.data, table + 8 * bucket(TEXT + 0x10))
+    for behind in (0x10, TEXT):  # a link to nowhere, and one to what is none
+        struct.pack_into("<Q", kernel.data, node - DATA, behind)
+        found = read_untyped_kprobes(kernel.memory, kernel.kallsyms, lambda addr: False)
+        assert [kprobe.addr for kprobe in found] == [TEXT + 0x10, TEXT + 0x20]
+        assert isinstance(found.unread, NeedsTypesError)
+
+
+def test_a_kprobe_whose_text_is_gone_is_none(kernel: Kernel) -> None:
+    """It stays on its list when its module is unloaded."""
+    register(kernel, TEXT + 0x10, 0xFFFF_FFFF_C000_0010)
+    found = read_untyped_kprobes(kernel.memory, kernel.kallsyms, lambda addr: False)
+    assert [kprobe.addr for kprobe in found] == [TEXT + 0x10]
+    found.check_all()
+
+
+def test_a_kprobe_on_the_last_byte_of_text_is_known(kernel: Kernel) -> None:
+    kernel.text[-1:] = b"\xcc"
+    register(kernel, TEXT + 0xFFF)
+    [found] = read_untyped_kprobes(kernel.memory, kernel.kallsyms, lambda addr: False)
+    assert (found.addr, found.opaque, found.leads_to) == (TEXT + 0xFFF, True, None)
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------
@@ -249,9 +283,10 @@ def symbols(**more: int) -> Kallsyms:
         ((0x7FFF_0000_0000,), {0x800, 0x850, 0x900, 0x910, 0xA00}),
         ((VMALLOC + 0x1000,), {0x850, 0x900, 0x910, 0xA00}),
         ((VMALLOC + 0x5808, DATA + 0x808), {0x800, 0x850}),
+        ((VMALLOC + 0x400, VMALLOC + 0x1400), {0x800, 0x850, 0x900, 0x910, 0xA00}),
         ((0xFFFF_FE00_0000_1400,), {0x800, 0x850, 0x900, 0x910, 0xA00, 0xB00}),
     ],
-    ids=["nobody", "in user mode", "dead below", "two", "in an exception"],
+    ids=["nobody", "in user mode", "dead below", "two", "two in one mapping", "in an exception"],
 )
 def test_all_that_may_be_alive_on_a_stack_is_found(
     stacks: tuple[PageTable, dict[int, int]], pointers: tuple[int, ...], found: set[int]

@@ -35,8 +35,8 @@ from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.target.quirks import Accelerator, Quirks
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.kvm_stub import TF, KvmStub
 from gdb_kprobe.x86.decode import decode
+from tests.support.kvm_stub import TF, KvmStub
 
 RAM_SIZE = 8 << 20
 TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000

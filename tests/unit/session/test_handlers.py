@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.errors import UnmappedError
+from gdb_kprobe.errors import ConnectionLostError, GuestResetError, SessionOverError, UnmappedError
 from gdb_kprobe.model import Rung
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
@@ -178,3 +178,53 @@ def test_a_condition_counts_and_calls_only_where_it_holds(toy: Any, rung: Rung) 
     for edi in (6, 8, 9, 8):
         assert toy.call("f_push", rdi=edi) == edi + 7
     assert (probe.hits, calls, len(toy.hits)) == (2, [8, 8], 2)
+
+
+@pytest.mark.parametrize("error", [ConnectionLostError("gone"), GuestResetError("another boot")])
+def test_what_ends_the_session_is_no_fault_of_the_handler_that_came_upon_it(
+    toy: Any, rung: Rung, error: SessionOverError
+) -> None:
+    def read(hit: Any) -> None:
+        raise error
+
+    probe = toy.add("f_push", read, rung=rung)
+    with pytest.raises(type(error)):
+        toy.call("f_push")
+    assert (toy.session.failed, probe.enabled, probe.last_error) == ([], True, "")
+
+
+def test_arguments_have_the_names_and_types_of_the_definition(toy: Any, rung: Rung) -> None:
+    seen: list[dict[str, int]] = []
+
+    def look(hit: Any) -> None:
+        seen.append(dict(hit.args))
+        assert (hit.args.small, hit.args["where"]) == (seen[0]["small"], seen[0]["where"])
+        hit.regs.di = 5
+        assert hit.args.small == 5
+
+    probe = toy.add("p:at f_push+1 small=%di:s8 big=%si:x16 where=%ip", look, rung=rung)
+    toy.call("f_push", rdi=0x1_00FF, rsi=0xABCD_1234)
+    assert seen == [{"small": -1, "big": 0x1234, "where": toy.addr("f_push", 1)}]
+    assert probe.last_error == ""
+
+
+def test_an_argument_that_is_not_fetched_is_told(toy: Any, rung: Rung) -> None:
+    probe = toy.add("p:at f_push a=%di", lambda hit: hit.args.b, rung=rung)
+    toy.call("f_push")
+    assert "no argument 'b'; there are a" in probe.last_error
+
+
+def test_a_read_that_cannot_be_served_is_a_value_to_ask_for(toy: Any, rung: Rung) -> None:
+    seen: list[object] = []
+
+    def read(hit: Any) -> None:
+        for ask in (hit.read_int, hit.read_string):
+            seen.append(ask(0x10, default="(fault)"))
+        seen.append(hit.read(0x10, 4, default=None))
+        seen.append(hit.read_int(toy.addr("constant"), default=0))
+        hit.read(0x10, 4)
+
+    probe = toy.add("f_push", read, rung=rung)
+    toy.call("f_push")
+    assert seen == ["(fault)", "(fault)", None, 0x1234]
+    assert "0x10 is not mapped" in probe.last_error

@@ -101,7 +101,7 @@ def test_memory_of_zeros_is_no_header_and_no_record() -> None:
 
 
 def test_another_version_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(RegionError, match=r"version 7; this gdb_kprobe knows version 5\n.*detach with"):
+    with pytest.raises(RegionError, match=r"version 7; this gdb_kprobe knows version 6\n.*detach with"):
         Header.unpack(MAGIC + (7).to_bytes(4, "little") + bytes(0x1000))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.linux.idt import decode_gate
-from gdb_kprobe.model import Rung
+from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import check_event_delivery
 from gdb_kprobe.session.faults import fault_entries
 
@@ -57,3 +57,24 @@ def test_a_fault_in_a_step_is_handled_where_the_instruction_is_and_leaves_no_tra
         assert toy.call("f_load", rdi=0x10) == (1 << 64) - 14
         assert probe.hits == count
     assert toy.machine.traps == 0
+
+
+def test_of_two_that_come_to_the_gate_at_once_the_other_one_comes_again(toy: Any) -> None:
+    """KVM's breakpoint stops each arrival once, and gdb is told of one vCPU alone."""
+    probe = toy.add("f_push", rung=Rung.BOOSTED)
+    for cpu in (1, 2):
+        toy.put_at_trap("f_push", cpu)
+    assert not toy.session.on_breakpoint(CpuId(1))
+    assert toy.machine.registers[2]["rip"] == toy.addr("f_push")
+    assert probe.hits == 1
+    assert [toy.resume(cpu) for cpu in (1, 2)] == [13, 13]
+    assert (probe.hits, toy.count("f_push")) == (2, 2)
+
+
+def test_the_same_at_the_end_of_a_step_of_the_users(toy: Any) -> None:
+    probe = toy.add("f_push", rung=Rung.BOOSTED)
+    toy.put_at_trap("f_push", 2)
+    assert not toy.session.on_place(CpuId(1), toy.addr("f_nop"))
+    assert toy.machine.registers[2]["rip"] == toy.addr("f_push")
+    assert toy.resume(2) == 13
+    assert probe.hits == 1

@@ -12,7 +12,7 @@ from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import Restored, restore
-from gdb_kprobe.testing.cut import is_cut
+from tests.support.cut import is_cut
 
 REGION_PHYS = PhysAddr(0x40_0000)
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)

@@ -10,7 +10,7 @@ from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
 from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.stub import QemuStub
-from gdb_kprobe.testing.kvm_stub import LAYOUT, KvmStub, RanAwayError
+from tests.support.kvm_stub import LAYOUT, KvmStub, RanAwayError
 
 CPU = CpuId(1)
 

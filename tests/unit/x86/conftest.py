@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing.proof.emulator import Emulator, random_state
+from tests.proof.emulator import Emulator, random_state
 
 
 @pytest.fixture(scope="session")

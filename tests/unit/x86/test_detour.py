@@ -36,8 +36,8 @@ def test_displaced(code: str, expected: list[str]) -> None:
     raw = bytes.fromhex(code)
     insns = list(iter_insns(raw, ADDR))
     found = displaced(insns, SLOT, offset(ADDR, len(raw)), offset(ADDR, 5))
-    assert [str(insn) for insn in iter_insns(found, SLOT)] == expected
-    assert len(found) <= displaced_size([insn for insn in insns if insn.raw != b"\xcc"])
+    assert [str(insn) for insn in iter_insns(found.code, SLOT)] == expected
+    assert len(found.code) <= displaced_size([insn for insn in insns if insn.raw != b"\xcc"])
 
 
 def test_out_of_reach_is_refused() -> None:

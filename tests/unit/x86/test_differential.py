@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing.proof.cases import CASES
-from gdb_kprobe.testing.proof.differential import check
-from gdb_kprobe.testing.proof.emulator import Emulator, has_meaning, is_extended
-from gdb_kprobe.testing.proof.operands import make_sensible
 from gdb_kprobe.x86 import decode, families
 from gdb_kprobe.x86.families import Family
+from tests.proof.cases import CASES
+from tests.proof.differential import check
+from tests.proof.emulator import Emulator, has_meaning, is_extended
+from tests.proof.operands import make_sensible
 
 # Addresses of original and slot: kernel text and the end of the module area; and a bare-metal guest in low memory.
 PAGE = 0x1000

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing.proof.differential import check
-from gdb_kprobe.testing.proof.emulator import Emulator
-from gdb_kprobe.testing.proof.state import State
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.relocate import relocate
+from tests.proof.differential import check
+from tests.proof.emulator import Emulator
+from tests.proof.state import State
 
 ADDR = VirtAddr(0xFFFF_FFFF_8123_4567)
 SLOT = VirtAddr(0xFFFF_FFFF_C0FF_E123)

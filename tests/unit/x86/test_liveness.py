@@ -14,15 +14,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing.proof.cases import CASES
-from gdb_kprobe.testing.proof.emulator import Emulator, has_meaning, is_extended, random_state
-from gdb_kprobe.testing.proof.operands import make_sensible
-from gdb_kprobe.testing.proof.state import differences
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode, iter_insns
 from gdb_kprobe.x86.effects import REGISTERS, STATUS_FLAGS, Effect, Flag, effect_of, register_bit
 from gdb_kprobe.x86.encoding import EncodingError, parse
 from gdb_kprobe.x86.families import Family
 from gdb_kprobe.x86.liveness import MOST_INSNS, InsnAt, are_flags_dead, dead_flags, dead_registers
+from tests.proof.cases import CASES
+from tests.proof.emulator import Emulator, has_meaning, is_extended, random_state
+from tests.proof.operands import make_sensible
+from tests.proof.state import differences
 
 ADDR = VirtAddr(0xFFFF_FFFF_8123_4567)
 NONE = Flag(0)

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdb_kprobe.model import AddressRange, VirtAddr
-from gdb_kprobe.testing.proof.decoding import check_decoding
-from gdb_kprobe.testing.proof.differential import check
-from gdb_kprobe.testing.proof.emulator import Emulator, has_meaning, is_extended
-from gdb_kprobe.testing.proof.forms import Form, Forms, Sample, form_of, read_forms
-from gdb_kprobe.testing.proof.operands import make_sensible
 from gdb_kprobe.x86 import relocate, step
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
 from gdb_kprobe.x86.encoding import parse
+from tests.proof.decoding import check_decoding
+from tests.proof.differential import check
+from tests.proof.emulator import Emulator, has_meaning, is_extended
+from tests.proof.forms import Form, Forms, Sample, form_of, read_forms
+from tests.proof.operands import make_sensible
 
 ADDR = VirtAddr(0xFFFF_FFFF_8123_4567)
 SLOT = VirtAddr(0xFFFF_FFFF_C0FF_E123)
