@@ -7,7 +7,7 @@ usage() {
 usage: ./install.sh [COMMAND]
 
   (none)        set up; a second run only looks whether everything is there
-  demo          set up, then put kprobes on a live Debian guest
+  demo          set up, then show on a live Debian guest what kprobes do and what a hit costs, beside a gdb breakpoint
   test          set up, then run everything that CI runs: half an hour or more on two idle cores
   torture KIND  set up, then prove on guests of its own that probes are safe; --help names the kinds
   bench         set up, then measure what a hit costs

@@ -20,7 +20,7 @@ OF_GUESTS = {
     "build": "make everything that guests boot",
     "boot": "boot a guest and show its console",
     "nested": "run a command in an emulated machine that has KVM",
-    "demo": "put kprobes on a live Debian guest and count them",
+    "demo": "show what kprobes do and cost on a live Debian guest, beside a gdb breakpoint",
     "check": "classify every instruction of a guest's kernel",
 }
 """Summaries of the verbs in :mod:`gdb_kprobe.launcher.guest_verbs`."""

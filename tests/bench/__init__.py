@@ -25,7 +25,7 @@ from tests.bench.machine import Machine
 from tests.bench.places import Call, find_path
 from tests.bench.places import Path as CallPath
 from tests.bench.rows import Row, make_row, show
-from tests.bench.ways import CHEAP, DEAR, Measured, measure, measure_dear, merge, us_of_a_tick
+from tests.bench.ways import CHEAP, DEAR, Measured, calibrate, measure, measure_dear, merge
 from tests.support import kernel_events
 from tests.support.command import Command
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"kernel {guest.check_output('uname -srv').strip()}")
         machine = Machine.of(gdb, guest)
         places = _find_places(machine)
-        us_per_tick = us_of_a_tick(machine, CALL)
+        us_per_tick = calibrate(machine, CALL)
         print(f"{len(places.behind)} places for rows, {len(places.many)} for many", flush=True)
         samples: Samples = defaultdict(list)
         for repetition in range(options.repetitions):

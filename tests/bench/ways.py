@@ -15,7 +15,6 @@ that hit is taken off: what is left must be the calls made, exactly.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from functools import partial
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.model import Dispatch, Rung, VirtAddr
+from kprobe_guest.timed_calls import Took, timed_calls, us_of_a_tick
 from tests.bench.machine import TIMEOUT, Machine
 from tests.bench.places import Call
 from tests.support import kernel_events
@@ -36,8 +36,6 @@ _ASIDE = 20
 """Its calls before the timed ones, and after."""
 _RUNS = 2
 """The first is not timed: QEMU translates the guest's code anew after a stop."""
-_CHUNK = 20
-"""Calls between two looks of the workload at the clock."""
 _CALIBRATION = 2.0
 """Seconds of the host's clock that are compared with the guest's."""
 _FEW, _MANY = 10, 110
@@ -102,30 +100,10 @@ def merge(found: Iterable[Measured]) -> Measured:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Took:
-    """What some calls took: by the host's clock, and in ticks of the guest's for every 20; *begin* in those too."""
-
-    seconds: float
-    begin: int
-    ticks: tuple[int, ...]
-
-    @property
-    def ticks_of_a_call(self) -> float:
-        """By the fastest 20: nothing came between."""
-        return min(self.ticks) / _CHUNK
-
-
-def us_of_a_tick(machine: Machine, call: Call) -> float:
+def calibrate(machine: Machine, call: Call) -> float:
     """How many microseconds a tick of the running guest's clock is."""
-    with _dialogue(machine, call) as run:
-        run((0,))
-        started = time.monotonic()
-        (first,) = run((0,))
-        time.sleep(_CALIBRATION)
-        passed = time.monotonic() - started
-        (second,) = run((0,))
-    return passed * 1e6 / (second.begin - first.begin)
+    with timed_calls(machine.guest, call.on_request, TIMEOUT) as run:
+        return us_of_a_tick(run, _CALIBRATION)
 
 
 def measure(
@@ -184,22 +162,8 @@ def _caller(machine: Machine, way: Way, call: Call) -> Iterator[Run]:
 
 @contextmanager
 def _dialogue(machine: Machine, call: Call) -> Iterator[Run]:
-    with machine.guest.dialogue(call.on_request, TIMEOUT) as ask:
-
-        def took(calls: int) -> Took:
-            started = time.monotonic()
-            answer = ask(str(calls))
-            seconds = time.monotonic() - started
-            begin, *ticks = ticks_of(answer)
-            return Took(seconds, begin, tuple(ticks))
-
+    with timed_calls(machine.guest, call.on_request, TIMEOUT) as took:
         yield lambda numbers: [took(calls) for calls in numbers]
-
-
-def ticks_of(answer: str) -> tuple[int, ...]:
-    """The ticks in the workload's *answer*: ``workload: N calls done, last result R BEGIN TICKS TICKS ...``."""
-    _, _, result_and_ticks = answer.partition("last result ")
-    return tuple(map(int, result_and_ticks.split()[1:]))
 
 
 def _evaluated(machine: Machine, way: Way, call: Call, places: Sequence[VirtAddr]) -> int:

@@ -11,7 +11,6 @@ from gdb_kprobe.model import VirtAddr
 from tests.bench.machine import FunctionCode
 from tests.bench.places import Call, far_enough
 from tests.bench.rows import Row, cost_of_a_place, make_row, show, slope
-from tests.bench.ways import Took, ticks_of
 
 
 def test_slope_of_points_on_a_line() -> None:
@@ -95,15 +94,6 @@ def test_places_far_enough_for_jumps() -> None:
 
 def test_command_of_a_call() -> None:
     assert Call(293, ("0", "b:")).times(20) == "workload syscall 293 20 0 b:"
-
-
-def test_ticks_in_an_answer() -> None:
-    assert ticks_of("workload: 50 calls done, last result -2 12345 3100 3000") == (12345, 3100, 3000)
-    assert ticks_of("workload: 0 calls done, last result 0 12345") == (12345,)
-
-
-def test_a_call_takes_what_it_takes_when_nothing_comes_between() -> None:
-    assert Took(1.0, 0, (9000, 3000, 3100, 3200, 50000)).ticks_of_a_call == 150
 
 
 def _code(flow: dict[int, tuple[int, ...]], nop: int | None = None) -> FunctionCode:
