@@ -97,9 +97,7 @@ class ExecutionLog:
             path.unlink(missing_ok=True)
 
     def _require_stopped(self) -> None:
-        status = self._guest.qmp("query-status")
-        assert isinstance(status, dict)
-        if status["running"]:
+        if self._guest.is_running():
             raise GuestError("the execution log is switched while the machine is stopped; it runs")
 
     def _command(self, command: str) -> None:

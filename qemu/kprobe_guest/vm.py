@@ -424,6 +424,12 @@ class GuestVm(GuestCommands):
         """Execute one command of the text monitor and return what it printed."""
         return str(self.qmp("human-monitor-command", **{"command-line": command})).replace("\r", "")
 
+    def is_running(self) -> bool:
+        """Whether its vCPUs run; QEMU has them stopped for a gdb, or :meth:`stop`."""
+        status = self.qmp("query-status")
+        assert isinstance(status, dict)
+        return bool(status["running"])
+
     def stop(self) -> None:
         self.qmp("stop")
 
@@ -433,9 +439,7 @@ class GuestVm(GuestCommands):
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Have the machine stopped during the block; one that is stopped already stays so. No gdb may be connected."""
-        status = self.qmp("query-status")
-        assert isinstance(status, dict)
-        if not status["running"]:
+        if not self.is_running():
             yield
             return
         self.stop()
