@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -163,11 +163,7 @@ def _settled(guest: GuestVm) -> tuple[str, ...]:
 
 
 def _usable(guest: GuestVm) -> bool:
-    if not guest.alive():
-        return False
-    status = guest.qmp("query-status")
-    assert isinstance(status, dict)
-    return bool(status["running"])
+    return guest.alive() and guest.is_running()
 
 
 @pytest.fixture(scope="session")
@@ -263,7 +259,7 @@ def _values(item: pytest.Item) -> frozenset[tuple[str, str]]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:  # the value sent back is the report
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         item.stash[_FAILED] = True

@@ -11,13 +11,18 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from gdb_kprobe.errors import TargetError
 from gdb_kprobe.model import PAGE_SIZE, PhysAddr, offset
-from gdb_kprobe.target.protocols import Machine, Monitor
+from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 _GPA2HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((.+)\) is (?:0x)?([0-9a-f]+)")
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+class Stub(PhysicalMemory, Monitor, Protocol):
+    """Guest memory as QEMU has it, and QEMU's word for where that is."""
 
 
 class ProcessMemory:
@@ -84,7 +89,7 @@ class ProcessMemory:
         os.close(self._file)
 
 
-def find_process_memory(machine: Machine, pids: Iterable[int], start: PhysAddr, size: int) -> ProcessMemory:
+def find_process_memory(stub: Stub, pids: Iterable[int], start: PhysAddr, size: int) -> ProcessMemory:
     """Find the *size* bytes of guest memory at *start* in the first of the processes *pids* that has them.
 
     The first and the last page must be what the stub reads there. The first one is to hold something that nothing else
@@ -93,7 +98,7 @@ def find_process_memory(machine: Machine, pids: Iterable[int], start: PhysAddr, 
 
     :raises TargetError: no process has them, or its memory may not be read; says what each lacks.
     """
-    host = _host_address(machine, start, size)
+    host = _host_address(stub, start, size)
     reasons: list[str] = []
     for pid in pids:
         try:
@@ -103,7 +108,7 @@ def find_process_memory(machine: Machine, pids: Iterable[int], start: PhysAddr, 
             continue
         try:
             for page in (start, offset(start, size - PAGE_SIZE)):
-                if memory.read_physical(page, PAGE_SIZE) != machine.read_physical(page, PAGE_SIZE):
+                if memory.read_physical(page, PAGE_SIZE) != stub.read_physical(page, PAGE_SIZE):
                     raise TargetError(f"process {pid} ({_name(pid)}) does not hold this guest's memory")
         except TargetError as error:
             memory.close()

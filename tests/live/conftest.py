@@ -110,9 +110,7 @@ class Probed:
 
     def check_untouched(self) -> None:
         """The guest runs, its log is clean, and its text is what it was."""
-        status = self.guest.qmp("query-status")
-        assert isinstance(status, dict)
-        assert status["running"], status
+        assert self.guest.is_running(), self.guest.qmp("query-status")
         assert self.guest.dmesg_problems() == []
         assert self.snapshot.leftovers(self.touched) == []
 

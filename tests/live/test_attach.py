@@ -168,7 +168,7 @@ def test_ctrl_c_ends_the_waiting_with_the_guest_stopped() -> None:
         gdb.press_ctrl_c()
         answer = gdb.wait_prompt()
         assert "interrupted by Ctrl-C; gdb is connected, and the guest is stopped: 'continue' lets it run" in answer
-        assert not vm.qmp("query-status")["running"]  # type: ignore[index]
+        assert not vm.is_running()
         # It can be taken up again.
         assert "Attached to Linux" in gdb.command("kprobe attach --wait debian", timeout=300)
         gdb.command("kprobe detach")

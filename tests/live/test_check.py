@@ -331,5 +331,5 @@ def test_the_survey_says_what_a_probe_is_told(spec: GuestSpec, checked: Callable
             found.snapshot, windows=((place.start, guest.memory.read(place.start, place.end - place.start)),)
         )
         got = survey(guest, only, slots.area, Boost.RELOCATE, references=guest.references(TextMap()))
-        counts: Counter[Reason | Rung] = Counter({**got.rungs, **got.refused})
+        counts: Counter[Reason | Rung] = Counter(dict((*got.rungs.items(), *got.refused.items())))
         assert +counts == expected, place

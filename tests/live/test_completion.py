@@ -45,6 +45,6 @@ def test_functions_of_kernel_and_modules(probed: Boot) -> None:
         check()
         gdb.cont()
         check()
-        assert guest.guest.qmp("query-status")["running"]
+        assert guest.guest.is_running()
         gdb.interrupt()
         gdb.console("kprobe detach")

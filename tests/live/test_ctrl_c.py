@@ -272,7 +272,7 @@ def test_ctrl_c_ends_a_trace(probed: Boot, vcpus: int) -> None:
             time.sleep(random.uniform(0.0, 0.15))
             gdb.press_ctrl_c()
             shown += int(re.findall(r"(\d+) hit\(s\) in", gdb.wait_prompt())[-1])
-            assert not vm.qmp("query-status")["running"]
+            assert not vm.is_running()
             pc = pc_of(gdb)
             assert not start <= pc < end, hex(pc)
             assert pc != entry

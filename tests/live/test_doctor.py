@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from kprobe_guest import GuestSpec, GuestVm
 
 pytestmark = pytest.mark.live
 
-UNPREPARED = {"region": "none", "shared_ram": False, "cpu": "default", "gdb": "tcp"}
+UNPREPARED = GuestSpec(region="none", shared_ram=False, cpu="default", gdb="tcp")
 PROFILE = "gdbstub: {address}\nregion: {{source: reserved, physical: {physical}, size: 16M}}\n"
 
 
@@ -24,7 +25,7 @@ def told(guest: GuestVm, gdb: GdbMi) -> str:
 
 
 def test_its_hint_makes_an_unprepared_guest_one_that_can_be_attached_to(tmp_path: Path) -> None:
-    with GuestVm(GuestSpec(**UNPREPARED)) as guest:  # type: ignore[arg-type]
+    with GuestVm(UNPREPARED) as guest:
         symbols = len(guest.kallsyms().splitlines())
         with GdbMi() as gdb:
             answer = told(guest, gdb)
@@ -36,7 +37,7 @@ def test_its_hint_makes_an_unprepared_guest_one_that_can_be_attached_to(tmp_path
     assert "no memory is set aside for probes" in answer
     (word,) = re.findall(r"boot with (\S+) on the kernel's command line", answer)
 
-    with GuestVm(GuestSpec(**UNPREPARED, extra_cmdline=(word,))) as guest:  # type: ignore[arg-type]
+    with GuestVm(replace(UNPREPARED, extra_cmdline=(word,))) as guest:
         with GdbMi() as gdb:
             answer = told(guest, gdb)
             assert "no memory is set aside" not in answer

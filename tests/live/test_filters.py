@@ -25,7 +25,7 @@ on_each_guest = pytest.mark.parametrize(
 )
 on_each_rung = pytest.mark.parametrize("strategy", ["optimized", "boosted", "single-step"])
 
-CONDITIONS = {
+CONDITIONS: dict[str, Callable[[int, int], object]] = {
     "none": lambda which, who: True,
     "both": lambda which, who: which == 0 and who & 0x40,
     "either": lambda which, who: which == 1 or who > 64,
@@ -86,7 +86,7 @@ def test_probes_are_switched_while_the_guest_runs(probed: Boot, shared: bool, st
         call()
         gdb.console("kprobe enable first")
         call()
-        assert vm.qmp("query-status")["running"]
+        assert vm.is_running()
         with pytest.raises(GdbCommandError, match="host has no handler in the guest now"):
             gdb.console("kprobe enable host")
         gdb.interrupt()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.session.linux_guest import LinuxGuest
 from kprobe_guest import GuestSpec
 from tests.support.kernel_events import Way, events, hits, missed
 from tests.support.places import behind_jump
@@ -32,7 +33,7 @@ on_each_guest = pytest.mark.parametrize(
 
 def behind(guest: Any, function: str) -> VirtAddr:
     """The first instruction behind the jump of a probe on *function*: the guest may have kprobes of its own there."""
-    linux = guest.snapshot.guest
+    linux: LinuxGuest = guest.snapshot.guest
     return offset(linux.kallsyms.address(function), behind_jump(linux, function))
 
 

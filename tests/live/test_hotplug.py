@@ -26,7 +26,9 @@ def test_a_cpu_goes_and_comes(kernel: str) -> None:
 def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: Callable[[Any], Any]) -> None:
     """QEMU's stub lists it from the next stop on; hits on it are counted at once."""
     guest, vm = make_probed(expandable), expandable
-    (slot,) = [found for found in vm.qmp("query-hotpluggable-cpus") if "qom-path" not in found]
+    slots = vm.qmp("query-hotpluggable-cpus")
+    assert isinstance(slots, list)
+    (slot,) = [found for found in slots if "qom-path" not in found]
     with guest.gdb() as gdb:
         guest.add(gdb, "p:jump __x64_sys_getpriority")
         assert gdb.console(CPUS).split() == ["1"]

@@ -31,15 +31,15 @@ SWITCHES = f"while [ ! -e /tmp/enough ]; do echo 1 >{SWITCH}; sleep 0.01; echo 0
 JUMPS = ("before", "behind", "above", "target")
 
 
-def label_of(kernel: Any, insns: list[Insn]) -> tuple[int, int]:
+def label_of(kernel: Any, insns: list[Insn]) -> tuple[VirtAddr, VirtAddr]:
     """The address of the function's only jump label, and where it jumps to."""
     tables = kernel.text_facts().tables
     pairs = zip(tables.jump_labels, tables.jump_targets, strict=True)
-    (found,) = [pair for pair in pairs if insns[0].addr <= pair[0] < insns[-1].end]
-    return found
+    ((label, target),) = [pair for pair in pairs if insns[0].addr <= pair[0] < insns[-1].end]
+    return VirtAddr(label), VirtAddr(target)
 
 
-def windows(insns: list[Insn]) -> Iterator[tuple[int, int]]:
+def windows(insns: list[Insn]) -> Iterator[tuple[VirtAddr, VirtAddr]]:
     """Of each instruction where a jump there would begin, and where what it displaces ends."""
     for index, insn in enumerate(insns):
         ends = (other.end for other in insns[index:] if other.end >= insn.addr + JUMP_SIZE)
@@ -58,7 +58,7 @@ def beside(kernel: Any) -> dict[str, VirtAddr]:
     label, target = label_of(kernel, insns)
     (at_label,) = [insn for insn in insns if insn.addr == label]
 
-    def last_before(addr: int) -> int:
+    def last_before(addr: int) -> VirtAddr:
         return max((end, start) for start, end in windows(insns) if end <= addr)[1]
 
     (theirs,) = [insn.addr for insn in insns if str(insn) == "push rbp"]

@@ -50,7 +50,9 @@ class Client(StubClient):
         addr = next(insn.addr for insn in iter_insns(text, function.start) if classify(insn) is family)
         definition = parse_definition(f"p:stepped {FUNCTION}+{addr - function.start}")
         probe = self.session.add(Probe(definition, strategy=Rung.SINGLE_STEP))
-        return self.session.sites.of(probe).plan
+        site = self.session.sites.of(probe)
+        assert site is not None
+        return site.plan
 
     def run_to_hit(self, start: Callable[[], Future[tuple[int, str]]]) -> tuple[CpuId, Future[tuple[int, str]]]:
         """Let the guest run, with the workload that *start* starts, to the first hit; which vCPU has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import time
@@ -47,6 +48,9 @@ class Ram:
 
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         self.vm.ram()[addr : addr + len(data)] = data
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def monitor(self, command: str) -> str:
         return self.vm.hmp(command)
@@ -224,7 +228,7 @@ def test_page_walks_equal_gva2gpa_with_four_levels() -> None:
 
 
 @pytest.mark.parametrize("cpu", ["max", "default"])
-def test_kernel_table_is_found_from_a_vcpu_in_user_mode_under_pti(cpu: str) -> None:
+def test_kernel_table_is_found_from_a_vcpu_in_user_mode_under_pti(cpu: Literal["max", "default"]) -> None:
     with GuestVm(GuestSpec(cpu=cpu, vcpus=2, extra_cmdline=("pti=on",))) as vm:
         job = vm.spawn("workload spin 0")
         deadline = time.monotonic() + 60

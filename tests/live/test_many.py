@@ -49,7 +49,7 @@ def test_a_pattern_arms_what_the_guest_calls_so(probed: Boot) -> None:
     live = {addr for addr in live if bounds["_text"] <= addr < bounds["_etext"]}
 
     def probed_place(addr: int) -> int:
-        nop = addr + guest.pad(addr)
+        nop: int = addr + guest.pad(addr)
         found = guest.snapshot.original(VirtAddr(nop), len(NOP5)) == NOP5
         return nop + len(NOP5) if found else nop
 

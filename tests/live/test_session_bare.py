@@ -77,6 +77,10 @@ class BareSession(StubClient):
                     self.stub.step(cpu)
                 self.insert(entry)
 
+    def run_to_hits(self, probe: Probe, hits: int) -> None:
+        """Run until *probe* was hit so often."""
+        self.run(lambda: probe.hits == hits)
+
     def run_to(self, name: str) -> None:
         """Run to a place where there is no probe, with no probe armed."""
         addr = VirtAddr(self.symbols[name])
@@ -133,7 +137,7 @@ def test_every_function_counts_as_often_as_the_guest_itself(bare: BareSession, g
     for name, hits in names.items():
         before = guest.bare_counters()
         probe = bare.add(name, rung)
-        bare.run(lambda probe=probe, wanted=ROUNDS * hits: probe.hits == wanted)  # type: ignore[misc]
+        bare.run_to_hits(probe, ROUNDS * hits)
         bare.session.delete(probe)
         bare.run_to("main_loop")
         counted = {function: count - before[function] for function, count in guest.bare_counters().items()}
@@ -229,7 +233,9 @@ def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, plac
         rounds = {counters[name] - past for name, past in before.items()}
         assert len(rounds) <= 1, f"cut after {count - 1} packets"
         before = counters
-        patch = bare.session.sites.of(bare.add(place, Rung.SINGLE_STEP)).plan.patch
+        site = bare.session.sites.of(bare.add(place, Rung.SINGLE_STEP))
+        assert site is not None
+        patch = site.plan.patch
         cpu = bare.stop()
         bare.channel.left = count
         killed = is_cut(bare.session.on_breakpoint, cpu)

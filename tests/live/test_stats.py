@@ -124,7 +124,7 @@ def test_ctrl_c_ends_the_waiting_and_the_guest_runs_on(probed: Boot, vcpus: int)
             time.sleep(1)  # it is waiting by then, or has printed the first of many tables
             gdb.signal(signal.SIGINT)
             assert "Ended; the guest runs on." in gdb.finish(waiting, timeout=5)
-            assert guest.guest.qmp("query-status")["running"]
+            assert guest.guest.is_running()
             finish(guest, jobs(guest, 100))
         gdb.interrupt()
         assert guest.hits(gdb) == {"prio": 200 * vcpus}
@@ -150,7 +150,7 @@ def test_live_runs_the_guest_and_stops_it_again(probed: Boot, vcpus: int) -> Non
         tables = [json.loads(line) for line in re.findall(r"^\{.*\}$", gdb.transcript, re.M)]
         assert len(tables) == 10
         assert tables[-1]["total"]["hits"] > 0
-        assert not guest.guest.qmp("query-status")["running"]
+        assert not guest.guest.is_running()
         assert sum(table["total"]["new_hits"] for table in tables) == tables[-1]["total"]["hits"]
         gdb.type("kprobe stats --live --interval 0.1")
         gdb.wait_text("over ")
@@ -158,7 +158,7 @@ def test_live_runs_the_guest_and_stops_it_again(probed: Boot, vcpus: int) -> Non
         gdb.wait_text("over ")
         gdb.press_ctrl_c()
         gdb.wait_prompt()
-        assert not guest.guest.qmp("query-status")["running"]
+        assert not guest.guest.is_running()
         data = json.loads(gdb.command("kprobe stats --json"))
         found = {row["name"]: (row["hits"], row["missed"]) for row in data["probes"]}
         assert found == {"prio": (calls * vcpus, 0), "nice": (10 * vcpus, 0)}
@@ -210,7 +210,7 @@ def test_at_the_prompt_beside_a_guest_in_the_background(probed: Boot) -> None:
             time.sleep(random.uniform(0.0, 0.1))
             gdb.press_ctrl_c()
             assert "Ended; the guest runs on." in gdb.wait_prompt(5)
-            assert guest.guest.qmp("query-status")["running"]
+            assert guest.guest.is_running()
         finish(guest, jobs(guest, 23))
         gdb.type("interrupt")
         gdb.wait_text("SIGINT")

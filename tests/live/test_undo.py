@@ -375,7 +375,7 @@ def kill_gdb(guest: Any, *, stop: bool) -> Load:
     with under_load(guest, stop=stop, dispatch="stub", watchdog=False) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
-    wait_for(lambda: not guest.guest.qmp("query-status")["running"])
+    wait_for(lambda: not guest.guest.is_running())
     patched = guest.probed_bytes()
     assert sum(addr - 1 not in patched for addr in patched) == (0 if stop else 3)
     return load
@@ -407,7 +407,7 @@ def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watch
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     load.finish()
-    assert guest.guest.qmp("query-status")["running"]
+    assert guest.guest.is_running()
     assert guest.probed_bytes() == guest.touched
     with guest.gdb(attach=False) as gdb:
         gdb.console(f"target remote {guest.guest.gdb_address}")
@@ -426,7 +426,7 @@ def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
     # The breakpoint of the killed gdb is still in QEMU, and stops the machine at the next hit for the host.
-    wait_for(lambda: not guest.guest.qmp("query-status")["running"])
+    wait_for(lambda: not guest.guest.is_running())
     with guest.gdb(attach=False) as gdb:
         gdb.console(f"target remote {guest.guest.gdb_address}")
         gdb.console("detach")

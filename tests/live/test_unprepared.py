@@ -265,7 +265,8 @@ KINDS = {"M", "G", "Z", "z", "vCont"}
 @contextlib.contextmanager
 def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
     """The guest, stopped by a client of ours, which is closed without a word if it was cut."""
-    with CutChannel(vm.gdb_address) as channel:
+    channel = CutChannel(vm.gdb_address)
+    with channel:
         stub = QemuStub(channel)
         stub.drop_breakpoints()
         yield channel, stub, open_linux(stub, RamView(stub, None))
@@ -341,7 +342,7 @@ def test_ctrl_c_at_any_moment_of_an_attach_leaves_nothing(probed: Boot) -> None:
             else:
                 assert "Attached to Linux" in told or "Quit" in told, told
                 gdb.command("kprobe detach", timeout=120)
-            assert guest.guest.qmp("query-status")["running"]
+            assert guest.guest.is_running()
         gdb.command("kprobe attach plain", timeout=120)
         gdb.command(f"kprobe p:jump {FUNCTION}")
         guest.touched |= set(range(at := guest.snapshot.guest.kallsyms.address(FUNCTION), at + 10))

@@ -41,7 +41,7 @@ def gdb(guest: Any) -> Iterator[GdbTerminal]:
 
 
 def is_running(guest: Any) -> bool:
-    return bool(guest.guest.qmp("query-status")["running"])
+    return bool(guest.guest.is_running())
 
 
 def hits(gdb: GdbTerminal) -> int:

@@ -34,7 +34,7 @@ Boot = Callable[[GuestSpec], Any]
 
 
 def runs(guest: Any) -> bool:
-    return bool(guest.guest.qmp("query-status")["running"])
+    return bool(guest.guest.is_running())
 
 
 def kill(gdb: GdbMi) -> None:
@@ -268,7 +268,7 @@ def test_a_bare_metal_guest_has_none(booted_guest: Callable[[GuestSpec], GuestVm
         wait_for_rounds(5)
         kill(gdb)
     if strategy == "boosted":
-        wait_until(lambda: not guest.qmp("query-status")["running"])  # type: ignore[index]
+        wait_until(lambda: not guest.is_running())
     else:
         wait_for_rounds(1000)
     with GdbMi(environment) as gdb:

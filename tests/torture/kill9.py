@@ -160,7 +160,7 @@ class Kill9:
         self._kill(phase)
         if phase is Phase.HANDLING:
             self._finish()  # with nobody there to handle a hit
-        ran_on = self._runs()
+        ran_on = self._guest.is_running()
         if after is After.ADOPT:
             wrong += self._adopt(phase)
         else:
@@ -175,11 +175,6 @@ class Kill9:
         wrong += self._guest.dmesg_problems()
         wrong += self._text.leftovers(self._touched)
         return Round(phase, ran_on, after, time.monotonic() - started, tuple(wrong))
-
-    def _runs(self) -> bool:
-        status = self._guest.qmp("query-status")
-        assert isinstance(status, dict)
-        return bool(status["running"])
 
     def _kill(self, phase: Phase) -> None:
         """Have a gdb in *phase*, and kill it."""

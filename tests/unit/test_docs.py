@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.launcher.cli import OF_GDB, OF_GUESTS
+from gdb_kprobe.launcher.cli import OF_GDB
+from gdb_kprobe.launcher.verb import OF_GUESTS
 from tests import bench, matrix, torture
 
 ROOT = Path(__file__).resolve().parents[2]

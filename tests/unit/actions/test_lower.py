@@ -98,8 +98,9 @@ def test_the_enable_word(surroundings: Surroundings, enabled: int) -> None:
 
 
 def test_256_terms_need_no_stack() -> None:
-    terms: list[Expr] = [Cast(Register(name), 32, True) for name in sorted(PT_REGS_NAMES)] * 13
-    balanced = terms[:256]
+    casts: list[Expr] = [Cast(Register(name), 32, True) for name in sorted(PT_REGS_NAMES)]
+    terms = casts * 13
+    balanced: list[Expr] = terms[:256]
     while len(balanced) > 1:
         pairs = zip(balanced[::2], balanced[1::2], strict=True)
         balanced = [Binary(BinaryOp.XOR, left, right) for left, right in pairs]

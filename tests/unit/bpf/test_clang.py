@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
 
 from gdb_kprobe.bpf.check import BpfRefusedError, check
 from gdb_kprobe.bpf.insn import LD_IMM64, LoadKind, Program, decode
@@ -94,8 +95,10 @@ def compiled(source: str, tmp_path: Path, cpu: str) -> Program:
     subprocess.run([CLANG, "-target", "bpf", f"-mcpu={cpu}", "-O2", "-c", c, "-o", o], check=True, timeout=60)
     with o.open("rb") as file:
         elf = ELFFile(file)
-        code = bytearray(elf.get_section_by_name(".text").data())
-        relocations = elf.get_section_by_name(".rel.text")
+        text, relocations = elf.get_section_by_name(".text"), elf.get_section_by_name(".rel.text")
+        assert text is not None
+        assert relocations is None or isinstance(relocations, RelocationSection)
+        code = bytearray(text.data())
         for relocation in relocations.iter_relocations() if relocations else ():
             at = relocation["r_offset"]
             assert code[at] == LD_IMM64

@@ -68,9 +68,9 @@ SIGNED = [
 ]
 
 
-def run(out: Builder, **machine: object) -> int:
+def run(out: Builder, machine: Machine | None = None) -> int:
     out.exit()
-    return Machine(**machine).run(out.finish())  # type: ignore[arg-type]
+    return (machine or Machine()).run(out.finish())
 
 
 @pytest.mark.parametrize(("op", "bits", "dst", "operand", "result"), ALU)
@@ -231,7 +231,7 @@ def test_a_long_jump() -> None:
 def test_loads(size: Size, signed: bool, result: int) -> None:
     out = Builder()
     out.load(R0, R1, 8, size, signed=signed)
-    assert run(out, context=bytes(range(0, 0x88, 0x11)) + bytes.fromhex("8899aabbccddeeff")) == result
+    assert run(out, Machine(context=bytes(range(0, 0x88, 0x11)) + bytes.fromhex("8899aabbccddeeff"))) == result
 
 
 @pytest.mark.parametrize(("size", "expected"), [(Size.B, "88"), (Size.H, "8877"), (Size.W, "88776655")])
@@ -241,7 +241,7 @@ def test_stores_write_the_low_bytes(size: Size, expected: str) -> None:
     out.load_region(R2, 4, 5)
     out.load_number(R3, A)
     out.store(R2, -2, R3, size)
-    run(out, regions={4: memory})
+    run(out, Machine(regions={4: memory}))
     assert memory.hex() == "000000" + expected + "00" * (13 - size.width)
 
 
@@ -269,7 +269,7 @@ def test_atomic_operations(op: AluOp, width: int, old: int, source: int, new: in
     out.load_region(R2, 0)
     out.load_number(R0, source)
     out.atomic(op, R2, 0, R0, Size.DW if width == 64 else Size.W, fetch=fetch)
-    assert run(out, regions={0: memory}) == (old & (1 << width) - 1 if fetch else source)
+    assert run(out, Machine(regions={0: memory})) == (old & (1 << width) - 1 if fetch else source)
     assert int.from_bytes(memory, "little") == new
 
 
@@ -290,7 +290,7 @@ def test_compare_and_exchange(width: int, compared: int, memory_after: int, resu
     out.load_number(R0, compared)
     out.mov(R3, 9)
     out.cmpxchg(R2, 0, R3, Size.DW if width == 64 else Size.W)
-    assert run(out, regions={0: memory}) == result
+    assert run(out, Machine(regions={0: memory})) == result
     assert int.from_bytes(memory, "little") == memory_after
 
 
@@ -300,7 +300,7 @@ def test_exchange() -> None:
     out.load_region(R2, 0)
     out.mov(R0, -1)
     out.xchg(R2, 4, R0, Size.W)
-    assert run(out, regions={0: memory}) == 0x1122_3344
+    assert run(out, Machine(regions={0: memory})) == 0x1122_3344
     assert int.from_bytes(memory, "little") == 0xFFFF_FFFF_5566_7788
 
 
@@ -309,12 +309,12 @@ def test_a_helper_gets_the_arguments_and_takes_the_registers() -> None:
     for register, value in zip((R1, R2, R3), (7, 8, 9), strict=True):
         out.mov(register, value)
     out.call(3)
-    assert run(out, helpers={3: lambda a, b, c, d, e: a * 100 + b * 10 + c}) == 789
+    assert run(out, Machine(helpers={3: lambda a, b, c, d, e: a * 100 + b * 10 + c})) == 789
     out = Builder()
     out.call(3)
     out.mov(R0, R1)
     with pytest.raises(BpfRunError, match="r1 was never written"):
-        run(out, helpers={3: lambda a, b, c, d, e: 0})
+        run(out, Machine(helpers={3: lambda a, b, c, d, e: 0}))
 
 
 @pytest.mark.parametrize(

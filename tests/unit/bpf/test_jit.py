@@ -79,12 +79,13 @@ class Operands:
 
 
 BINARY = [op for op in AluOp if op not in (AluOp.NEG, AluOp.END)]
-SIGNED = [(op, True) for op in (AluOp.DIV, AluOp.MOD)]
+UNSIGNED: list[tuple[AluOp, bool]] = [(op, False) for op in BINARY]
+SIGNED: list[tuple[AluOp, bool]] = [(op, True) for op in (AluOp.DIV, AluOp.MOD)]
 
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("bits", [32, 64])
-@pytest.mark.parametrize(("op", "signed"), [(op, False) for op in BINARY] + SIGNED)
+@pytest.mark.parametrize(("op", "signed"), UNSIGNED + SIGNED)
 def test_arithmetic_of_every_pair_of_registers(op: AluOp, signed: bool, bits: int, known: bool) -> None:
     for seed, (dst, src) in enumerate(itertools.product((R0, R3, R4, R5, R8), repeat=2)):
         rng = random.Random(seed)

@@ -7,7 +7,7 @@ import lzma
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -330,9 +330,9 @@ def zstd(data: bytes) -> bytes:
 @pytest.mark.parametrize("suffix", ["", ".xz", ".gz", ".zst"])
 def test_modules_are_unpacked_however_they_are_compressed(tmp_path: Path, suffix: str) -> None:
     content = b"\x7fELF" + bytes(range(256)) * 10
-    pack = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstd}[suffix]
+    packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstd}
     path = tmp_path / f"dummy.ko{suffix}"
-    path.write_bytes(pack(content))
+    path.write_bytes(packers[suffix](content))
 
     assert _decompress(path) == content
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gdb_kprobe.kprobes.kernel_rules import Rules
@@ -13,15 +15,15 @@ ADDR = VirtAddr(0xFFFF_FFFF_8100_0000)
 AREA = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_C100_0000))
 
 
-def counted(code: str, area: AddressRange = AREA, **options: object) -> Survey:
-    by_kernel_rules = bool(options.pop("by_kernel_rules", False))
+def counted(code: str, area: AddressRange = AREA, *, by_kernel_rules: bool = False, **options: Any) -> Survey:
     surveyor = Surveyor(area, Rules.LINUX_6_12, by_kernel_rules=by_kernel_rules)
-    surveyor.count(Piece(ADDR, bytes.fromhex(code), **options))  # type: ignore[arg-type]
+    surveyor.count(Piece(ADDR, bytes.fromhex(code), **options))
     return surveyor.survey
 
 
 def counts(survey: Survey) -> dict[Rung | Reason, int]:
-    return {key: count for key, count in {**survey.rungs, **survey.refused}.items() if count}
+    rungs: dict[Rung | Reason, int] = {rung: count for rung, count in survey.rungs.items() if count}
+    return rungs | {reason: count for reason, count in survey.refused.items() if count}
 
 
 BOOSTED = Rung.BOOSTED

@@ -59,6 +59,9 @@ class Words:
     def read(self, addr: VirtAddr, size: int) -> bytes:
         return struct.pack("<Q", self._words[addr])[:size]
 
+    def write(self, addr: VirtAddr, data: bytes) -> None:
+        raise AssertionError("nothing is written")
+
 
 @pytest.mark.parametrize(("size", "order", "count"), [(2, 9, 1), (4, 10, 1), (6, 9, 3), (16, 10, 4), (64, 10, 16)])
 def test_a_region_is_made_of_the_largest_blocks_that_fit(size: int, order: int, count: int) -> None:
@@ -69,7 +72,7 @@ def test_a_region_is_made_of_the_largest_blocks_that_fit(size: int, order: int, 
 @pytest.mark.parametrize("name", ["__get_free_pages", "get_free_pages_noprof"])
 def test_the_allocator_is_found_by_either_name(name: str) -> None:
     symbols: Any = Symbols(**{**NEEDED, name: BASE, "free_pages": BASE + 1, "page_offset_base": BASE + 2})
-    memory: Any = Words({BASE + 2: 0xFFFF_9000_0000_0000})
+    memory = Words({BASE + 2: 0xFFFF_9000_0000_0000})
     found = find_page_allocator(memory, symbols, "Linux version 6.1", 4)
     assert (found.allocate, found.free) == (BASE, BASE + 1)
     assert found.address(PhysAddr(0x1000)) == 0xFFFF_9000_0000_1000
@@ -78,21 +81,21 @@ def test_the_allocator_is_found_by_either_name(name: str) -> None:
 @pytest.mark.parametrize(("levels", "start"), [(4, 0xFFFF_8880_0000_0000), (5, 0xFF11_0000_0000_0000)])
 def test_without_kaslr_of_memory_the_direct_map_is_where_it_always_is(levels: int, start: int) -> None:
     symbols: Any = Symbols(**NEEDED, __get_free_pages=BASE)
-    found = find_page_allocator(Words({}), symbols, "Linux version 6.1", levels)  # type: ignore[arg-type]
+    found = find_page_allocator(Words({}), symbols, "Linux version 6.1", levels)
     assert found.direct_map == start
 
 
 def test_a_kernel_whose_locks_sleep_is_not_called() -> None:
     symbols: Any = Symbols(**NEEDED, __get_free_pages=BASE)
     with pytest.raises(GuestStateError, match=r"is PREEMPT_RT: .*\n.*reserve the memory"):
-        find_page_allocator(Words({}), symbols, "Linux version 6.1.0 #1 SMP PREEMPT_RT Debian", 4)  # type: ignore[arg-type]
+        find_page_allocator(Words({}), symbols, "Linux version 6.1.0 #1 SMP PREEMPT_RT Debian", 4)
 
 
 @pytest.mark.parametrize("missing", sorted(NEEDED))
 def test_a_kernel_without_what_is_needed_is_told_apart(missing: str) -> None:
     symbols: Any = Symbols(__get_free_pages=BASE, **{name: addr for name, addr in NEEDED.items() if name != missing})
     with pytest.raises(GuestStateError, match=rf"has no {missing}: .*\n.*reserve the memory"):
-        find_page_allocator(Words({}), symbols, "Linux version 6.1", 4)  # type: ignore[arg-type]
+        find_page_allocator(Words({}), symbols, "Linux version 6.1", 4)
 
 
 @pytest.mark.parametrize("kind", ["symbol", "member"])
@@ -115,7 +118,7 @@ def test_it_is_called_where_nothing_is_held(
     types: Any = Types(current_task=0, preempt_count=8) if kind == "member" else Types()
     hot = {"pcpu_hot": 0x2000} if kind == "member" else {"__preempt_count": 0x2008, "current_task": 0x2000}
     symbols: Any = Symbols(**hot)
-    memory: Any = Words({PER_CPU + 0x2008: count, PER_CPU + 0x2000: TASK, TASK + PID: pid})
+    memory = Words({PER_CPU + 0x2008: count, PER_CPU + 0x2000: TASK, TASK + PID: pid})
     registers = {"cs": 0x10, "gs_base": PER_CPU, "eflags": 0x246, **changed}
     assert may_call_here(memory, symbols, types, registers) is may
 

@@ -27,13 +27,16 @@ def read_back() -> ELFFile:
     return ELFFile(io.BytesIO(symbol_file(SYMBOLS, (TEXT, MODULE), (DATA,))))
 
 
-def test_symbols_have_name_address_kind_and_section() -> None:
-    elf = read_back()
-    table = elf.get_section_by_name(".symtab")
+def symbol_table() -> SymbolTableSection:
+    table = read_back().get_section_by_name(".symtab")
     assert isinstance(table, SymbolTableSection)
+    return table
+
+
+def test_symbols_have_name_address_kind_and_section() -> None:
     found = {
         entry.name: (entry["st_value"], entry["st_info"]["type"], entry["st_info"]["bind"], entry["st_shndx"])
-        for entry in table.iter_symbols()
+        for entry in symbol_table().iter_symbols()
         if entry.name
     }
     assert found == {
@@ -46,7 +49,7 @@ def test_symbols_have_name_address_kind_and_section() -> None:
 
 
 def test_local_symbols_come_first() -> None:
-    table = read_back().get_section_by_name(".symtab")
+    table = symbol_table()
     binds = [entry["st_info"]["bind"] for entry in table.iter_symbols()]
     assert table["sh_info"] == binds.index("STB_GLOBAL")
     assert "STB_LOCAL" not in binds[table["sh_info"] :]

@@ -14,7 +14,7 @@ import mmap
 import struct
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import unicorn
@@ -116,13 +116,16 @@ class _Registers(dict[str, int]):
         self._machine.changed()
         super().update(*args, **values)
 
-    def __ior__(self, values: Any) -> Any:
+    # dict says by overloads what it takes; the tests give it dicts.
+    def __ior__(self, values: Any) -> Self:  # type: ignore[override, misc]
         self.update(values)
         return self
 
 
 class ToyMachine:
     """RAM, vCPUs 1 and 2, and what QEMU's stub does with them."""
+
+    shown: CpuId | None = None
 
     def __init__(self) -> None:
         self.ram = mmap.mmap(-1, RAM_SIZE)
@@ -143,7 +146,7 @@ class ToyMachine:
         self.traps = 0
         """How many #DB the guest has taken that nobody had asked for."""
         self.flushes_at_write = True
-        self.exception_entries = (self.symbols["pf_entry"],)
+        self.exception_entries: Collection[int] = (self.symbols["pf_entry"],)
         self.registers = {cpu: _Registers(self, self._reset(cpu)) for cpu in (1, 2)}
 
         self.breakpoints: set[int] = set()
@@ -440,6 +443,9 @@ class ToyMachine:
 
     def is_taken(self, addr: VirtAddr) -> bool:
         return addr in self.users_breakpoints
+
+    def taken(self) -> Collection[int]:
+        return self.users_breakpoints
 
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         self.watched = frozenset(addrs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,6 +32,9 @@ class Memory:
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         assert PHYS <= addr <= addr + len(data) <= PHYS + SIZE
         self.data[addr - PHYS : addr - PHYS + len(data)] = data
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Region:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,9 @@ class Ram:
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         assert PHYS <= addr <= PHYS + len(self.data) - len(data)
         self.data[addr - PHYS : addr - PHYS + len(data)] = data
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 headers = st.builds(

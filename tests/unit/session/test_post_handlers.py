@@ -8,6 +8,7 @@ import pytest
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.model import Reason, Rung
+from gdb_kprobe.session.context import HitContext
 
 
 def test_it_sees_the_state_after_the_instruction_at_the_original_address(toy: Any) -> None:
@@ -38,7 +39,12 @@ def test_it_may_stop_behind_the_instruction(toy: Any) -> None:
 
 def test_it_runs_once_when_the_pre_handler_had_stopped(toy: Any) -> None:
     order: list[str] = []
-    toy.add("f_push", lambda hit: order.append("pre") or True, lambda hit: order.append("post"))
+
+    def stop(hit: HitContext) -> bool:
+        order.append("pre")
+        return True
+
+    toy.add("f_push", stop, lambda hit: order.append("post"))
     assert toy.call("f_push") is None
     assert order == ["pre"]
     assert toy.resume() == 13

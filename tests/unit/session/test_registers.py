@@ -21,7 +21,7 @@ def test_where_a_handler_sends_the_guest_it_goes() -> None:
         regs.ip = 0x2000
     with regs.shown_at(ASKED):
         assert regs.ip == 0x2000
-    assert (regs.ip, regs.changed) == (0x2000, {"rip"})
+    assert (regs.ip, regs.changed) == (0x2000, frozenset({"rip"}))
 
 
 def test_the_address_that_was_asked_for_is_no_other_place() -> None:

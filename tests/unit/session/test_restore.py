@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
-from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import Restored, restore
@@ -115,6 +115,7 @@ def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Any, toy_with
     toy.machine.set_quad(values["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, slot.code + 1)  # an interrupted RIP
     done = restore_after_kill(toy)
     assert toy.changed_text() == {}
+    assert done.kept is not None
     assert done.kept == toy.header()
     assert toy.machine.load(slot.code, 1) == b"\x55"
 
@@ -141,7 +142,7 @@ def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None
         toy.put(function)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        killed = is_cut(toy.session.on_breakpoint, 1)
+        killed = is_cut(toy.session.on_breakpoint, CpuId(1))
         done = restore_after_kill(toy)
         assert_clean(toy)
         assert toy.resume() == expected, f"killed after {count} changes"
@@ -163,7 +164,7 @@ def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place
         toy.put(function)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        lost = is_cut(toy.session.on_breakpoint, 1)
+        lost = is_cut(toy.session.on_breakpoint, CpuId(1))
         toy.machine.changes_left = None
         assert toy.session.detach().problems == ()
         assert_clean(toy)
@@ -186,7 +187,7 @@ def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Any, place: 
         toy.put(function, rdi=1)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        killed = is_cut(toy.session.on_breakpoint, 1)
+        killed = is_cut(toy.session.on_breakpoint, CpuId(1))
         if toy.machine.registers[1]["rip"] != toy.addr("bp_entry"):
             toy.machine.breakpoints.clear()
             assert toy.resume() == expected, f"killed after {count} changes"
@@ -206,7 +207,7 @@ def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
         toy.put("f_load", rdi=0x10)
         toy.run_until(toy.addr("bp_entry"))
         toy.machine.changes_left = count
-        killed = is_cut(toy.session.on_breakpoint, 1)
+        killed = is_cut(toy.session.on_breakpoint, CpuId(1))
         restore_after_kill(toy)
         assert_clean(toy)
         assert toy.resume() == (1 << 64) - 14, f"killed after {count} changes"

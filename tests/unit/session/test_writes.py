@@ -165,7 +165,11 @@ def test_text_that_somebody_else_has_changed_is_left_alone(toy: Any) -> None:
     probe = toy.add("f_push")
     toy.machine.ram[at_site(toy)] = 0x90
     before = snapshot(toy)
-    for act in (lambda: toy.session.delete(probe), lambda: toy.session.set_enabled(probe, False)):
+    acts: tuple[Callable[[], object], ...] = (
+        lambda: toy.session.delete(probe),
+        lambda: toy.session.set_enabled(probe, False),
+    )
+    for act in acts:
         with pytest.raises(StaleTextError):
             act()
         assert snapshot(toy) == before

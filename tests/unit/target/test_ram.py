@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ class Ram:
 
     def write_physical(self, addr: PhysAddr, data: bytes) -> None:
         self.calls.append(("write", addr))
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def test_reads_take_the_file_where_it_is_and_writes_never_do(shared: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -282,7 +283,7 @@ class Vcpus:
 
     def __init__(self) -> None:
         self.runs = 0
-        self.exception_entries = (0x9000,)
+        self.exception_entries: Collection[int] = (0x9000,)
         self.registers = {cpu: dict.fromkeys((name for name, _ in LAYOUT), 0x100 * cpu) for cpu in (CPU, CpuId(2))}
         self.breakpoints: list[str] = []
 
@@ -503,7 +504,7 @@ def test_what_a_step_that_was_cut_off_has_left_is_taken_away() -> None:
     vcpus.stack[24:32] = (0x346).to_bytes(8, "little")
     stub.forget()
     stub.drop_trap_flag(CPU)
-    assert (vcpus.registers[CPU]["eflags"], vcpus.stack[24:26]) == (0x246, b"\x46\2")
+    assert (vcpus.registers[CPU]["eflags"], bytes(vcpus.stack[24:26])) == (0x246, b"\x46\2")
 
 
 def test_under_tcg_nothing_is_set_for_a_step(stub: QemuStub, described: Any) -> None:
@@ -523,13 +524,17 @@ def test_a_step_that_does_not_come_back_is_an_error(stub: QemuStub, described: A
 # -- what caches of page tables hold ------------------------------------------------------------------------------
 
 
-def test_under_kvm_a_flush_is_another_cr4_while_the_machine_runs() -> None:
+def test_under_kvm_a_flush_is_another_cr4_while_the_machine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     vcpus = Vcpus()
     stub = QemuStub(RunningStub(vcpus))
     for registers in vcpus.registers.values():
         registers["cr4"] = 0xA0
     ran_with: list[int] = []
-    vcpus.run = lambda: ran_with.extend(registers["cr4"] for registers in vcpus.registers.values())  # type: ignore[method-assign]
+
+    def run() -> None:
+        ran_with.extend(registers["cr4"] for registers in vcpus.registers.values())
+
+    monkeypatch.setattr(vcpus, "run", run)
     assert not stub.quirks.flushes_at_write
     with stub.flushed():
         stub.run_briefly()

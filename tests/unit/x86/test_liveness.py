@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import or_
 
@@ -33,7 +33,17 @@ RESULT = Flag.SF | Flag.ZF | Flag.PF
 
 def text(listing: str) -> InsnAt:
     """The instructions of a listing of hexadecimal, which stands at ADDR and ends there."""
-    return {insn.addr: insn for insn in iter_insns(bytes.fromhex(listing), ADDR)}.get
+    return at(iter_insns(bytes.fromhex(listing), ADDR))
+
+
+def at(insns: Iterable[Insn]) -> InsnAt:
+    """Those of *insns* by their address."""
+    found: dict[int, Insn] = {insn.addr: insn for insn in insns}
+
+    def insn_at(addr: int) -> Insn | None:
+        return found.get(addr)
+
+    return insn_at
 
 
 # The table
@@ -395,7 +405,7 @@ def test_what_is_dead_makes_no_difference(machine: Emulator) -> None:
     for _ in range(SEQUENCES):
         code = random_code(rng)
         insns = list(iter_insns(code, ADDR))
-        insn_at = {insn.addr: insn for insn in insns}.get
+        insn_at = at(insns)
         as_processors_do = bool(rng.randrange(2))
         flags = dead_flags(ADDR, insn_at, as_processors_do=as_processors_do)
         registers = dead_registers(ADDR, insn_at)
