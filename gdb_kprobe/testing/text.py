@@ -64,12 +64,13 @@ class TextSnapshot:
         return b""
 
     def differences(self) -> tuple[Difference, ...]:
-        """Compare with the text as it is now."""
+        """Compare with the text as it is now, as far as it is there: a module may have come back somewhere else."""
         self.guest.refresh()
+        now = frozenset(self.guest.text_ranges())
         return tuple(
             self._difference(VirtAddr(window.start + index), old[index], new[index])
             for window, old in self._texts.items()
-            if (new := self._read(window)) != old
+            if window in now and (new := self._read(window)) != old
             for index in _where_different(old, new)
         )
 
