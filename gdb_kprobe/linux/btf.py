@@ -12,7 +12,9 @@ from array import array
 from collections.abc import Collection, Iterator
 
 from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.linux.bounds import Steps, damaged, decodes
 from gdb_kprobe.linux.kallsyms import Kallsyms
+from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.linux.types import Member
 from gdb_kprobe.target.protocols import Memory
 
@@ -24,6 +26,14 @@ _TYPEDEF, _VOLATILE, _CONST, _RESTRICT = 8, 9, 10, 11
 _FUNC, _FLOAT, _TYPE_TAG, _ENUM64 = 12, 16, 18, 19
 _TRANSPARENT = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
 _NAMED = frozenset({_STRUCT, _UNION, _ENUM, _ENUM64})
+
+_WHAT = "the kernel's type information (BTF) is damaged"
+_MOST_STEPS = 1 << 18
+"""Types and members that are looked at for one question."""
+_DEEPEST = 32
+"""Anonymous structures in each other."""
+_LARGEST = 1 << 20
+"""Bytes of a structure that is read; the exception stacks of a CPU are some 100 KiB."""
 
 # 32-bit words after the three that every type has: (fixed, for each of its vlen items), by kind.
 _EXTRA = {
@@ -73,10 +83,19 @@ class Btf:
         """Return member *path* (``a.b``; anonymous structs need no name, an array means its first element) or None."""
         key = (type_name, path)
         if key not in self._members:
-            self._members[key] = next(
-                (found for type_id in self._ids(type_name) if (found := self._resolve(type_id, path))), None
-            )
+            self._members[key] = self._look_for(type_name, path)
         return self._members[key]
+
+    @decodes(_WHAT)
+    def _look_for(self, type_name: str, path: str) -> Member | None:
+        steps = Steps(f"{_WHAT}: the search for {type_name}.{path}", _MOST_STEPS)
+        for type_id in self._ids(type_name):
+            found = self._resolve(type_id, path, steps)
+            if found is not None:
+                if found.offset + found.size > _LARGEST:
+                    raise damaged(f"{_WHAT}: {type_name}.{path} has {found.size} bytes at {found.offset}")
+                return found
+        return None
 
     def member(self, type_name: str, path: str) -> Member:
         """Like :meth:`find_member`.
@@ -102,6 +121,7 @@ class Btf:
         """
         return self.member(type_name, path).offset
 
+    @decodes(_WHAT)
     def size_of(self, type_name: str) -> int:
         """Return the size in bytes of a struct or union.
 
@@ -109,9 +129,13 @@ class Btf:
         """
         for type_id in self._ids(type_name):
             if self._kind(type_id) in (_STRUCT, _UNION):
-                return self._words[self._starts[type_id] + 2]
+                size = self._words[self._starts[type_id] + 2]
+                if not 0 < size <= _LARGEST:
+                    raise damaged(f"{_WHAT}: {type_name} has {size} bytes")
+                return size
         raise GuestStateError(f"the guest's kernel has no type {type_name}", "its version or configuration lacks it")
 
+    @decodes(_WHAT)
     def enum(self, type_name: str) -> dict[str, int]:
         """Return the enumerators of ``enum type_name``.
 
@@ -122,6 +146,7 @@ class Btf:
                 return dict(self._enumerators(type_id))
         raise GuestStateError(f"the guest's kernel has no enum {type_name}", "its version or configuration lacks it")
 
+    @decodes(_WHAT)
     def enumerator(self, name: str) -> int | None:
         """Return the value of the enumerator *name* of whatever enum, also an anonymous one, or None."""
         wanted = self._string_offset(name)
@@ -131,9 +156,10 @@ class Btf:
             step = 3 if self._kind(type_id) == _ENUM64 else 2
             start = self._starts[type_id] + 3
             if wanted in self._words[start : start + step * self._vlen(type_id) : step]:
-                return dict(self._enumerators(type_id))[name]
+                return dict(self._enumerators(type_id)).get(name)
         return None
 
+    @decodes(_WHAT)
     def functions(self, names: Collection[str]) -> dict[str, int]:
         """Return the type ids of those of the functions *names* that it describes."""
         wanted = {at: name for name in names if (at := self._string_offset(name)) is not None}
@@ -143,6 +169,7 @@ class Btf:
             if self._words[start] in wanted and self._kind(type_id) == _FUNC
         }
 
+    @decodes(_WHAT)
     def _index(self) -> None:
         words, starts = self._words, self._starts
         extra = [_EXTRA.get(kind, (0, 0)) for kind in range(32)]
@@ -167,7 +194,9 @@ class Btf:
         return self._words[self._starts[type_id] + 1] & 0xFFFF
 
     def _string(self, at: int) -> str:
-        return self._strings[at : self._strings.index(b"\0", at)].decode("utf-8", "replace")
+        if at >= len(self._strings):
+            raise IndexError(f"string {at}")
+        return c_string(self._strings, at)
 
     def _string_offset(self, name: str) -> int | None:
         # pahole and the linker's BTF pass store each string once.
@@ -180,22 +209,24 @@ class Btf:
             self._ids_of_type[type_name] = [] if at is None else self._ids_of_name.get(at, [])
         return self._ids_of_type[type_name]
 
-    def _strip(self, type_id: int) -> int:
+    def _strip(self, type_id: int, steps: Steps) -> int:
         """Follow typedefs and qualifiers."""
         while self._kind(type_id) in _TRANSPARENT:
+            steps.take()
             type_id = self._words[self._starts[type_id] + 2]
         return type_id
 
-    def _size(self, type_id: int) -> int:
-        type_id = self._strip(type_id)
-        start = self._starts[type_id]
+    def _size(self, type_id: int, steps: Steps) -> int:
+        count = 1
+        while self._kind(type_id := self._strip(type_id, steps)) == _ARRAY:
+            steps.take()
+            start = self._starts[type_id]
+            type_id, count = self._words[start + 3], min(count * self._words[start + 5], _LARGEST + 1)
         match self._kind(type_id):
             case kind if kind == _PTR:
-                return 8
-            case kind if kind == _ARRAY:
-                return self._size(self._words[start + 3]) * self._words[start + 5]
+                return 8 * count
             case kind if kind in (_INT, _STRUCT, _UNION, _ENUM, _ENUM64, _FLOAT):
-                return self._words[start + 2]
+                return self._words[self._starts[type_id] + 2] * count
         return 0
 
     def _enumerators(self, type_id: int) -> Iterator[tuple[str, int]]:
@@ -210,34 +241,38 @@ class Btf:
             yield self._string(words[at]), value
             at += 3 if wide else 2
 
-    def _resolve(self, type_id: int, path: str) -> Member | None:
+    def _resolve(self, type_id: int, path: str, steps: Steps) -> Member | None:
         offset = 0
         for name in path.split("."):
-            found = self._direct(type_id, name)
+            found = self._direct(type_id, name, steps)
             if found is None:
                 return None
             offset += found[0]
             type_id = found[1]
-        return Member(offset, self._size(type_id))
+        return Member(offset, self._size(type_id, steps))
 
-    def _direct(self, type_id: int, name: str) -> tuple[int, int] | None:
+    def _direct(self, type_id: int, name: str, steps: Steps, depth: int = 0) -> tuple[int, int] | None:
         """Return (byte offset, type) of the member *name*, also inside anonymous members."""
-        type_id = self._strip(type_id)
+        if depth > _DEEPEST:
+            raise damaged(f"{_WHAT}: {name} is looked for in structures that contain themselves")
+        type_id = self._strip(type_id, steps)
         while self._kind(type_id) == _ARRAY:
-            type_id = self._strip(self._words[self._starts[type_id] + 3])
+            steps.take()
+            type_id = self._strip(self._words[self._starts[type_id] + 3], steps)
         if self._kind(type_id) not in (_STRUCT, _UNION):
             return None
         start = self._starts[type_id]
         # With the flag (bit 31) the upper 8 bits of an offset are a bit field's width.
         mask = 0xFF_FFFF if self._words[start + 1] >> 31 else 0xFFFF_FFFF
         for at in range(start + 3, start + 3 + 3 * self._vlen(type_id), 3):
+            steps.take()
             name_at, member_type, bits = self._words[at : at + 3]
             offset = (bits & mask) // 8
             if name_at:
                 if self._string(name_at) == name:
                     return offset, member_type
             else:
-                inner = self._direct(member_type, name)
+                inner = self._direct(member_type, name, steps, depth + 1)
                 if inner is not None:
                     return offset + inner[0], inner[1]
         return None

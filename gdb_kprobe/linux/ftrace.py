@@ -42,6 +42,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, NeedsTypesError
+from gdb_kprobe.linux.bounds import Steps, Visited, damaged, read_array
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_pointer, read_struct
 from gdb_kprobe.linux.types import Types
@@ -55,10 +56,13 @@ NOP = bytes.fromhex("0f1f440000")
 """What is there while nobody traces (``ftrace_nop_replace``)."""
 
 _HISTORY = ("FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED")
-_MOST_PAGES = 1 << 16
 _MOST_OPS = 1 << 12
+_MOST_RECORDS = 1 << 21
 _MOST_ENTRIES = 1 << 20
+_MOST_BITS = 20
+"""Of the number of lists in a ``struct ftrace_hash``; FTRACE_HASH_MAX_BITS is 12 (kernel/trace/ftrace.c)."""
 _WORD = 8
+_LARGEST_RECORD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,29 +242,33 @@ def read_ftrace_records(memory: Memory, kallsyms: Kallsyms, types: Types) -> Ftr
     layout = _layout(types)
     pages: list[tuple[VirtAddr, bytes]] = []
     at = read_pointer(memory, kallsyms.address("ftrace_pages_start"))
-    for _ in range(_MOST_PAGES):
-        if not at:
-            return FtraceRecords(layout, pages)
+    visited, records = Visited("the list ftrace_pages_start"), Steps("the list ftrace_pages_start", _MOST_RECORDS)
+    while at:
+        visited.visit(at)
         page = read_struct(memory, types, "ftrace_page", at)
-        start = page.pointer("records")
-        pages.append((start, memory.read(start, layout.size * page.uint("index"))))
+        start, count = page.pointer("records"), page.uint("index")
+        records.take(count)
+        pages.append((start, read_array(memory, f"the ftrace page at {at:#x}", start, count, layout.size)))
         at = page.pointer("next")
-    raise _endless("ftrace_pages_start")
+    return FtraceRecords(layout, pages)
 
 
 def _layout(types: Types) -> FtraceLayout:
     ip, flags = types.offset_of("dyn_ftrace", "ip"), types.offset_of("dyn_ftrace", "flags")
+    size = types.size_of("dyn_ftrace")
+    if any(at % _WORD for at in (size, ip, flags)) or not max(ip, flags) + _WORD <= size <= _LARGEST_RECORD:
+        raise damaged(f"struct dyn_ftrace has {size} bytes, with its address at {ip} and its flags at {flags}")
     try:
         types.enumerator("FTRACE_FL_ENABLED")
     except NeedsTypesError:
-        return FtraceLayout(types.size_of("dyn_ftrace"), ip, flags, 0, 0, 0)
+        return FtraceLayout(size, ip, flags, 0, 0, 0)
     enabled, disabled = (types.enumerator(f"FTRACE_FL_{name}") for name in ("ENABLED", "DISABLED"))
     if enabled is None or disabled is None:
         raise GuestStateError("the flags of struct dyn_ftrace are not as known here", "probe behind the function entry")
     # Kernels before v6.4 ("ftrace: Show a list of all functions that have ever been enabled") have no TOUCHED, those
     # before v6.6 ("ftrace: Add MODIFIED flag to show if IPMODIFY or direct was attached") have no MODIFIED.
     history = sum(types.enumerator(name) or 0 for name in _HISTORY)
-    return FtraceLayout(types.size_of("dyn_ftrace"), ip, flags, enabled, disabled, history)
+    return FtraceLayout(size, ip, flags, enabled, disabled, history)
 
 
 def read_ftrace_tracers(memory: Memory, kallsyms: Kallsyms, types: Types) -> FtraceTracers:
@@ -295,13 +303,12 @@ def for_each_ops(memory: Memory, kallsyms: Kallsyms, types: Types) -> Iterator[S
     """
     end = kallsyms.address("ftrace_list_end")
     at = read_pointer(memory, kallsyms.address("ftrace_ops_list"))
-    for _ in range(_MOST_OPS):
-        if at in (0, end):
-            return
+    visited = Visited("the list ftrace_ops_list", Steps("the list ftrace_ops_list", _MOST_OPS))
+    while at not in (0, end):
+        visited.visit(at)
         ops = read_struct(memory, types, "ftrace_ops", at)
         yield ops
         at = ops.pointer("next")
-    raise _endless("ftrace_ops_list")
 
 
 def read_hash(memory: Memory, types: Types, addr: VirtAddr) -> frozenset[int]:
@@ -311,20 +318,19 @@ def read_hash(memory: Memory, types: Types, addr: VirtAddr) -> frozenset[int]:
     table = read_struct(memory, types, "ftrace_hash", addr)
     if not table.uint("count"):
         return frozenset()
-    heads = array("Q", memory.read(table.pointer("buckets"), _WORD << table.uint("size_bits")))
-    return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, types, head))
+    bits = table.uint("size_bits")
+    if bits > _MOST_BITS:
+        raise damaged(f"the hash of ftrace's at {addr:#x} has {bits} bits")
+    heads = array("Q", memory.read(table.pointer("buckets"), _WORD << bits))
+    steps = Steps(f"the hash of ftrace's at {addr:#x}", _MOST_ENTRIES)
+    return frozenset(entry.uint("ip") for head in heads for entry in _chain(memory, types, head, steps))
 
 
-def _chain(memory: Memory, types: Types, node: int) -> Iterator[Struct]:
+def _chain(memory: Memory, types: Types, node: int, steps: Steps) -> Iterator[Struct]:
     link = types.offset_of("ftrace_func_entry", "hlist")
-    for _ in range(_MOST_ENTRIES):
-        if not node:
-            return
+    visited = Visited("a list in a hash of ftrace's", steps)
+    while node:
+        visited.visit(node)
         entry = read_struct(memory, types, "ftrace_func_entry", VirtAddr(node - link))
         yield entry
         node = entry.uint("hlist.next")
-    raise _endless("a hash of ftrace's")
-
-
-def _endless(what: str) -> GuestStateError:
-    return GuestStateError(f"the list {what} has no end", "the guest's memory is damaged")

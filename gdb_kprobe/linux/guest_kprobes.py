@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
+from gdb_kprobe.linux.bounds import Steps, Visited, damaged
+from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_struct
 from gdb_kprobe.linux.types import Types
@@ -29,7 +31,7 @@ from gdb_kprobe.model import AddressRange, VirtAddr, offset
 from gdb_kprobe.target.protocols import Memory
 
 BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS
-_MOST: Final = 1 << 16
+_TEXT: Final = AddressRange(START_KERNEL_MAP, MODULES_END)
 _GONE: Final = 1  # KPROBE_FLAG_GONE
 _OPTIMIZED: Final = 4  # KPROBE_FLAG_OPTIMIZED
 _ON_FTRACE: Final = 8  # KPROBE_FLAG_FTRACE
@@ -106,8 +108,10 @@ def read_guest_kprobes(memory: Memory, kallsyms: Kallsyms, types: Types) -> Gues
     # An aggregate (kprobe_aggrprobe()), which is part of a struct optimized_kprobe, is known by its handler.
     aggregate = kallsyms.find("aggr_pre_handler") if types.has_member("optimized_kprobe", "optinsn") else None
 
+    steps = Steps("kprobe_table")
+
     def read(bucket: int, node: VirtAddr) -> Iterator[GuestKprobe]:
-        for probe in _chain(memory, types, node, link):
+        for probe in _chain(memory, types, node, link, steps):
             if not probe.uint("flags") & _GONE:
                 yield _kprobe(memory, probe, aggregate)
 
@@ -137,21 +141,22 @@ def read_table(
     return GuestKprobes(found, unread)
 
 
-def _chain(memory: Memory, types: Types, node: VirtAddr, link: int) -> Iterator[Struct]:
-    for _ in range(_MOST):
+def _chain(memory: Memory, types: Types, node: VirtAddr, link: int, steps: Steps) -> Iterator[Struct]:
+    visited = Visited("a chain of kprobe_table", steps)
+    while node:
+        visited.visit(node)
         probe = read_struct(memory, types, "kprobe", VirtAddr(node - link))
         yield probe
         node = probe.pointer("hlist.next")
-        if not node:
-            return
-    raise GuestStateError("a chain of kprobe_table has no end", "the guest's memory is damaged")
 
 
 def _kprobe(memory: Memory, probe: Struct, aggregate: VirtAddr | None) -> GuestKprobe:
     flags, addr = probe.uint("flags"), probe.pointer("addr")
+    if addr not in _TEXT:
+        raise damaged(f"the kprobe of the guest's own at {probe.addr:#x} is for {addr:#x}, where no kernel text can be")
     if flags & _ON_FTRACE:
         return GuestKprobe(addr)
-    original = bytes((probe.uint("opcode"),))
+    original = bytes((probe.uint("opcode") & 0xFF,))
     leads_to = _leads_to(memory, probe, addr) if original == _JMP_REL32 else None
     if aggregate is None or probe.pointer("pre_handler") != aggregate:
         return GuestKprobe(addr, original, leads_to=leads_to)
@@ -161,6 +166,8 @@ def _kprobe(memory: Memory, probe: Struct, aggregate: VirtAddr | None) -> GuestK
     # The flag comes first: the bytes are saved when the jump is written, up to some ticks later.
     if prepared and flags & _OPTIMIZED and memory.read(addr, 1) == _JMP_REL32:
         member = probe.types.member("optimized_kprobe", "optinsn.copied_insn")
+        if member.size >= MAX_RESERVED:
+            raise damaged(f"optimized_kprobe.optinsn.copied_insn has {member.size} bytes")
         original += memory.read(offset(optimized, member.offset), member.size)
     return GuestKprobe(addr, original, min(max(prepared, len(original)), MAX_RESERVED), leads_to)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -70,7 +71,15 @@ def find_image(table: PageTable, inside: VirtAddr) -> KernelImage:
 
 
 def read_string(memory: Memory, addr: VirtAddr, limit: int = 512) -> str:
-    """Read a NUL-terminated string of at most *limit* bytes.
+    """Read a NUL-terminated string of at most *limit* bytes, as it can be shown.
+
+    :raises UnmappedError: the string runs into unmapped memory.
+    """
+    return c_string(read_c_string(memory, addr, limit))
+
+
+def read_c_string(memory: Memory, addr: VirtAddr, limit: int = 512) -> bytes:
+    """Read the bytes of a string of at most *limit* bytes, without its NUL.
 
     :raises UnmappedError: the string runs into unmapped memory.
     """
@@ -79,7 +88,7 @@ def read_string(memory: Memory, addr: VirtAddr, limit: int = 512) -> str:
         # Never read further than to the end of a page before it is known that the string goes on.
         step = min(64 - (addr + len(data)) % 64, limit - len(data))
         data += memory.read(VirtAddr(addr + len(data)), step)
-    return data.partition(b"\0")[0].decode("utf-8", "replace")
+    return data.partition(b"\0")[0]
 
 
 def find_build_id(memory: Memory, notes: AddressRange) -> str:

@@ -33,7 +33,9 @@ from enum import IntEnum
 from itertools import accumulate, count, pairwise
 
 from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.linux.bounds import Steps
 from gdb_kprobe.linux.image import KernelImage
+from gdb_kprobe.linux.strings import showable
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
@@ -46,6 +48,10 @@ _LONGEST_NAME = 512 + 2
 tokens is longer than the name."""
 _SMALLEST_MARKER_STEP = 2 * _NAMES_PER_MARKER
 _LARGEST_MARKER_STEP = _LONGEST_NAME * _NAMES_PER_MARKER
+_MOST_BYTES = 256 << 20
+"""Of one run that are searched."""
+_MOST_STEPS = 1 << 24
+"""Places that are looked at for parts of the table: seconds. A kernel's takes some 100,000."""
 _FEWEST_MARKERS = 8
 """A kernel has thousands of symbols; a table with less than 8 * 256 of them is none."""
 
@@ -67,10 +73,11 @@ class SymbolTable:
 class _Run:
     """One mapped run, read from its start as far as it is looked at."""
 
-    def __init__(self, memory: Memory, window: AddressRange) -> None:
+    def __init__(self, memory: Memory, window: AddressRange, steps: Steps) -> None:
         self.memory = memory
-        self.window = window
+        self.window = AddressRange(window.start, min(window.end, VirtAddr(window.start + _MOST_BYTES)))
         self.data = bytearray()
+        self.steps = steps
 
     def read_to(self, end: int) -> bool:
         """Have the bytes up to offset *end*; False when the run is shorter."""
@@ -108,8 +115,9 @@ def read_core_symbols(memory: Memory, image: KernelImage) -> SymbolTable:
     """
     # The table is constant data. Before the guest has write-protected that, it is wherever the image is.
     furthest: _NotThisOneError | None = None
+    steps = Steps("the search for the kernel's symbol table (kallsyms)", _MOST_STEPS)
     for window in (*image.rodata, *image.data):
-        run = _Run(memory, window)
+        run = _Run(memory, window, steps)
         for digits in run.find_all(_DIGITS):
             try:
                 return _decode(run, digits, image)
@@ -143,7 +151,7 @@ class _NotThisOneError(Exception):
 
 def _decode(run: _Run, digits: int, image: KernelImage) -> SymbolTable:
     tokens, token_table, token_index = _find_tokens(run, digits)
-    names, count = _find_names(run.data, token_table)
+    names, count = _find_names(run.data, token_table, run.steps)
     # The token table is behind the names, with the markers between the two.
     plain, types = _expand(bytes(run.data[names:token_table]), count, tuple(tokens))
     addrs = _find_addrs(run, image, _Around(names, token_index + 512), plain)
@@ -159,8 +167,9 @@ def _find_tokens(run: _Run, digits: int) -> tuple[list[str], int, int]:
     """Return the 256 tokens and the offsets of the table and of its index, given where token ``"0"`` is."""
     # Where token 0 begins cannot be seen (what comes before it need not end in a zero byte), where token 1 does can.
     second = digits
+    run.steps.take(_LONGEST_TOKEN_TABLE)
     for _ in range(ord("0") - 1):
-        second = run.data.rfind(b"\0", 0, second - 1) + 1
+        second = run.data.rfind(b"\0", max(0, digits - _LONGEST_TOKEN_TABLE), second - 1) + 1
         if second <= 1:
             raise _NotThisOneError(_Part.TOKENS, "no 48 strings before the digits")
     run.read_to(second + _LONGEST_TOKEN_TABLE)
@@ -181,14 +190,14 @@ def _find_tokens(run: _Run, digits: int) -> tuple[list[str], int, int]:
         else:
             start = second - index[1]
             first = bytes(run.data[start : second - 1])
-            return [token.decode("latin-1") for token in (first, *tokens)], start, index_at
+            return [showable(token) for token in (first, *tokens)], start, index_at
     raise max(failures, key=lambda failure: failure.part)
 
 
-def _find_names(data: bytearray, token_table: int) -> tuple[int, int]:
+def _find_names(data: bytearray, token_table: int, steps: Steps) -> tuple[int, int]:
     """Return the offset of the first name and the number of names, given the offset of the token table behind them."""
     found = False
-    for markers, offsets in _find_markers(data, token_table):
+    for markers, offsets in _find_markers(data, token_table, steps):
         found = True
         # Whatever is behind the markers may look like one more.
         most = len(offsets) * _NAMES_PER_MARKER
@@ -198,14 +207,15 @@ def _find_names(data: bytearray, token_table: int) -> tuple[int, int]:
                 data[max(at - 8, 0) : at - 4], "little"
             )
             fewest = most - 2 * _NAMES_PER_MARKER
-            if fewest < count <= most and _names_fit(data, at, count, markers, offsets):
+            if fewest < count <= most and _names_fit(data, at, count, markers, offsets, steps):
                 return at, count
+        steps.take(_LARGEST_MARKER_STEP // 2)
     if found:
         raise _NotThisOneError(_Part.NAMES, "no number of symbols before the names")
     raise _NotThisOneError(_Part.MARKERS, "no markers before the token table")
 
 
-def _find_markers(data: bytearray, token_table: int) -> Iterator[tuple[int, array[int]]]:
+def _find_markers(data: bytearray, token_table: int, steps: Steps) -> Iterator[tuple[int, array[int]]]:
     """Yield what may be the markers before *token_table*, the nearest first: their offset, and their values.
 
     Markers are the offset of every 256th name.
@@ -216,6 +226,7 @@ def _find_markers(data: bytearray, token_table: int) -> Iterator[tuple[int, arra
         at &= ~3
         for start in (at, at + 4):
             markers = _markers_at(data, start, token_table)
+            steps.take(1 + len(markers))
             if len(markers) >= _FEWEST_MARKERS:
                 yield start, markers
 
@@ -232,19 +243,22 @@ def _markers_at(data: bytearray, at: int, end: int) -> array[int]:
     return markers
 
 
-def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array[int]) -> bool:
+def _names_fit(data: bytearray, names: int, count: int, end: int, offsets: array[int], steps: Steps) -> bool:
     """Walk all names: each 256th must be where its marker says, and the last must end where the markers begin."""
     at = names
     for index in range(count):
-        if not index % _NAMES_PER_MARKER and at - names != offsets[index // _NAMES_PER_MARKER]:
-            return False
+        if not index % _NAMES_PER_MARKER:
+            steps.take(_NAMES_PER_MARKER)
+            if at - names != offsets[index // _NAMES_PER_MARKER]:
+                return False
         size = data[at]
         if size & 0x80:
             # "Big" symbols: kernel commit 73bbb94466fd "kallsyms: support "big" kernel symbols" (in v6.1).
             at += 1
             size = size & 0x7F | data[at] << 7
         at += 1 + size
-        if at > end:
+        # An empty name has no letter for its type.
+        if not size or at > end:
             return False
     return end - at < 8 and not any(data[at:end])
 
@@ -267,7 +281,8 @@ def _expand(data: bytes, count: int, tokens: tuple[str, ...]) -> tuple[list[str]
         at += 1
         joined.append(join(map(token, data[at : at + size])))
         at += size
-    return [name[1:] for name in joined], "".join([name[0] for name in joined])
+    # Tokens may be empty, and so may what they make.
+    return [name[1:] for name in joined], "".join([name[:1] or "?" for name in joined])
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +322,8 @@ def _decode_offsets(data: bytearray, base: int) -> array[int]:
     offsets = array("i", bytes(data))
     if min(offsets) < 0:
         top = base - 1
-        return array("Q", [offset if offset >= 0 else top - offset for offset in offsets])
-    return array("Q", [base + offset for offset in offsets])
+        return _addrs([offset if offset >= 0 else top - offset for offset in offsets])
+    return _addrs([base + offset for offset in offsets])
 
 
 def _decode_places(data: bytearray, place: int) -> array[int]:
@@ -316,7 +331,14 @@ def _decode_places(data: bytearray, place: int) -> array[int]:
 
     ``kallsyms_sym_address()`` since v7.0.
     """
-    return array("Q", [at + offset for at, offset in zip(count(place, 4), array("i", bytes(data)))])
+    return _addrs([at + offset for at, offset in zip(count(place, 4), array("i", bytes(data)))])
+
+
+def _addrs(addrs: list[int]) -> array[int]:
+    try:
+        return array("Q", addrs)
+    except OverflowError as error:
+        raise _NotThisOneError(_Part.ADDRESSES, "a symbol's address is beyond the last one") from error
 
 
 def _fit(addrs: array[int], names: list[str], image: KernelImage) -> bool:

@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.image import read_string
+from gdb_kprobe.linux.bounds import Steps, damaged, guest_range, read_array
+from gdb_kprobe.linux.image import read_c_string, read_string
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
+from gdb_kprobe.linux.strings import c_string, letters
 from gdb_kprobe.linux.structs import Struct, for_each_struct, read_struct
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
 _ELF64_SYM = struct.Struct("<IBBHQQ")
+_MOST_TEXT = 64 << 20
+"""Characters in all names of one module."""
 
 
 class ModuleState(StrEnum):
@@ -101,29 +105,35 @@ _Memory = tuple[tuple[AddressRange, ...], AddressRange, AddressRange | None]
 
 def _memory_since_6_4(raw: Struct) -> _Memory:
     kinds = raw.types.enum("mod_mem_type")
-    first, step = raw.types.offset_of("module", "mem"), raw.types.size_of("module_memory")
+    member, step = raw.types.member("module", "mem"), raw.types.size_of("module_memory")
+    first = member.offset
+    if first + member.size > len(raw.data):
+        raise damaged("struct module ends before its member mem")
     parts: dict[int, AddressRange] = {}
-    for index in range(raw.types.member("module", "mem").size // step):
+    for index in range(member.size // step):
         start = first + index * step
         part = Struct(raw.types, "module_memory", VirtAddr(raw.addr + start), raw.data[start : start + step])
         if part.uint("size"):
-            parts[index] = _range(part.uint("base"), part.uint("size"))
+            parts[index] = _range(raw, part.uint("base"), part.uint("size"))
     base = raw.uint("mem.base")
-    return tuple(parts.values()), parts.get(kinds["MOD_TEXT"], _range(base, 0)), parts.get(kinds["MOD_INIT_TEXT"])
+    text, init_text = (kinds.get(name) for name in ("MOD_TEXT", "MOD_INIT_TEXT"))
+    if text is None or init_text is None:
+        raise GuestStateError("enum mod_mem_type is not as known here", "the kernel's version has another layout")
+    return tuple(parts.values()), parts.get(text, _range(raw, base, 0)), parts.get(init_text)
 
 
 def _memory_before_6_4(raw: Struct) -> _Memory:
     core, init = raw.uint("core_layout.base"), raw.uint("init_layout.base")
-    ranges = [_range(core, raw.uint("core_layout.size"))]
+    ranges = [_range(raw, core, raw.uint("core_layout.size"))]
     init_text = None
     if raw.uint("init_layout.size"):
-        ranges.append(_range(init, raw.uint("init_layout.size")))
-        init_text = _range(init, raw.uint("init_layout.text_size"))
-    return tuple(ranges), _range(core, raw.uint("core_layout.text_size")), init_text
+        ranges.append(_range(raw, init, raw.uint("init_layout.size")))
+        init_text = _range(raw, init, raw.uint("init_layout.text_size"))
+    return tuple(ranges), _range(raw, core, raw.uint("core_layout.text_size")), init_text
 
 
-def _range(start: int, size: int) -> AddressRange:
-    return AddressRange(VirtAddr(start), VirtAddr(start + size))
+def _range(raw: Struct, start: int, size: int) -> AddressRange:
+    return guest_range(f"memory of the module at {raw.addr:#x}", start, start + size)
 
 
 def read_module_symbols(memory: Memory, module: Module) -> SymbolTable:
@@ -136,17 +146,18 @@ def read_module_symbols(memory: Memory, module: Module) -> SymbolTable:
     types = module.raw.types
     table = read_struct(memory, types, "mod_kallsyms", module.raw.pointer("kallsyms"))
     count = table.uint("num_symtab")
-    symtab = memory.read(table.pointer("symtab"), count * _ELF64_SYM.size)
-    letters = memory.read(table.pointer("typetab"), count).decode("latin-1")
+    what = f"the symbol table of module {module.name}"
+    symtab = read_array(memory, what, table.pointer("symtab"), count, _ELF64_SYM.size)
+    kinds = letters(read_array(memory, what, table.pointer("typetab"), count, 1))
     symbols = list(_ELF64_SYM.iter_unpack(symtab))
-    names = _names(memory, table.pointer("strtab"), [symbol[0] for symbol in symbols])
+    names = _names(memory, what, table.pointer("strtab"), [symbol[0] for symbol in symbols])
     exported = dict(_exported(memory, module))
     shown = [index for index, name in enumerate(names) if name]
     return SymbolTable(
         names=[names[index] for index in shown],
         types="".join(
             [
-                letters[index].upper() if exported.get(names[index]) == symbols[index][4] else letters[index].lower()
+                kinds[index].upper() if exported.get(names[index]) == symbols[index][4] else kinds[index].lower()
                 for index in shown
             ]
         ),
@@ -156,13 +167,19 @@ def read_module_symbols(memory: Memory, module: Module) -> SymbolTable:
     )
 
 
-def _names(memory: Memory, strtab: VirtAddr, offsets: list[int]) -> list[str]:
+def _names(memory: Memory, what: str, strtab: VirtAddr, offsets: list[int]) -> list[str]:
     if not offsets:
         return []
     # The size of the string table is not recorded: it goes at least to the name that begins last.
     last = max(offsets)
-    data = memory.read(strtab, last) + read_string(memory, VirtAddr(strtab + last)).encode() + b"\0"
-    return [data[at : data.index(b"\0", at)].decode("utf-8", "replace") for at in offsets]
+    data = read_array(memory, f"{what}: its names", strtab, last, 1) + read_c_string(memory, VirtAddr(strtab + last))
+    # Offsets that share the end of a long name would have it copied for each.
+    steps = Steps(f"{what}: the text of its names", _MOST_TEXT)
+    names = []
+    for at in offsets:
+        names.append(c_string(data, at))
+        steps.take(len(names[-1]))
+    return names
 
 
 def _exported(memory: Memory, module: Module) -> Iterator[tuple[str, int]]:
@@ -170,7 +187,7 @@ def _exported(memory: Memory, module: Module) -> Iterator[tuple[str, int]]:
     count = module.raw.uint("num_syms")
     start = module.raw.pointer("syms")
     step = module.raw.types.size_of("kernel_symbol")
-    data = memory.read(start, count * step)
+    data = read_array(memory, f"the list of what module {module.name} exports", start, count, step)
     for at in range(0, count * step, step):
         entry = Struct(module.raw.types, "kernel_symbol", VirtAddr(start + at), data[at : at + step])
         name_member = module.raw.types.offset_of("kernel_symbol", "name_offset")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, TargetError, UnmappedError
+from gdb_kprobe.linux.bounds import Steps, damaged
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import PhysicalMemory
 
@@ -33,6 +34,11 @@ LEVEL_NAMES = {1: "PTE", 2: "PMD", 3: "PUD", 4: "PGD", 5: "PGD"}
 """Linux's name of a level's entries, for messages (with five levels, level 4 is the P4D)."""
 
 _PTI_USER_BIT = 0x1000
+
+_MOST_BYTES = 256 << 20
+"""What is read at once, at the most: all text of a kernel, or all memory that its stacks may be in."""
+_MOST_ENTRIES = 1 << 20
+"""Entries that are looked at for one window: 4 GiB of small pages. A table that leads to itself has no end."""
 
 
 def shift(level: int) -> int:
@@ -153,7 +159,10 @@ class PageTable:
         """Read *size* bytes, with one physical read for each physically contiguous run.
 
         :raises UnmappedError: a page of the range has no translation.
+        :raises GuestStateError: it is more than anything has that a kernel would speak of.
         """
+        if not 0 <= size <= _MOST_BYTES:
+            raise damaged(f"the guest's memory speaks of {size} bytes at {addr:#x}")
         return b"".join([self.memory.read_physical(phys, count) for phys, count in self._runs(addr, size)])
 
     def write(self, addr: VirtAddr, data: bytes) -> None:
@@ -167,9 +176,14 @@ class PageTable:
             done += count
 
     def mappings(self, window: AddressRange) -> Iterator[Mapping]:
-        """Yield what is mapped in *window*, as maximal runs of equal permissions, in ascending order."""
+        """Yield what is mapped in *window*, as maximal runs of equal permissions, in ascending order.
+
+        :raises TargetError: a table lies where there is no RAM.
+        :raises GuestStateError: there are more entries than any guest has: a table leads to itself.
+        """
         current: Mapping | None = None
-        for leaf in self._leaves(int(self.root), self.levels, 0, WRITABLE | USER, window):
+        steps = Steps(f"the guest's page tables for {window}", _MOST_ENTRIES)
+        for leaf in self._leaves(int(self.root), self.levels, 0, WRITABLE | USER, window, steps):
             start, end, rights = leaf
             mapping = Mapping(
                 AddressRange(VirtAddr(max(start, window.start)), VirtAddr(min(end, window.end))),
@@ -207,7 +221,7 @@ class PageTable:
         return runs
 
     def _leaves(
-        self, table: int, level: int, base: int, rights: int, window: AddressRange
+        self, table: int, level: int, base: int, rights: int, window: AddressRange, steps: Steps
     ) -> Iterator[tuple[int, int, int]]:
         """Yield (start, end, rights) of each leaf under *table*; *rights* collects what the levels above allow."""
         size = 1 << shift(level)
@@ -217,6 +231,7 @@ class PageTable:
             value = values[index]
             if not value & PRESENT:
                 continue
+            steps.take()
             start = base + index * size
             if level == self.levels and start & upper_half:
                 start |= -upper_half & 0xFFFF_FFFF_FFFF_FFFF
@@ -226,7 +241,7 @@ class PageTable:
             if _is_leaf(level, value):
                 yield start, start + size, below
             else:
-                yield from self._leaves(value & ADDRESS_MASK, level - 1, start, below, window)
+                yield from self._leaves(value & ADDRESS_MASK, level - 1, start, below, window, steps)
 
     def _table(self, table: int) -> tuple[int, ...]:
         values = self._tables.get(table)

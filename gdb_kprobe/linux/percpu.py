@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import struct
 
+from gdb_kprobe.linux.bounds import damaged
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
+
+_MOST_CPUS = 8192
+"""NR_CPUS_RANGE_END with CONFIG_MAXSMP, arch/x86/Kconfig."""
 
 
 def possible_cpus(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[int, ...]:
@@ -15,8 +19,12 @@ def possible_cpus(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[int
 
     :raises GuestStateError: this kernel lacks the mask.
     """
-    mask = memory.read(kallsyms.address("__cpu_possible_mask"), types.size_of("cpumask"))
-    bits = int.from_bytes(mask, "little")
+    size = types.size_of("cpumask")
+    if size > _MOST_CPUS // 8:
+        raise damaged(f"struct cpumask has {size} bytes")
+    bits = int.from_bytes(memory.read(kallsyms.address("__cpu_possible_mask"), size), "little")
+    if not bits:
+        raise damaged("there is no CPU in __cpu_possible_mask")
     return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
+from gdb_kprobe.linux.bounds import Steps, Visited, read_array
 from gdb_kprobe.linux.image import KERNEL_IMAGE_END, MODULES_END
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import for_each_list_entry, read_pointer
@@ -35,7 +36,7 @@ _MODULES: Final = AddressRange(KERNEL_IMAGE_END, MODULES_END)
 _FEWEST: Final = 3
 """Entries of a table that prove anything; a kernel has hundreds."""
 _FEWEST_SORTED: Final = 16
-_MOST_RECORDS: Final = 1 << 24
+_MOST_RECORDS: Final = 1 << 21
 
 
 def prove_types(memory: Memory, kallsyms: Kallsyms) -> KnownTypes:
@@ -50,10 +51,10 @@ def prove_types(memory: Memory, kallsyms: Kallsyms) -> KnownTypes:
 
 
 def _tried(prove: Callable[[], Layout | None]) -> Layout | None:
-    """What *prove* proves. What leads to memory that is not mapped proves nothing."""
+    """What *prove* proves. What leads to memory that is not mapped, or cannot be read, proves nothing."""
     try:
         return prove()
-    except UnmappedError:
+    except (UnmappedError, GuestStateError):
         return None
 
 
@@ -115,9 +116,10 @@ class _Proofs:
         return any(addr in window for window in self._text())
 
     def _text(self) -> list[AddressRange]:
-        sections = (("_stext", "_etext"), ("__init_begin", "__init_end"))
-        found = (self.kallsyms.section(*names) for names in sections)
-        return [section for section in found if section is not None]
+        live, init = (self.kallsyms.section(*names) for names in (("_stext", "_etext"), ("__init_begin", "__init_end")))
+        if live is None:
+            raise GuestStateError("the guest's kernel has no text between _stext and _etext", "its kallsyms is damaged")
+        return [live] if init is None else [live, init]
 
     def _are_code(self, columns: list[list[int]]) -> bool:
         return all(self._is_code(addr) for column in columns for addr in column)
@@ -172,7 +174,8 @@ class _Proofs:
         return None
 
     def _are_locks(self, start: VirtAddr, end: VirtAddr) -> bool:
-        places = _relative(start, self.memory.read(start, end - start), _INT_SIZE, 0)
+        data = read_array(self.memory, "the list of lock prefixes", start, (end - start) // _INT_SIZE, _INT_SIZE)
+        places = _relative(start, data, _INT_SIZE, 0)
         live = self._text()[0]
         return all(
             self.memory.read(VirtAddr(addr), 1) in _LOCK_PREFIXES if addr in live else self._is_code(addr)
@@ -209,10 +212,11 @@ class _Proofs:
         text = self.memory.read(live.start, live.size)
         try:
             at = read_pointer(self.memory, pages)
+            visited, left = Visited("the list ftrace_pages_start"), Steps("the list ftrace_pages_start", _MOST_RECORDS)
             while at:
+                visited.visit(at)
                 following, records, count = struct.unpack("<QQI", self.memory.read(at, 20))
-                if not 0 <= count < _MOST_RECORDS:
-                    return False
+                left.take(count)
                 data = self.memory.read(VirtAddr(records), count * _DYN_FTRACE.size)
                 ips = [ip for ip, _ in struct.iter_unpack("<QQ", data)]
                 if ips != sorted(ips) or not all(
@@ -220,7 +224,7 @@ class _Proofs:
                 ):
                     return False
                 at = VirtAddr(following)
-        except UnmappedError:
+        except (UnmappedError, GuestStateError):
             return False
         return True
 

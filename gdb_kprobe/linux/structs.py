@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.linux.bounds import Steps, Visited, damaged
+from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.target.protocols import Memory
 
-_LONGEST_LIST = 1 << 17
+_WORD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +32,14 @@ class Struct:
 
         :raises GuestStateError: this kernel has no such member.
         """
-        member = self.types.member(self.type_name, path)
-        return int.from_bytes(self.data[member.offset : member.offset + member.size], "little")
+        return int.from_bytes(self._integer(path), "little")
 
     def sint(self, path: str) -> int:
         """Return an integer member, signed.
 
         :raises GuestStateError: this kernel has no such member.
         """
-        member = self.types.member(self.type_name, path)
-        return int.from_bytes(self.data[member.offset : member.offset + member.size], "little", signed=True)
+        return int.from_bytes(self._integer(path), "little", signed=True)
 
     def pointer(self, path: str) -> VirtAddr:
         """Return a pointer member.
@@ -50,12 +49,24 @@ class Struct:
         return VirtAddr(self.uint(path))
 
     def string(self, path: str) -> str:
-        """Return a character-array member up to its NUL.
+        """Return a character-array member up to its NUL, as it can be shown.
 
         :raises GuestStateError: this kernel has no such member.
         """
+        return c_string(self._bytes(path))
+
+    def _integer(self, path: str) -> bytes:
+        data = self._bytes(path)
+        if len(data) > _WORD:
+            raise damaged(f"the type of {self.type_name}.{path} is an integer of {len(data)} bytes")
+        return data
+
+    def _bytes(self, path: str) -> bytes:
         member = self.types.member(self.type_name, path)
-        return self.data[member.offset : member.offset + member.size].partition(b"\0")[0].decode("utf-8", "replace")
+        end = member.offset + member.size
+        if end > len(self.data):
+            raise damaged(f"{self.type_name}.{path} ends at {end}, beyond the {len(self.data)} bytes of its structure")
+        return self.data[member.offset : end]
 
 
 def read_struct(memory: Memory, types: Types, type_name: str, addr: VirtAddr) -> Struct:
@@ -75,19 +86,22 @@ def read_pointer(memory: Memory, addr: VirtAddr) -> VirtAddr:
     return VirtAddr(int.from_bytes(memory.read(addr, 8), "little"))
 
 
-def for_each_list_entry(memory: Memory, head: VirtAddr, member_offset: int) -> Iterator[VirtAddr]:
+def for_each_list_entry(
+    memory: Memory, head: VirtAddr, member_offset: int, steps: Steps | None = None
+) -> Iterator[VirtAddr]:
     """Yield the structures on the ``list_head`` at *head*, each having its list node at *member_offset*.
+
+    *steps* are those of the question that the list is one of several for.
 
     :raises UnmappedError: the list leads to unmapped memory.
     :raises GuestStateError: it does not come back to its head.
     """
+    visited = Visited(f"the list at {head:#x}", steps)
     node = read_pointer(memory, head)
-    for _ in range(_LONGEST_LIST):
-        if node == head:
-            return
+    while node != head:
+        visited.visit(node)
         yield VirtAddr(node - member_offset)
         node = read_pointer(memory, node)
-    raise _endless(head)
 
 
 def for_each_struct(memory: Memory, types: Types, type_name: str, member: str, head: VirtAddr) -> Iterator[Struct]:
@@ -97,15 +111,10 @@ def for_each_struct(memory: Memory, types: Types, type_name: str, member: str, h
     :raises GuestStateError: it does not come back to its head, or this kernel has no such type.
     """
     offset = types.offset_of(type_name, member)
+    visited = Visited(f"the {type_name} list at {head:#x}")
     node = read_pointer(memory, head)
-    for _ in range(_LONGEST_LIST):
-        if node == head:
-            return
+    while node != head:
+        visited.visit(node)
         found = read_struct(memory, types, type_name, VirtAddr(node - offset))
         yield found
         node = found.pointer(f"{member}.next")
-    raise _endless(head)
-
-
-def _endless(head: VirtAddr) -> GuestStateError:
-    return GuestStateError(f"the list at {head:#x} has no end", "the guest's memory is damaged, or not yet initialized")

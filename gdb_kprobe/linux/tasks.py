@@ -8,12 +8,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from gdb_kprobe.linux.bounds import Steps, damaged, guest_range
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_pointer
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.target.protocols import Memory
+
+_LARGEST_TASK = 1 << 16
+"""Bytes of a ``struct task_struct`` up to the last member that is asked for; there are some 5,000."""
 
 assert sys.byteorder == "little", "stack words are taken as the host's"
 
@@ -90,9 +94,10 @@ def read_tasks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Task, 
     thread_head = types.offset_of("signal_struct", "thread_head")
     thread_node = types.offset_of("task_struct", "thread_node")
     tasks_head = VirtAddr(init_task + types.offset_of("task_struct", "tasks"))
-    for leader in for_each_list_entry(memory, tasks_head, tasks_head - init_task):
+    steps = Steps("the list of the guest's tasks")
+    for leader in for_each_list_entry(memory, tasks_head, tasks_head - init_task, steps):
         threads = VirtAddr(read_pointer(memory, VirtAddr(leader + signal)) + thread_head)
-        for thread in for_each_list_entry(memory, threads, thread_node):
+        for thread in for_each_list_entry(memory, threads, thread_node, steps):
             found[thread] = None
     return tuple(_read_task(memory, types, addr) for addr in found)
 
@@ -100,6 +105,8 @@ def read_tasks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Task, 
 def _read_task(memory: Memory, types: Types, addr: VirtAddr) -> Task:
     members = ("pid", "tgid", "comm", "stack", "thread.sp")
     size = max(types.offset_of("task_struct", name) + types.member("task_struct", name).size for name in members)
+    if size > _LARGEST_TASK:
+        raise damaged(f"struct task_struct has {size} bytes up to what is read of it")
     task = Struct(types, "task_struct", addr, memory.read(addr, size))
     base = task.pointer("stack")
     # THREAD_SIZE is a macro and no type has that size; an interrupt's stack is as large on x86-64, by THREAD_SIZE_ORDER
@@ -110,7 +117,7 @@ def _read_task(memory: Memory, types: Types, addr: VirtAddr) -> Task:
         pid=task.sint("pid"),
         tgid=task.sint("tgid"),
         comm=task.string("comm"),
-        stack=AddressRange(base, VirtAddr(base + stack_size)),
+        stack=guest_range(f"the stack of the task at {addr:#x}", base, base + stack_size),
         sp=task.pointer("thread.sp"),
     )
 
@@ -133,10 +140,12 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Stack,
         top = read_pointer(memory, per_cpu_ptr(hardirq_ptr, offset)) + 8
         # Exceptions use theirs through cpu_entry_area, with a guard page in front of each: mm/cpu_entry_area.c.
         used_at = read_pointer(memory, per_cpu_ptr(kallsyms.address("cea_exception_stacks"), offset))
-        used = AddressRange(used_at, VirtAddr(used_at + types.size_of("cea_exception_stacks")))
+        used = guest_range(
+            f"the exception stacks of CPU {cpu}", used_at, used_at + types.size_of("cea_exception_stacks")
+        )
         exceptions = _storage(kallsyms, types, "exception_stacks", "exception_stacks", offset)
         entry = _storage(kallsyms, types, "entry_stack_storage", "entry_stack_page", offset)
-        interrupts = AddressRange(VirtAddr(top - irq_size), VirtAddr(top))
+        interrupts = guest_range(f"the interrupt stack of CPU {cpu}", top - irq_size, top)
         stacks += [
             Stack(f"interrupt stack of CPU {cpu}", interrupts, StackKind.INTERRUPT, cpu),
             Stack(f"exception stacks of CPU {cpu}", exceptions, StackKind.EXCEPTION, cpu, used),
@@ -147,7 +156,7 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Stack,
 
 def _storage(kallsyms: Kallsyms, types: Types, symbol: str, type_name: str, offset: int) -> AddressRange:
     start = per_cpu_ptr(kallsyms.address(symbol), offset)
-    return AddressRange(start, VirtAddr(start + types.size_of(type_name)))
+    return guest_range(f"the CPU's {symbol}", start, start + types.size_of(type_name))
 
 
 def live_stacks(stacks: Iterable[Stack], stack_pointers: Iterable[int]) -> tuple[Stack, ...]:

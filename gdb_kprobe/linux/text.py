@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from gdb_kprobe.linux.bounds import guest_range
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module, ModuleState
 from gdb_kprobe.linux.structs import for_each_struct
@@ -238,7 +239,7 @@ def read_text_facts(memory: Memory, kallsyms: Kallsyms, types: Types, modules: t
 
     :raises GuestStateError: the kernel's structures are not as known here.
     """
-    core = AddressRange(kallsyms.address("_stext"), kallsyms.address("_etext"))
+    core = guest_range("the kernel's text, by its symbols,", kallsyms.address("_stext"), kallsyms.address("_etext"))
     init = kallsyms.section(*_INIT_SECTION)
     return TextFacts(
         memory=memory,
@@ -267,15 +268,17 @@ def _read_forbidden(
         for name, reason in (("noinstr_text", Reason.NOINSTR), ("kprobes_text", Reason.KPROBES_TEXT)):
             if module.raw.has(f"{name}_size") and module.raw.uint(f"{name}_size"):
                 first = module.raw.pointer(f"{name}_start")
-                last = VirtAddr(first + module.raw.uint(f"{name}_size"))
-                yield ForbiddenRange(AddressRange(first, last), reason, f"{name} of module {module.name}")
+                what = f"{name} of module {module.name}"
+                last = first + module.raw.uint(f"{name}_size")
+                yield ForbiddenRange(guest_range(what, first, last), reason, what)
     # NOKPROBE_SYMBOL() leaves a table in init memory only, from which the kernel makes this list at boot. Without
     # CONFIG_KPROBES there is neither: the macro is empty then.
     head = kallsyms.find("kprobe_blacklist")
     if head is None or not types.has_member("kprobe_blacklist_entry", "start_addr"):
         return
     for entry in for_each_struct(memory, types, "kprobe_blacklist_entry", "list", head):
-        blacklisted = AddressRange(entry.pointer("start_addr"), entry.pointer("end_addr"))
+        what = f"the entry of the guest's kprobe blacklist at {entry.addr:#x}"
+        blacklisted = guest_range(what, entry.pointer("start_addr"), entry.pointer("end_addr"))
         yield ForbiddenRange(blacklisted, Reason.BLACKLISTED, "the guest's kprobe blacklist")
 
 

@@ -11,12 +11,15 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gdb_kprobe.linux.bounds import damaged, guest_range, read_array
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.linux.types import Types
-from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.model import AddressRange
 from gdb_kprobe.target.protocols import Memory
+
+_INT_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,9 @@ def _sections(
         count = module.raw.uint(table.module_count)
         if count:
             start = module.raw.pointer(table.module_start)
-            section = AddressRange(start, VirtAddr(start + count * types.size_of(table.type_name)))
+            section = guest_range(
+                f"{table.module_start} of module {module.name}", start, start + count * types.size_of(table.type_name)
+            )
             yield section, module.ranges
 
 
@@ -120,10 +125,12 @@ def _relative_column(
 ) -> Iterator[int]:
     """Yield what a self-relative 32-bit member of each entry in *section* points to."""
     member, step = types.member(type_name, member_name), types.size_of(type_name)
-    data = memory.read(section.start, section.size)
-    entry = struct.Struct(f"<{member.offset}xi{step - member.offset - 4}x")
+    if member.offset + _INT_SIZE > step:
+        raise damaged(f"{type_name}.{member_name} ends beyond the {step} bytes of its structure")
+    data = read_array(memory, f"the table of {type_name}s", section.start, section.size // step, step)
+    entry = struct.Struct(f"<{member.offset}xi{step - member.offset - _INT_SIZE}x")
     at = section.start + member.offset
-    for index, (distance,) in enumerate(entry.iter_unpack(data[: len(data) // step * step])):
+    for index, (distance,) in enumerate(entry.iter_unpack(data)):
         yield (at + index * step + distance) & 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -137,6 +144,8 @@ def _lock_prefixes(memory: Memory, kallsyms: Kallsyms, types: Types) -> Iterator
         return
     for entry in for_each_struct(memory, types, "smp_alt_module", "next", head):
         start, end = entry.uint("locks"), entry.uint("locks_end")
-        data = memory.read(VirtAddr(start), end - start & ~3)
+        locks = guest_range(f"the list of lock prefixes at {entry.addr:#x}", start, end)
+        what = "the list of lock prefixes"
+        data = read_array(memory, what, locks.start, locks.size // _INT_SIZE, _INT_SIZE)
         for index, (distance,) in enumerate(struct.iter_unpack("<i", data)):
             yield (start + 4 * index + distance) & 0xFFFF_FFFF_FFFF_FFFF

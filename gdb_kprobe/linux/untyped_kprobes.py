@@ -11,7 +11,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
+from gdb_kprobe.errors import NeedsTypesError, UnmappedError
+from gdb_kprobe.linux.bounds import Steps, Visited
 from gdb_kprobe.linux.guest_kprobes import BUCKETS, MAX_RESERVED, GuestKprobe, GuestKprobes, read_table
 from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
 from gdb_kprobe.linux.kallsyms import Kallsyms
@@ -21,7 +22,6 @@ from gdb_kprobe.target.protocols import Memory
 _ADDR: Final = 40
 """Bytes to the address in a ``struct kprobe``: behind its links and the number of missed hits."""
 _GOLDEN_RATIO: Final = 0x61C8_8646_80B5_83EB
-_MOST: Final = 1 << 16
 _JUMP_SIZE: Final = 5
 _TEXT: Final = AddressRange(START_KERNEL_MAP, MODULES_END)
 _PATCHED: Final = (b"\xcc", b"\xe9")
@@ -33,9 +33,11 @@ def read_untyped_kprobes(memory: Memory, kallsyms: Kallsyms, is_ftrace_nop: Call
     :param is_ftrace_nop: whether the guest's ftrace calls a kprobe there: nothing is patched for it.
     """
 
+    steps = Steps("kprobe_table")
+
     def read(bucket: int, node: VirtAddr) -> Iterator[GuestKprobe]:
         try:
-            for addr in _chain(memory, bucket, node):
+            for addr in _chain(memory, bucket, node, steps):
                 kprobe = _kprobe(memory, addr, is_ftrace_nop(addr))
                 if kprobe is not None:
                     yield kprobe
@@ -45,16 +47,15 @@ def read_untyped_kprobes(memory: Memory, kallsyms: Kallsyms, is_ftrace_nop: Call
     return read_table(memory, kallsyms, read)
 
 
-def _chain(memory: Memory, bucket: int, node: int) -> Iterator[VirtAddr]:
-    for _ in range(_MOST):
-        if not node:
-            return
+def _chain(memory: Memory, bucket: int, node: int, steps: Steps) -> Iterator[VirtAddr]:
+    visited = Visited("a chain of kprobe_table", steps)
+    while node:
+        visited.visit(node)
         following, addr = struct.unpack(f"<Q{_ADDR - 8}xQ", memory.read(VirtAddr(node), _ADDR + 8))
         if _bucket(addr) != bucket or not _TEXT.start <= addr < _TEXT.end:
             raise NeedsTypesError("a kprobe of the guest's own")
         yield VirtAddr(addr)
         node = following
-    raise GuestStateError("a chain of kprobe_table has no end", "the guest's memory is damaged")
 
 
 def _bucket(addr: int) -> int:

@@ -8,6 +8,7 @@ from typing import Final, TypeVar, overload
 
 from gdb_kprobe.errors import UnmappedError
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
+from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.model import GENERAL_REGISTERS, PT_REGS_NAMES, CpuId, VirtAddr
 from gdb_kprobe.target.protocols import Cpus
 
@@ -202,6 +203,9 @@ class HitContext:
     def read_string(self, addr: int, limit: int = 256, *, default: object = _NONE) -> object:
         """Read a zero-terminated string of at most *limit* bytes; stops early at an unmapped page.
 
+        What is no printable ASCII is escaped, as ``\\x1b``: the guest may have put anything there. :meth:`read`
+        gives the bytes.
+
         :raises UnmappedError: not even the first byte is mapped, and there is no *default*.
         """
         data = b""
@@ -214,7 +218,7 @@ class HitContext:
                     return _or(default, addr)
                 break
             data += more
-        return data.partition(b"\0")[0].decode(errors="backslashreplace")
+        return c_string(data)
 
     def skip(self) -> None:
         """Do not execute the probed instruction: go on right behind it."""

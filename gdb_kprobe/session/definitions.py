@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from gdb_kprobe.actions.lower import ENABLE
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.language.spec import DEFAULT_GROUP, ProbeSpec, default_name
+from gdb_kprobe.linux.strings import is_printable
 from gdb_kprobe.model import Rung, VirtAddr, offset
 from gdb_kprobe.session.counters import SIZE, Counter
 from gdb_kprobe.session.header import Header
@@ -155,7 +156,7 @@ def _read(memory: PhysicalMemory, header: Header, entry: bytes) -> Definition | 
     _, _, rung, number, had_handler = _ENTRY.unpack_from(entry)
     counter = offset(header.counters.start, number * SIZE)
     text = entry[_ENTRY.size :].rstrip(b"\0")
-    if rung >= len(_RUNGS) or counter not in header.counters or not text.isascii():
+    if rung >= len(_RUNGS) or counter not in header.counters or not is_printable(text):
         return None
     hits, missed, enabled = _COUNTER.unpack(memory.read_physical(header.physical(counter), _COUNTER.size))
     return Definition(text.decode("ascii"), _RUNGS[rung], bool(had_handler), counter, hits, missed, bool(enabled))
