@@ -14,6 +14,7 @@ usage: ./install.sh [COMMAND]
   matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
                 --list names them, --only REGEX chooses, --full does all in each that a cell can do, --markdown FILE
                 writes the table; other releases of Debian are made in chroots, which needs root and debootstrap
+  reference     set up, then make the pages of docs/reference/ that are made of the docstrings
   --uninstall   remove the virtual environment, the cache and what builds and tests left here
   --help        this text
 
@@ -89,7 +90,7 @@ install_packages() { # PACKAGE...
 
 debian_packages() {
     command -v dpkg-query >/dev/null && command -v apt-get >/dev/null ||
-        fail "this is not Debian (no dpkg, no apt-get); see README.md for what is needed"
+        fail "this is not Debian (no dpkg, no apt-get); docs/guide/installing.md has what other distributions need"
     local missing=() package
     for package in "${packages[@]}"; do
         is_installed "$package" || missing+=("$package")
@@ -206,7 +207,7 @@ case "${1:-}" in
         chroot_packages
         exec "${run_module[@]}" tests.matrix "${@:2}"
         ;;
-    torture | bench)
+    torture | bench | reference)
         set_up
         exec "${run_module[@]}" "tests.$1" "${@:2}"
         ;;

@@ -76,7 +76,7 @@ class Symbol:
 
 
 class Rung(StrEnum):
-    """How a probe is carried out, worst first (docs/architecture.md, "the ladder")."""
+    """How a probe is carried out, worst first (docs/internals/rungs.md)."""
 
     SINGLE_STEP = "single-step"
     BOOSTED = "boosted"
@@ -113,59 +113,132 @@ class Entry(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a probe, or a better rung of one, was refused. One member per rule."""
+    """Why a probe, or a better rung of one, was refused. One member per rule.
+
+    What is written under each is its entry in docs/reference/reasons.md: the rule, then what to do.
+    """
 
     NO_SYMBOL = "no such symbol"
+    """The guest's kallsyms has no function of that name. The hint has similar names; an inlined function has none of
+    its own."""
     AMBIGUOUS_SYMBOL = "ambiguous symbol"
+    """Several functions have the name. Name the one you mean by its address, or by `MODULE:SYMBOL`."""
     OFFSET_OUTSIDE_SYMBOL = "offset is outside the symbol"
+    """The function is shorter than the offset. The hint has the offsets that are inside."""
     NOT_TEXT = "not kernel text"
+    """The address is data, an address of user space, or of a module that is gone. Name an instruction of the kernel."""
     NOT_EXECUTABLE = "not mapped executable"
+    """The page table maps the address without the right to execute. Take another function."""
     INIT_TEXT = "init text, freed after boot"
+    """The kernel frees this code when it has booted; kallsyms lists it for ever. Take a function that stays."""
     NOT_A_BOUNDARY = "not an instruction boundary"
+    """The address is inside an instruction. The detail has the boundaries on both sides, the hint the nearest one that
+    can be probed."""
     UNDECODABLE = "cannot be decoded"
+    """The function holds bytes that are no known instruction, so no boundary in it is certain. Take a caller or a
+    callee."""
     NOINSTR = "noinstr text"
+    """The kernel forbids probes in `.noinstr.text`, which runs where the kernel is not in order yet. Take a caller or
+    a callee."""
     ENTRY_TEXT = "entry text"
+    """The kernel forbids probes in `.entry.text`, the code of system calls, interrupts and exceptions. Take a callee.
+    """
     KPROBES_TEXT = "kprobes text"
+    """The kernel forbids probes in `.kprobes.text`, which its own kprobes use. Take a caller or a callee."""
     BLACKLISTED = "on the guest's kprobe blacklist"
+    """The kernel's list of NOKPROBE_SYMBOL() has the function. Take a caller or a callee."""
     BP_PATH = "on the #BP path"
+    """The #BP exception itself runs through this code: an int3 there would trap for ever. Take another function."""
     TEMPLATE = "code that the guest copies to elsewhere"
+    """ftrace and kexec execute copies of this code, where a jump would lead astray. Take another function."""
     JUMP_LABEL = "jump label site"
+    """The guest rewrites the place when it switches a static key. Take the next instruction."""
     STATIC_CALL = "static call site"
+    """The guest rewrites the place when it redirects a static call. Take the next instruction."""
     STATIC_CALL_TRAMPOLINE = "static call trampoline"
+    """The guest rewrites this jump when it redirects a static call. Probe the function that it leads to."""
     BUG_TABLE = "BUG or WARN site"
+    """The kernel recognizes the `ud2` of a BUG() or WARN() by its address. Take the next instruction."""
     ALTERNATIVE = "SMP alternative site"
+    """The guest patches the lock prefix when CPUs come and go. Take the next instruction."""
     EX_TABLE = "exception table instruction"
+    """The kernel finds the fixup of a fault by the address of the instruction, which is executed nowhere else. The
+    probe is single-stepped, or no jump's window holds the instruction."""
     LANDING_PAD = "where indirect branches land"
+    """An `endbr64`, or what the kernel has sealed it with, is never replaced: with indirect branch tracking an
+    indirect branch to anything else raises #CP. Take the instruction behind it."""
     FOREIGN_INT3 = "an int3 that is not ours"
+    """A breakpoint instruction of the guest's own is there, or that of another debugger. Take another instruction."""
     GUEST_KPROBE = "a kprobe of the guest's own"
+    """A kprobe of the guest's own has patched the place, or may turn into a jump over it, also while it is disabled.
+    Remove it in the guest, or take another instruction."""
     PADDING = "padding between functions"
-    ALREADY_PROBED = "already probed"
+    """The bytes between functions are never executed. Take an instruction of a function."""
     FAR_TRANSFER = "far transfer"
+    """The instruction loads CS together with RIP, or enters another mode, and hands on its own address, which must not
+    be that of a slot. Take a neighbour."""
     SOFTWARE_INTERRUPT = "software interrupt"
+    """The exception frame of the instruction would hold the address of a slot. Take a neighbour."""
     RAISES_UD = "raises #UD on purpose"
+    """The instruction raises #UD on purpose, and the kernel tells its meaning by its address. Take a neighbour."""
     TRANSACTION = "begins a memory transaction"
+    """`xbegin` begins a memory transaction, which an int3 or a jump to a slot would abort. Take a neighbour."""
     OPERAND_SIZE_BRANCH = "66-prefixed branch"
+    """Processors of Intel and AMD disagree about a branch with the prefix 66. Take a neighbour."""
     RESERVED_OPCODE = "reserved opcode"
+    """No processor defines the instruction. Take another one."""
     INTERRUPT_SHADOW = "interrupt shadow"
+    """No interrupt comes between `sti; hlt` and its like, so the two instructions must not be parted. Take the
+    instruction before them or behind them."""
     HALTS = "a step of it would not come back"
+    """A step of `hlt` or `mwait` ends only with the next interrupt. The instruction runs in a slot: leave the
+    post-handler away."""
     OUT_OF_REACH = "out of s32 reach of the region"
+    """A displacement of 32 bits does not reach from the region to what the instruction refers to. Place the region
+    within 2 GiB of the text (`region.virtual`)."""
     POLICY = "not allowed by the profile's policy"
+    """The profile (`policy.rungs`), `set kprobe strategy` or `--dispatch stub` leaves the rung out."""
     KERNEL_BOOST = "not boostable by the kernel's rules"
+    """With `policy.boost: kernel` only what the guest's own kernel boosts is boosted. `policy.boost: relocate` boosts
+    the instruction."""
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"
+    """A post-handler runs right behind the instruction, which only the single step gives back. Leave the post-handler
+    away, or probe the next instruction."""
     REGION_FULL = "region is full"
+    """No slot is free. Delete probes, or take a larger region: `region.size`, and `memmap=` on the guest's command
+    line."""
     WINDOW_OUTSIDE = "the function ends within the jump's 5 bytes"
+    """The function has fewer bytes left than a jump. The probe is an int3."""
     WINDOW_TARGET = "a branch goes into the jump's 5 bytes"
+    """A branch leads to an instruction that the jump would hide. The probe is an int3."""
     WINDOW_CALL = "a call returns into the jump's 5 bytes"
+    """A call in the jump's 5 bytes returns to an instruction that the jump would hide. The probe is an int3."""
     WINDOW_UNREACHED = "instructions of unknown use behind a jump"
+    """Behind a jump or a return no instruction is executed in sequence, so what is there may be entered from anywhere.
+    The probe is an int3."""
     LOOP_HEAD = "a loop goes back to where a probe on the function would be"
+    """A loop goes back to the instruction behind the function's nop: a probe there would count rounds, not calls. Name
+    `SYMBOL+OFFSET` to count the rounds, or have `policy.entry: borrow` in the profile."""
     INDIRECT_JUMP = "an indirect jump may go into the jump's 5 bytes"
-    WINDOW_UNKNOWN = "nobody says what else goes into the jump's 5 bytes"
-    WINDOW_BUSY = "somebody is within the jump's 5 bytes"
+    """The function jumps through a register or a table, whose targets are not all known. The probe is an int3."""
+    WINDOW_UNKNOWN = "what else goes into the jump's 5 bytes is not known"
+    """Not all that may enter the jump's 5 bytes can be read from this guest. The probe is an int3; an instruction of 5
+    bytes or more gets a jump."""
+    WINDOW_BUSY = "a vCPU or a task is within the jump's 5 bytes"
+    """A vCPU is in the jump's 5 bytes, or a task will return there. The probe is an int3 until a stop at which none
+    is."""
     PROBED_INSIDE = "another probe within the jump's 5 bytes"
+    """The jump would hide the instruction of another probe. The probe is an int3 while the other one is armed."""
     BREAKPOINT_INSIDE = "a breakpoint within the jump's 5 bytes"
+    """The jump would hide an instruction with a breakpoint of gdb. The probe is an int3 until the breakpoint is
+    deleted."""
     NEEDS_HOST = "a hit needs the host"
+    """Each hit calls a handler in Python, and only a #BP stops a hit of this guest. The probe is an int3."""
     TRACED = "the host is told of every hit"
+    """`kprobe trace` or `on_hit` is told of each hit, and only a #BP stops a hit of this guest. The probe is an int3
+    meanwhile."""
     FTRACE_BUSY = "the guest's ftrace uses the function's nop"
+    """The call of a tracer of the guest's own is where the nop was. The hint has the instruction behind it."""
 
     @property
     def passes(self) -> bool:

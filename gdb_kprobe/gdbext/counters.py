@@ -11,7 +11,7 @@ from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.stats import Reading, read_counts
 
 _TOTALS = "interrupt the guest, then 'kprobe stats' shows the totals"
-_BACKING = "start QEMU with its RAM in a file (README, 'Your own QEMU')"
+_BACKING = "start QEMU with its RAM in a file (docs/guide/your-own-qemu.md)"
 
 
 def read(link: Link, probes: Sequence[Probe]) -> Reading:

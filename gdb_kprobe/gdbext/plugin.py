@@ -137,7 +137,8 @@ class Link:
         if is_running() and self.interrupts.is_requested:
             raise GuestStateError(
                 "the guest has not stopped yet: 'interrupt' takes effect when gdb waits for the next command",
-                "in a script use 'kprobe until', or run_until(), in place of 'continue &' (README, \"Scripts\")",
+                "in a script use 'kprobe until', or run_until(), in place of 'continue &' "
+                '(docs/guide/python.md, "Scripts")',
             )
         try:
             with uninterrupted(), self.channel.borrowed(self.stub) as cpu:
@@ -395,7 +396,7 @@ class Plugin:
         for number in takers.keys() - self._takers:
             gdb.write(
                 f"kprobe: the thread {takers[number]} may be given a Ctrl-C, which is lost then (and ends gdb 16 and "
-                'later): start it with SIGINT held back (README, "Scripts").\n',
+                'later): start it with SIGINT held back (docs/guide/python.md, "Scripts").\n',
                 gdb.STDERR,
             )
         self._takers |= takers.keys()

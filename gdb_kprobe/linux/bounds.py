@@ -3,7 +3,7 @@
 Each reader of this package follows pointers, counts and lengths that the guest has written. None of them is taken as
 it is: a list is followed for a number of steps and never twice through the same node, an array has a most that no
 kernel comes near, a range must not end before it begins. What breaks a bound is a :class:`GuestStateError` that names
-what was read. (docs/untrusted-guest.md)
+what was read. (docs/internals/untrusted-guest.md)
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class Probe:
     pre: Handler | None = None
     post: Handler | None = None
     enabled: bool = True
+    """``False``: not armed, or told not to count by its enable word. Scripts change it by ``set_enabled()``."""
     strategy: Rung | None = None
     """The one rung that was asked for; ``None``: the best there is."""
     seen: int = 0
@@ -52,9 +53,11 @@ class Probe:
     watch: Watch | None = None
     """What the session itself wants to know of a hit. Such a probe is its own, and nobody else knows of it."""
     last_error: str = ""
+    """What its handler has raised last."""
 
     @property
     def name(self) -> str:
+        """The name in its definition, or the one that the kernel would give it."""
         return self.spec.name
 
     @property

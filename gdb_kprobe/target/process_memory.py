@@ -2,7 +2,7 @@
 
 Where a piece of guest RAM lies in the process is asked of QEMU once (``gpa2hva``); from then on it is a read of
 ``/proc/PID/mem``, which takes microseconds and stops nothing. Only ever for data: text that is written past QEMU's back
-leaves old translated code running (docs/architecture.md, "memory").
+leaves old translated code running (docs/internals/connection.md).
 """
 
 from __future__ import annotations

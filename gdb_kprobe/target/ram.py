@@ -1,7 +1,7 @@
 """Guest RAM through the file that backs it, for reading in bulk and while the guest runs; and all ways to it as one.
 
 Only ever for data. Text is written through the stub: a write past QEMU's back leaves old translated code running
-(docs/architecture.md, "memory").
+(docs/internals/connection.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class GuestFailedError(GuestError):
     def is_of_a_switched_label(self) -> bool:
         """Whether it looks like what QEMU before 8.0 may do to a guest of several vCPUs that switches a jump label.
 
-        A guest does so by itself while it boots (README, "Limits"). It dies of an int3 of its own that is gone, or one
+        A guest does so by itself while it boots (docs/limits.md). It dies of an int3 of its own that is gone, or one
         of its vCPUs takes it for ever.
         """
         said = f"{self.what}\n{self.console_tail}"

@@ -75,7 +75,7 @@ class Oracle:
         if set(insn.prefixes) & {0xF2, 0xF3}:
             places.add(pc)  # a repeated instruction advances by one turn
         if insn.is_pause:
-            # QEMU executes the next one too (README, "Limits").
+            # QEMU executes the next one too (docs/limits.md).
             behind = self.following(insn.end)
             return None if behind is None else places | behind
         return places

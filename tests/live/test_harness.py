@@ -111,7 +111,7 @@ class TestLinuxGuest:
     def test_workload_makes_exactly_the_calls_asked_for(self, guest: GuestVm, count: int) -> None:
         # The kernel's own kprobe counts, on a call that nothing else in this guest makes.
         trace = "/sys/kernel/tracing"
-        # Names of tasks are not recorded: for that the guest would switch a jump label (see README, "Limits").
+        # Names of tasks are not recorded: for that the guest would switch a jump label (docs/limits.md).
         guest.check_output(
             f"echo 0 > {trace}/options/record-cmd; "
             f"echo 'p:harness __x64_sys_sched_get_priority_max' > {trace}/kprobe_events; "

@@ -1,6 +1,6 @@
 """What a user of the plugin gets: the built wheel, installed outside of the checkout, and the line for ``~/.gdbinit``.
 
-The environment is made as the README says, with what pip fetches by itself.
+The environment is made as docs/guide/installing.md says, with what pip fetches by itself.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -13,20 +14,25 @@ import pytest
 
 from gdb_kprobe.launcher.cli import OF_GDB
 from gdb_kprobe.launcher.verb import OF_GUESTS
-from tests import bench, matrix, torture
+from tests import bench, matrix, reference, torture
+from tests.reference import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ROOT / "gdb_kprobe" / "gdbext" / "commands"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/kvm.md", "qemu/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "qemu/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
+INTERNALS = tuple(document for document in DOCUMENTS if document.startswith("docs/internals/"))
 NOT_IMPLEMENTED = {"r"}
 """Commands that only refuse: their help has no example."""
 
 _SUFFIXES = (".md", ".py", ".S", ".sh", ".toml", ".yaml", "/")
 # Where a path in a document may start.
-_BASES = {
-    "qemu/README.md": ("", "qemu/kprobe_guest"),
-    "docs/architecture.md": ("", "gdb_kprobe"),
-}
+_BASES = {"qemu/README.md": ("", "qemu/kprobe_guest"), **dict.fromkeys(INTERNALS, ("", "gdb_kprobe"))}
 
 
 def read(name: str) -> str:
@@ -49,59 +55,22 @@ def first_cells(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)`", text, re.M)
 
 
-# -- what the sources say, without importing gdb ----------------------------------------------------------------------
-
-
-def registered_commands() -> dict[str, str]:
-    """Docstrings of the ``kprobe`` commands by name: the calls ``Class("name")`` in each module's ``register()``."""
-    found: dict[str, str] = {}
-    for path in sorted(COMMANDS.glob("*.py")):
-        tree = ast.parse(path.read_text())
-        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name == "register":
-                for call in ast.walk(node):
-                    match call:
-                        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(word))]) if name in classes:
-                            found[word] = ast.get_docstring(classes[name]) or ""
-    return found
-
-
-def registered_mi_commands() -> set[str]:
-    """The keys of the MI module's ``COMMANDS``."""
-    tree = ast.parse((COMMANDS / "mi.py").read_text())
-    tables = [
-        node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "COMMANDS"
-    ]
-    assert isinstance(tables[0], ast.Dict)
-    return {f"-kprobe-{ast.literal_eval(key)}" for key in tables[0].keys if key is not None}
-
-
-def registered_settings() -> set[str]:
-    kinds = {"_Switch", "_Choice", "_Text"}
-    calls = [node for node in ast.walk(ast.parse(read("gdb_kprobe/gdbext/settings.py"))) if isinstance(node, ast.Call)]
-    return {
-        ast.literal_eval(call.args[0]) for call in calls if isinstance(call.func, ast.Name) and call.func.id in kinds
-    }
-
-
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_readme_lists_every_command_and_no_other() -> None:
-    listed = {cell.split()[1].partition("[")[0] for cell in first_cells(section("README.md", "Commands"))
-              if cell.startswith("kprobe ") and not cell.startswith("kprobe -:")}  # fmt: skip
-    assert listed == set(registered_commands())
+def test_readme_is_one_screen() -> None:
+    assert 60 < len(read("README.md").splitlines()) <= 100
 
 
-def test_readme_lists_every_mi_command_and_no_other() -> None:
-    listed = set(re.findall(r"`(-kprobe-\w+)`", section("README.md", "Commands")))
-    assert listed == registered_mi_commands()
-
-
-def test_readme_lists_every_setting_and_no_other() -> None:
-    listed = set(re.findall(r"^\| `set kprobe ([\w-]+)", read("README.md"), re.M))
-    assert listed == registered_settings()
+def test_every_document_is_in_the_list_of_the_readme() -> None:
+    """Those of the internals in that of the architecture."""
+    linked = {os.path.normpath(ROOT / target) for target in re.findall(r"\]\(([^)#]+)", read("README.md"))}
+    internals = ROOT / "docs" / "internals"
+    linked |= {
+        os.path.normpath(internals / target)
+        for target in re.findall(r"\]\(([^)#]+)", read("docs/internals/architecture.md"))
+    }
+    assert {str(ROOT / document) for document in DOCUMENTS} - {str(ROOT / "README.md")} <= linked
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -110,8 +79,8 @@ def test_verbs_of_the_launcher_in_a_document_exist(document: str) -> None:
     assert used <= {*OF_GDB, *OF_GUESTS}, document
 
 
-def test_readme_lists_every_verb_of_the_launcher() -> None:
-    cells = [cell.split() for cell in first_cells(section("README.md", "Commands"))]
+def test_the_launchers_page_lists_every_verb() -> None:
+    cells = [cell.split() for cell in first_cells(read("docs/reference/launcher.md"))]
     listed = {words[1] for words in cells if words[0] == "gdb-kprobe"}
     assert listed == {*OF_GDB, *OF_GUESTS}
 
@@ -124,12 +93,12 @@ def commands_of_the_installer() -> set[str]:
 
 def test_the_installer_has_its_commands_in_its_help() -> None:
     there = commands_of_the_installer()
-    assert {"demo", "test"} | {room.COMMAND.name for room in (bench, matrix, torture)} == there
+    assert {"demo", "test"} | {room.COMMAND.name for room in (bench, matrix, reference, torture)} == there
     helped = read("install.sh").partition("<<'END'")[2].partition("END\n")[0]
     assert set(re.findall(r"^  ([a-z]+)", helped, re.M)) == there
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/support.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_the_installer_in_a_document_exist(document: str) -> None:
     used = re.findall(r"(?:`|^ +)\./install\.sh ([a-z]+)(?: ([a-z][\w-]*))?", read(document), re.M)
     assert {command for command, _ in used} <= commands_of_the_installer()
@@ -137,8 +106,11 @@ def test_commands_of_the_installer_in_a_document_exist(document: str) -> None:
     assert {word for command, word in used if command == "torture" and word} <= kinds
 
 
-def test_readme_lists_every_kind_of_torture_and_no_other() -> None:
-    cells = [cell.split() for cell in first_cells(section("README.md", "Commands"))]
+def test_the_installers_page_lists_every_command_and_kind_of_torture() -> None:
+    cells = [cell.split() for cell in first_cells(read("docs/reference/launcher.md"))]
+    assert {
+        words[1] for words in cells if words[0] == "./install.sh" and words[1:2] != ["--uninstall"] and words[1:]
+    } == (commands_of_the_installer())
     listed = {words[2] for words in cells if words[:2] == ["./install.sh", "torture"]}
     assert listed == {kind.name for kind in torture.KINDS}
 
@@ -146,10 +118,10 @@ def test_readme_lists_every_kind_of_torture_and_no_other() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_in_a_document_exist(document: str) -> None:
     used = set(re.findall(r"(?:`|\(gdb\) )kprobe ([a-z]+)\b(?!:?=)", read(document)))
-    assert used <= set(registered_commands()), document
+    assert used <= set(sources.commands()), document
 
 
-@pytest.mark.parametrize(("name", "docstring"), sorted(registered_commands().items()))
+@pytest.mark.parametrize(("name", "docstring"), sorted(sources.commands().items()))
 def test_help_has_summary_usage_and_example(name: str, docstring: str) -> None:
     lines = docstring.splitlines()
     assert lines[0].endswith("."), "gdb shows the first line in the list of commands"
@@ -162,10 +134,10 @@ def test_help_has_summary_usage_and_example(name: str, docstring: str) -> None:
 
 def test_examples_use_only_commands_that_exist() -> None:
     prefix = ast.parse((COMMANDS / "prefix.py").read_text())
-    texts = [*registered_commands().values()]
+    texts = [*sources.commands().values()]
     texts += [ast.get_docstring(node) or "" for node in prefix.body if isinstance(node, ast.ClassDef)]
     used = {word for text in texts for word in re.findall(r"^ +kprobe ([a-z]+)\b", text, re.M)}
-    assert used <= set(registered_commands())
+    assert used <= set(sources.commands())
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -197,16 +169,17 @@ def test_paths_in_a_document_exist(document: str) -> None:
 
 
 def test_the_path_finder_finds_paths() -> None:
-    assert {"session/header.py", "qemu/kprobe_guest/"} <= set(paths_in("docs/architecture.md"))
-    assert {"configs/", "install.sh", "docs/architecture.md"} <= set(paths_in("README.md"))
+    assert {"session/header.py", "qemu/kprobe_guest/"} <= set(paths_in("docs/internals/architecture.md"))
+    assert {"docs/guide/installing.md", "CONTRIBUTING.md"} <= set(paths_in("README.md"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_to_headings_lead_somewhere(document: str) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", read(document)):
-        name = target or document
-        headings = re.findall(r"^#+ (.+)$", read(name), re.M)
-        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, (target, anchor)
+        path = (ROOT / document).parent / target if target else ROOT / document
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in anchors, (target, anchor)
 
 
 # -- layers, version, profiles ----------------------------------------------------------------------------------------
@@ -215,13 +188,13 @@ def test_links_to_headings_lead_somewhere(document: str) -> None:
 def test_layers_are_those_of_the_import_contract() -> None:
     contracts = pyproject()["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    assert first_cells(section("docs/architecture.md", "Layers")) == layers
+    assert first_cells(section("docs/internals/architecture.md", "Layers")) == layers
 
 
 def test_layers_are_all_of_the_package() -> None:
     package = ROOT / "gdb_kprobe"
     there = {path.stem for path in package.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"}
-    assert set(first_cells(section("docs/architecture.md", "Layers"))) == there - {"__init__"}
+    assert set(first_cells(section("docs/internals/architecture.md", "Layers"))) == there - {"__init__"}
 
 
 def test_changelog_has_the_version() -> None:
@@ -229,7 +202,7 @@ def test_changelog_has_the_version() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\] - (Unreleased|\d{{4}}-\d\d-\d\d)$", read("CHANGELOG.md"), re.M)
 
 
-def test_readme_lists_every_key_of_a_profile_and_no_other() -> None:
+def test_the_profiles_page_lists_every_key_and_no_other() -> None:
     groups: dict[str, tuple[str, ...]] = {}
     for node in ast.parse(read("gdb_kprobe/config/load.py")).body:
         match node:
@@ -238,4 +211,4 @@ def test_readme_lists_every_key_of_a_profile_and_no_other() -> None:
     keys = {key for key in groups["_PROFILE_KEYS"] if key not in ("kernel", "region", "policy")}
     keys |= {f"kernel.{key}" for key in groups["_KERNEL_KEYS"]} | {f"region.{key}" for key in groups["_REGION_KEYS"]}
     keys |= {f"policy.{key}" for key in groups["_POLICY_KEYS"]}
-    assert set(first_cells(section("README.md", "Profiles"))) == keys
+    assert set(first_cells(read("docs/reference/profiles.md"))) == keys

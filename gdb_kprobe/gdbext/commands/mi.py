@@ -45,6 +45,9 @@ def _probe(probe: Probe) -> dict[str, str]:
 
 
 def _attach(argv: list[str]) -> dict[str, Any]:
+    """`guest` (its description), `region` (`virt`, `phys`, `size`), `messages`, `refused` (definitions that could not
+    be armed, each with a `reason`), `seconds`.
+    """
     args = attach_parser().parse_args(argv)
     profile = profile_of(args)
     if args.wait:
@@ -61,6 +64,7 @@ def _attach(argv: list[str]) -> dict[str, Any]:
 
 
 def _adopt(argv: list[str]) -> dict[str, Any]:
+    """`probes` that were taken over, `refused` (definitions that could not be armed, each with a `reason`)."""
     args = adopt_parser().parse_args(argv)
     the_plugin = plugin.the_plugin()
     attached, _ = the_plugin.attach(profile_of(args), Dispatch(args.dispatch))
@@ -72,6 +76,7 @@ def _adopt(argv: list[str]) -> dict[str, Any]:
 
 
 def _detach(argv: list[str]) -> dict[str, Any]:
+    """`restored` (how many places), `unmapped` (whether the region is), `problems`, `notes`."""
     ArgumentParser("detach").parse_args(argv)
     done = api.detach()
     return {
@@ -83,17 +88,22 @@ def _detach(argv: list[str]) -> dict[str, Any]:
 
 
 def _add(argv: list[str]) -> dict[str, Any]:
+    """`probe`."""
     if not argv:
         raise KprobeError("-kprobe-add: where? nothing was given", "for example: -kprobe-add p:open do_sys_openat2")
     return {"probe": _probe(api.add(" ".join(argv)))}
 
 
 def _list(argv: list[str]) -> dict[str, Any]:
+    """`probes`, the noted ones too."""
     ArgumentParser("list").parse_args(argv)
     return {"probes": [_probe(probe) for probe in api.probes()]}
 
 
 def _plan(argv: list[str]) -> dict[str, Any]:
+    """`plan`: `addr`, `asked`, `insn`, `rung`, `slot`, `old` and `new` (the bytes, in hex), `declined` (each better
+    `rung` with its `reason`).
+    """
     if not argv:
         raise KprobeError("-kprobe-plan: where? nothing was given", "for example: -kprobe-plan vfs_read+5")
     view = plan_view(*api.plan(" ".join(argv)))
@@ -112,16 +122,19 @@ def _plan(argv: list[str]) -> dict[str, Any]:
 
 
 def _delete(argv: list[str]) -> dict[str, Any]:
+    """`deleted`: names."""
     found = api.named(" ".join(argv), "-kprobe-delete")
     api.delete_many(found)
     return {"deleted": [probe.name for probe in found]}
 
 
 def _enable(argv: list[str]) -> dict[str, Any]:
+    """`probes`, as they are now."""
     return _switch(argv, True)
 
 
 def _disable(argv: list[str]) -> dict[str, Any]:
+    """`probes`, as they are now."""
     return _switch(argv, False)
 
 
@@ -133,6 +146,9 @@ def _switch(argv: list[str], enabled: bool) -> dict[str, Any]:
 
 
 def _stats(argv: list[str]) -> dict[str, Any]:
+    """`tables`, each as a line of `kprobe stats --json`: one of totals, or with `--interval` as many as `--count`
+    says.
+    """
     args = parser("stats").parse_args(argv)
     link = plugin.the_plugin().need_link()
     probes = wanted(args.names)
@@ -176,7 +192,7 @@ COMMANDS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "disable": _disable,
     "stats": _stats,
 }
-"""What follows ``-kprobe-``, and what answers."""
+"""What follows ``-kprobe-``, and what answers: the docstring of each says with what."""
 
 
 def register() -> None:

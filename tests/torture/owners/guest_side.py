@@ -157,7 +157,7 @@ class Function:
 
 def prepare(guest: GuestVm, patches: dict[str, bytes]) -> None:
     """Give a guest, of which copies are made, what :class:`GuestSide` runs; *patches* are modules by their function."""
-    # With names of tasks recorded, the guest switches a jump label of its scheduler (README, "Limits").
+    # With names of tasks recorded, the guest switches a jump label of its scheduler (docs/limits.md).
     guest.check_output(f"echo 0 >{TRACING}/options/record-cmd; cd /tmp; mkfifo in0 out0 in1 out1 bpf.in bpf.out")
     files = {_LIBRARY: _SERVANT.encode(), **{f"/tmp/{name}.ko": data for name, data in patches.items()}}
     for path, data in files.items():
