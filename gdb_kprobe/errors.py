@@ -30,11 +30,11 @@ class KprobeError(ReportedError):
 
 
 class SessionOverError(ReportedError):
-    """Nothing more can be done with the guest of a session: who goes through probes or sites does not go on."""
+    """Nothing more can be done with the guest of a session: code that goes through probes or sites does not go on."""
 
 
 class ConnectionLostError(SessionOverError):
-    """Nobody answers at the other end of the gdbstub connection any more."""
+    """The gdbstub does not answer any more."""
 
 
 class GuestResetError(SessionOverError):

@@ -15,7 +15,8 @@ instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hi
 it raises is shown, its probe is disabled, and the guest goes on.
 
 Every function raises a :class:`~gdb_kprobe.errors.ReportedError`: a ``KprobeError`` for what cannot be done, and a
-``SessionOverError`` when nobody answers (``ConnectionLostError``), or the guest is another one (``GuestResetError``).
+``SessionOverError`` when the gdbstub does not answer (``ConnectionLostError``), or the guest is another one
+(``GuestResetError``).
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def named(text: str, command: str) -> tuple[Probe, ...]:
 
 
 def set_enabled(probe: Probe, enabled: bool) -> None:
-    """Enable or disable *probe*, if it is handled in the guest also while that runs in the background."""
+    """Enable or disable *probe*, also while the guest runs in the background if its hits are handled there."""
     the_plugin = plugin.the_plugin()
     if probe in the_plugin.pending:
         probe.enabled = enabled
@@ -207,10 +208,10 @@ def delete_many(probes: Iterable[Probe]) -> None:
 
 
 def run_until(seconds: float | None = None, probe: Probe | None = None, hits: int = 1) -> bool:
-    """Have the guest run, and come back with it stopped: after *seconds*, or when *probe* was hit *hits* times more.
+    """Let the guest run, and stop it again after *seconds*, or when *probe* was hit *hits* times more.
 
-    Counters are read a hundred times a second: there may be some hits more than that. Returns whether it came to that
-    end; ``False``: *probe* was not hit so often in *seconds*, or something else has stopped the guest.
+    Counters are read a hundred times a second: there may be some hits more. Returns whether the guest ran to that end;
+    ``False``: *probe* was not hit so often in *seconds*, or something else has stopped the guest.
     """
     if seconds is None and probe is None:
         raise KprobeError("run_until: neither seconds nor a probe", "without an end it is gdb.execute('continue')")
@@ -226,9 +227,9 @@ def run_until(seconds: float | None = None, probe: Probe | None = None, hits: in
 
 
 def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = None) -> Callable[[], None]:
-    """Have *listener* called at each hit, before the probe's handler; returns the function that ends it.
+    """Have *listener* called at each hit, before the probe's handler; returns the function that ends that.
 
-    :param probes: those whose hits it is called at; ``None``: all probes. Other probes go on as before.
+    :param probes: those at whose hits *listener* is called; ``None``: all probes. Other probes go on as before.
     """
     link = plugin.the_plugin().need_link()
     with link.stopped():

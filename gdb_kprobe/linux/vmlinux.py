@@ -97,7 +97,7 @@ def _run(command: list[str], log: Path, path: Path) -> tuple[int, str]:
                     process.wait(_LOOK_EVERY)
                     return process.returncode, log.read_text(errors="replace").strip()
                 if signal.SIGINT in signal.sigpending():
-                    raise KprobeError(f"pahole was interrupted while it read {path}", "nothing is known from it yet")
+                    raise KprobeError(f"pahole was interrupted while it read {path}", "no type was read: attach again")
                 if time.monotonic() > deadline:
                     raise KprobeError(f"pahole has not read {path} in {_SECONDS} s", "is it a vmlinux?")
         finally:

@@ -18,9 +18,6 @@ from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.x86.decode import Insn
 
-_FTRACE_NOP = bytes.fromhex("0f1f440000")
-_ENDBR64_SIZE = 4
-
 
 @dataclass(frozen=True, slots=True)
 class KernelVerdict:
@@ -90,7 +87,7 @@ def examine(
         str(family) if handled else "none",
         refusal,
         try_rungs(insn, facts, slots) if handled else (),
-        (*_entry(guest, goes), *_tables(guest, insn, place)),
+        (*_entry(guest, goes), *_tables(guest, insn)),
         _kernel_verdict(guest, insn, refusal, facts.in_extable),
     )
 
@@ -127,7 +124,7 @@ def _entry(guest: Guest, goes: Place | None) -> Iterator[str]:
         yield f"entry: a probe here goes to {guest.place_of(goes.at)}, behind what the entry is for others"
 
 
-def _tables(guest: Guest, insn: Insn, place: Place) -> Iterator[str]:
+def _tables(guest: Guest, insn: Insn) -> Iterator[str]:
     fixup = guest.fixup_of(insn.addr)
     if fixup is not None:
         yield f"exception table: after a fault it goes on at {guest.place_of(fixup)}"
@@ -139,8 +136,8 @@ def _tables(guest: Guest, insn: Insn, place: Place) -> Iterator[str]:
         yield f"{site.reason}: {site.what} {guest.place_of(VirtAddr(site.addr))}"
     for found in facts.forbidden.overlapping(window):
         yield f"{found.what}, {found.range}"
-    if place.offset in (0, _ENDBR64_SIZE) and (insn.raw == _FTRACE_NOP or insn.is_relative_call):
-        # There is no table of these in memory that says more; README, "Limits".
-        yield "ftrace site, by its looks: the function's entry nop or call"
+    for ftrace in guest.ftrace_sites(window):
+        use = guest.ftrace_use(ftrace.window)
+        yield f"ftrace record: the nop at {guest.place_of(ftrace.ip)}" + ("" if use is None else f"; {use[1]}")
     for kprobe in guest.own_kprobes().within(window):
         yield f"{Reason.GUEST_KPROBE} at {guest.place_of(kprobe.addr)}"

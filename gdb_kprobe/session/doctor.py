@@ -102,7 +102,7 @@ def _memory(machine: Machine) -> Finding:
         return Finding(
             "memory",
             "through QEMU's process, if it is yours and on this host; else through the stub, and only at stops",
-            "faster for whoever may open the file: -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/ram,"
+            "faster, if gdb may open the file: -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/ram,"
             "share=on -machine memory-backend=ram",
         )
     name = shared.name

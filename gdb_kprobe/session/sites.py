@@ -94,7 +94,7 @@ class Sites:
         if site is None:
             raise KprobeError(
                 f"{probe.name} is gone: the module of {probe.place} was unloaded",
-                f"it is armed again when the module is back; 'kprobe delete {probe.name}' forgets it",
+                f"the probe is armed again when the module is back; 'kprobe delete {probe.name}' forgets the probe",
             )
         return site
 
@@ -239,7 +239,9 @@ class Sites:
         plan = self._joined(site, action)
         if not holds(self._guest.memory, plan.slot.code, plan.code):
             if not self._quarantine.is_clear(plan.slot.range):
-                raise self._is_saved(site, site.addr, "somebody is where it leads; try again after the guest has run")
+                raise self._is_saved(
+                    site, site.addr, "a vCPU or a task is where it leads; try again after the guest has run"
+                )
             write_verified(self._guest.memory, plan.slot.start, plan.slot_image)
         return plan
 

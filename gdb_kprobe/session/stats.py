@@ -85,7 +85,7 @@ def changes(before: Reading | None, after: Reading) -> dict[str, Change]:
         if hits < 0 or missed < 0:
             raise KprobeError(
                 f"{name} had {first.hits} hits ({first.missed} missed) and now has {count.hits} ({count.missed})",
-                "the guest was reset, or a snapshot was loaded: interrupt it, and 'kprobe attach' again",
+                "the guest was reset, or a snapshot was loaded: interrupt the guest, and 'kprobe attach' again",
             )
         found[name] = Change(count, hits, missed, hits / seconds if seconds > 0 else 0.0)
     return found

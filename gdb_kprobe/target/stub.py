@@ -293,7 +293,7 @@ class QemuStub:
         if reply is None:
             raise TargetError(
                 f"vCPU {cpu} has not come back from a step in {_STEP_PATIENCE:g} s: it ran away, and was stopped",
-                "the instruction has raised an exception that was not watched; see 'KVM' in the documentation",
+                "the instruction has raised an exception that was not watched; see docs/kvm.md",
             )
         if reply[:1] not in (b"T", b"S"):
             raise TargetError(f"vCPU {cpu} did not step: the stub answered {reply!r}")

@@ -89,9 +89,8 @@ class TextSnapshot:
         # Also in text that is refused for what it is: noinstr functions have jump labels, too.
         reasons += [site.reason for site in self.guest.text_facts().sites_in(AddressRange(addr, offset(addr, 1)))]
         own = next((str(reason) for reason in reasons if reason in _GUESTS_OWN), "")
-        if not own and place.offset < 16:
-            # ftrace's sites have no table that survives boot in the image; they are the entry's nop or call.
-            start = VirtAddr(addr - min(place.offset, 4))
-            now = self.guest.memory.read(start, 5)
-            own = "ftrace site" if any(now.startswith(nop) for nop in _FENTRY_NOPS) and after != 0xCC else ""
+        if not own:
+            for site in self.guest.ftrace_sites(AddressRange(addr, offset(addr, 1))):
+                now = self.guest.memory.read(site.ip, site.window.size)
+                own = "ftrace site" if any(now.startswith(nop) for nop in _FENTRY_NOPS) and after != 0xCC else ""
         return Difference(addr, before, after, str(place), own)

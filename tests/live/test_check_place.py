@@ -43,7 +43,7 @@ def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
     assert "optimized yes, in the slot: 0x" in entry
     assert "boosted yes, in the slot: 0x" in entry
     assert "single-step yes, in the slot: 0x" in entry
-    assert "table ftrace site, by its looks" in entry
+    assert f"table ftrace record: the nop at vfs_read+{nop:#x}" in entry
     assert f"the kernel can_probe ({version}): yes the kernel can_boost ({version}): yes" in entry
     assert "answer not an instruction boundary: it is inside the instruction at vfs_read+0x0" in inside
     assert f"hint: the nearest instruction that can be probed is vfs_read+{nop:#x}" in inside

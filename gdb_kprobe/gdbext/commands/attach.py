@@ -38,9 +38,9 @@ class Attach(Command):
     vmlinux (as does 'kernel: {vmlinux: FILE}' in the profile), with debug info; else that is refused, and all the rest
     works.
     With --wait a guest that is still booting runs until its kernel is up.
-    Hits are dispatched inside the guest where it runs Linux: only a probe with a handler in Python, on the single-step
-    rung, or under 'kprobe trace' stops the machine; conditions are compiled into the guest. With --dispatch stub every
-    hit stops it.
+    Where the guest runs Linux, hits are dispatched inside the guest. Only hits of a probe with a handler in Python,
+    under 'kprobe trace', or on the single-step rung stop the machine; conditions are compiled into the guest, so that
+    a hit which the condition of a handler or a trace rejects stops nothing. With --dispatch stub every hit stops it.
 
     Example:
       kprobe attach debian"""

@@ -77,7 +77,10 @@ def _all(file: Path | None) -> None:
     session, boost = link.session, link.profile.policy.boost
     guest = session.guest
     if not isinstance(guest, LinuxGuest):
-        raise KprobeError("only a Linux guest says what its text is", "'kprobe check SYMBOL' checks one place")
+        raise KprobeError(
+            "'kprobe check --all' is for Linux guests, which say where their text is",
+            "'kprobe check SYMBOL' checks one place",
+        )
     with link.stopped():
         guest.refresh()
         snapshot, optimizes = guest.snapshot(session.text), Rung.OPTIMIZED in link.profile.policy.rungs

@@ -38,7 +38,7 @@ def _attached() -> list[Finding]:
     with link.stopped():
         guest = link.session.guest
         if not isinstance(guest, LinuxGuest):
-            raise GuestStateError("only of a Linux guest is known what it offers", "'kprobe info' has the attachment")
+            raise GuestStateError("'kprobe doctor' knows Linux guests only", "'kprobe info' shows the attachment")
         return [
             *examine(link.stub, guest, len(link.session.machine.cpus())),
             Finding("counters", link.data_plane()),

@@ -46,7 +46,7 @@ class RunUntil(Command):
         if not until.is_reached and args.within is not None:
             raise KprobeError(
                 f"{probe.name} was hit {until.seen} time(s), and not {args.count}, before the guest was stopped",
-                "it was given too little time, or something else has stopped it",
+                "the guest had too little time, or something else has stopped it",
             )
         write(f"{probe.name}: {until.seen} hit(s).")
 

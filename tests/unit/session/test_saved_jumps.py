@@ -222,7 +222,7 @@ def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Any, monkeypa
     [site] = [site for site in jumping.session.sites.all() if site.is_jump]
     jumping.put("f_nop")
     jumping.machine.registers[1]["rip"] = site.plan.slot.code
-    with pytest.raises(RefusedError, match="somebody is where it leads"):
+    with pytest.raises(RefusedError, match="a vCPU or a task is where it leads"):
         jumping.add("p:more f_nop")
 
 
