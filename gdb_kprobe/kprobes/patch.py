@@ -51,6 +51,12 @@ def over(addr: VirtAddr, text: bytes, new: bytes) -> CodePatch:
     return CodePatch(addr, text[:size], (new + INT3 * rest)[: size - len(_NOP_DISP32)] + _NOP_DISP32)
 
 
+def is_fill(data: bytes) -> bool:
+    """Whether *data* is what :func:`over` fills the rest of whole instructions with."""
+    rest = data.lstrip(INT3)
+    return not rest or rest == _NOP_DISP32
+
+
 class TextMap:
     """Which bytes of the guest's text are ours, and what was there before.
 

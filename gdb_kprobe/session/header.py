@@ -15,22 +15,32 @@ the guest's memory alone what was patched, with what, and whether it still is. A
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.kprobes.patch import MAX_PATCH, CodePatch
-from gdb_kprobe.kprobes.slots import Slot
+from gdb_kprobe.kprobes.patch import MAX_PATCH, CodePatch, is_fill
+from gdb_kprobe.kprobes.slots import INT3, Slot
 from gdb_kprobe.linux.paging import PMD_SIZE
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Rung, VirtAddr, offset
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"
-VERSION = 6
+VERSION = 7
 
 _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQQQQQ")
+_CHECKSUM = struct.Struct("<I")
+"""CRC-32 of the header, behind it. A record has the lower half of one, over the cookie and itself."""
+_HEADER_SIZE = _HEADER.size + _CHECKSUM.size
 _RECORD = struct.Struct("<IBBHQQQ16s16sQ")
+_RECORD_CHECKSUM = 6
+"""Offset of the checksum in a record, which is made with zero there."""
+_LARGEST = 1 << 30
+_LARGEST_ENTRY_TEXT = 16 << 20
+_MOST_ORDER = 10
+_PHYSICAL_BITS = 52
 RECORD_SIZE = 72
 RECORD_OFFSET = PAGE_SIZE
 
@@ -113,9 +123,11 @@ class Header:
     """The guest's entry text, in which a vCPU may be on its way to and from our dispatcher; empty without one."""
     gate: VirtAddr = NOWHERE
     """Where hits stop for the host; 0: there is no dispatcher."""
+    damage: str = field(default="", compare=False)
+    """Why nothing of it can be believed, as it was read: the guest's memory may be overwritten, or forged."""
 
     def pack(self) -> bytes:
-        return _HEADER.pack(
+        data = _HEADER.pack(
             MAGIC,
             VERSION,
             self.lent,
@@ -134,10 +146,11 @@ class Header:
             self.entry_text.end,
             self.gate,
         )
+        return data + _CHECKSUM.pack(zlib.crc32(data))
 
     @classmethod
     def unpack(cls, data: bytes) -> Header | None:
-        """Return the header in *data*, or ``None`` when there is none.
+        """Return the header in *data*, or ``None`` when there is none. Look at its :attr:`damage` before all else.
 
         :raises RegionError: there is one, of a version that this code does not know.
         """
@@ -168,7 +181,7 @@ class Header:
                 "detach with the gdb_kprobe that made it, or reset the guest",
             )
         identity = Identity(build_id, VirtAddr(text), VirtAddr(entry), PhysAddr(at), value)
-        return cls(
+        found = cls(
             size,
             VirtAddr(virt),
             PhysAddr(phys),
@@ -177,9 +190,32 @@ class Header:
             VirtAddr(high),
             records,
             lent,
-            AddressRange(VirtAddr(first), VirtAddr(end)),
+            AddressRange(VirtAddr(first), VirtAddr(end)) if first <= end else NO_ENTRY_TEXT,
             VirtAddr(gate),
         )
+        (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
+        right = checksum == zlib.crc32(data[: _HEADER.size])
+        return replace(found, damage=found._why_not() if right else "its checksum is wrong")
+
+    def _why_not(self) -> str:
+        """Say why it is none that was ever written, though its checksum is right; empty if there is no reason."""
+        if not PMD_SIZE <= self.size <= _LARGEST or self.size % PMD_SIZE:
+            return f"its size is {self.size:#x}"
+        if (self.virt | self.phys) % PAGE_SIZE or self.virt + self.size > 1 << 64:
+            return f"it is at {self.virt:#x} (physical {self.phys:#x})"
+        if self.phys + self.size > 1 << _PHYSICAL_BITS:
+            return f"it is at physical {self.phys:#x}"
+        if self.records > self.layout.record_count:
+            return f"it has {self.records} records"
+        if self.lent > _MOST_ORDER:
+            return f"its memory was lent in blocks of order {self.lent}"
+        if not self.virt <= self.code_high_water <= self.code.end:
+            return f"its code ends at {self.code_high_water:#x}"
+        if self.gate and self.gate not in self.code:
+            return f"its gate is at {self.gate:#x}"
+        if self.entry_text.size > _LARGEST_ENTRY_TEXT:
+            return f"the guest's entry text is {self.entry_text}"
+        return ""
 
     @property
     def layout(self) -> Layout:
@@ -237,7 +273,8 @@ class Record:
     kind: RecordKind = RecordKind.SITE
     borrowed: VirtAddr | None = None
 
-    def pack(self) -> bytes:
+    def pack(self, cookie: bytes) -> bytes:
+        """The bytes of it in the region of that *cookie*."""
         old, new = self.patch.old, self.patch.new
         assert len(old) <= MAX_PATCH
         body = _RECORD.pack(
@@ -252,17 +289,61 @@ class Record:
             new,
             self.borrowed or 0,
         )
-        return body.ljust(RECORD_SIZE, b"\0")
+        return sealed(body.ljust(RECORD_SIZE, b"\0"), cookie)
 
     @classmethod
-    def unpack(cls, data: bytes) -> Record | None:
+    def unpack(cls, data: bytes, cookie: bytes) -> Record | None:
+        """Return the record in *data*, in the region of that *cookie*; ``None``: it is not in use.
+
+        :raises RegionError: it is damaged.
+        """
         kind, length, rung, _, addr, slot, size, old, new, borrowed = _RECORD.unpack(data[: _RECORD.size])
-        if not kind:
+        if not any(data):
             return None
+        if data != sealed(data, cookie):
+            raise RegionError("its checksum is wrong")
+        if kind not in (RecordKind.SITE, RecordKind.HOOK) or rung >= len(_RUNGS) or not 0 < length <= MAX_PATCH:
+            raise RegionError(f"it is of kind {kind}, rung {rung} and {length} bytes")
         patch = CodePatch(VirtAddr(addr), old[:length], new[:length])
         return cls(
             patch, Slot(VirtAddr(slot), size), _RUNGS[rung], RecordKind(kind), VirtAddr(borrowed) if borrowed else None
         )
+
+    def why_not(self, header: Header) -> str | None:
+        """Say why it is no record of *header*'s region, whatever its checksum is; or None.
+
+        What undoes a record writes *old* where there is *new*. So *new* must be what is put over text, and lead to
+        where our code is: else whoever forges a record chooses what is written, and over what.
+        """
+        addr, new = self.patch.addr, self.patch.new
+        if addr + len(new) > 1 << 64 or self.patch.range.overlaps(header.range):
+            return f"{addr:#x} is no place of text"
+        if not header.code.start <= self.slot.start < self.slot.start + self.slot.size <= header.code_high_water:
+            return f"its slot is at {self.slot.start:#x} (+{self.slot.size:#x})"
+        target = None
+        if len(new) >= _BRANCH_SIZE:
+            target = offset(addr, _BRANCH_SIZE + int.from_bytes(new[1:_BRANCH_SIZE], "little", signed=True))
+        if self.kind is RecordKind.HOOK:
+            is_ours = (
+                new.startswith(_CALL) and target is not None and target in header.code and len(new) == _BRANCH_SIZE
+            )
+        elif self.rung is Rung.OPTIMIZED:
+            is_ours = new.startswith(_JUMP) and target == self.slot.code and is_fill(new[_BRANCH_SIZE:])
+        else:
+            is_ours = new.startswith(INT3) and is_fill(new[1:])
+        return None if is_ours else f"{new.hex(' ')} at {addr:#x} is no patch of ours"
+
+
+_JUMP = b"\xe9"
+_CALL = b"\xe8"
+_BRANCH_SIZE = 5
+
+
+def sealed(data: bytes, cookie: bytes) -> bytes:
+    """The record *data* with its checksum."""
+    end = _RECORD_CHECKSUM + 2
+    checksum = zlib.crc32(cookie + data[:_RECORD_CHECKSUM] + data[end:]) & 0xFFFF
+    return data[:_RECORD_CHECKSUM] + checksum.to_bytes(2, "little") + data[end:]
 
 
 @dataclass(slots=True)
@@ -289,9 +370,12 @@ class HeaderStore:
                 f"all {self.header.layout.record_count} records of the region are in use",
                 "reserve a larger region (region.size in the profile), or delete probes",
             )
+        if self._free:
+            # Cut off in between, the record is one that is counted: its slot must be, too.
+            self.reach(code_high_water)
         del self._free[-1:]
         self._index[record.patch.addr] = index
-        self.memory.write_physical(self._address(index), record.pack())
+        self.memory.write_physical(self._address(index), record.pack(self.header.cookie))
         changed = replace(self.header, records=max(self.header.records, index + 1), code_high_water=code_high_water)
         if changed != self.header:
             self.header = changed
@@ -316,7 +400,7 @@ class HeaderStore:
 
     def erase(self) -> None:
         """Take the magic away: the memory is nobody's again."""
-        self.memory.write_physical(self.header.phys, bytes(_HEADER.size))
+        self.memory.write_physical(self.header.phys, bytes(_HEADER_SIZE))
 
     def _address(self, index: int) -> PhysAddr:
         return self.header.record_address(index)
@@ -324,11 +408,48 @@ class HeaderStore:
 
 def read_header(memory: PhysicalMemory, phys: PhysAddr) -> Header | None:
     """Return the header at *phys*, or ``None``."""
-    return Header.unpack(memory.read_physical(phys, _HEADER.size))
+    found = Header.unpack(memory.read_physical(phys, _HEADER_SIZE))
+    if found is not None and not found.damage and found.phys != phys:
+        return replace(found, damage=f"it says that it is at physical {found.phys:#x}")
+    return found
+
+
+def damaged(header: Header, phys: PhysAddr) -> RegionError:
+    """The error for the *header* at *phys* where its :attr:`~Header.damage` is why nothing can be done."""
+    return RegionError(
+        f"the region's header at physical {phys:#x} is damaged ({header.damage}), and the region is mapped: what an "
+        "earlier session has left in the guest's text is not known; nothing was written",
+        "reset the guest; if it was reset since, clear the first 8 bytes there",
+    )
 
 
 def iter_records(memory: PhysicalMemory, header: Header) -> Iterator[Record]:
-    """All records in use, in the order to restore them: the hook last, for without it a site's int3 leads nowhere."""
+    """All records in use, in the order to restore them: the hook last, for without it a site's int3 leads nowhere.
+
+    Those that are damaged are left out.
+    """
+    yield from read_records(memory, header)[0]
+
+
+def read_records(memory: PhysicalMemory, header: Header) -> tuple[tuple[Record, ...], tuple[str, ...]]:
+    """The records of :func:`iter_records`, and what is wrong with those that are damaged. *header* is not."""
+    assert not header.damage
     data = memory.read_physical(offset(header.phys, RECORD_OFFSET), header.records * RECORD_SIZE)
-    found = (Record.unpack(data[start : start + RECORD_SIZE]) for start in range(0, len(data), RECORD_SIZE))
-    yield from sorted((record for record in found if record is not None), key=lambda record: record.kind)
+    found: dict[VirtAddr, Record] = {}
+    wrong = []
+    for index in range(header.records):
+        try:
+            record = Record.unpack(data[index * RECORD_SIZE : (index + 1) * RECORD_SIZE], header.cookie)
+        except RegionError as error:
+            wrong.append(f"record {index} of the region is damaged: {error.message}")
+            continue
+        if record is None:
+            continue
+        why = record.why_not(header)
+        if why is None and record.patch.addr in found:
+            why = f"{record.patch.addr:#x} has another one"
+        if why is None:
+            found[record.patch.addr] = record
+        else:
+            wrong.append(f"record {index} of the region is damaged: {why}")
+    return tuple(sorted(found.values(), key=lambda record: record.kind)), tuple(wrong)

@@ -7,21 +7,29 @@ mapping begins. No symbols are read, and no profile is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.paging import PMD_SIZE, PRESENT, Entry, PageTable, kernel_root, loaded_table, shift
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Rung, VirtAddr
+from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
+from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import forget_definitions
-from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, RecordKind, iter_records, read_header
+from gdb_kprobe.session.header import (
+    MAGIC,
+    RECORD_SIZE,
+    Header,
+    Record,
+    RecordKind,
+    damaged,
+    iter_records,
+    read_header,
+    read_records,
+)
 from gdb_kprobe.session.leave import bring_out, trapped_at
+from gdb_kprobe.session.region import mapped_slots, why_not_mapped
 from gdb_kprobe.session.restore import is_armed, restore_site
 from gdb_kprobe.target.protocols import Machine, PhysicalMemory
-
-WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_0000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
-"""Where a region can be: in s32 reach of a kernel image, up to the end of the module area."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,8 @@ class Leftover:
             return ("the guest is not what it was (a reset, a snapshot, another gdb); nothing was written",)
         self.memory.invalidate()
         self.bring_out(machine)
-        notes = [note for record in self.records if (note := restore_site(self.memory, record))]
+        notes = list(read_records(machine, self.header)[1])
+        notes += [note for record in self.records if (note := restore_site(self.memory, record))]
         borrowed = sum(bool(record.borrowed) for record in self.records)
         if borrowed:
             notes.append(f"the guest's ftrace leaves {borrowed} function(s) alone until its next boot")
@@ -102,7 +111,7 @@ def find_leftover(machine: Machine) -> Leftover | None:
     """Look for armed sites in the stopped *machine*; ``None`` when there are none, or no kernel.
 
     :raises TargetError: this is no machine that we know.
-    :raises RegionError: there is a region of another version of this project.
+    :raises RegionError: there is a region of another version of this project, or its header is damaged.
     """
     cpus = idt.read_registers(machine)
     cpu = next((cpu for cpu in cpus if cpu.is_long_mode), cpus[0])
@@ -124,30 +133,16 @@ def find_leftover(machine: Machine) -> Leftover | None:
 def find_header(memory: PhysicalMemory, table: PageTable, entry: VirtAddr) -> Header | None:
     """The header of a region that is mapped in *table*, in the kernel whose #BP entry is *entry*.
 
-    :raises RegionError: there is a region of another version of this project.
+    :raises RegionError: there is a region of another version of this project, or its header is damaged.
     """
-    for virt, phys in _mapped_slots(table):
+    for virt, phys in mapped_slots(table):
         header = _header_at(memory, virt, phys)
         if header is not None and header.identity.bp_entry == entry and _hangs_on_its_entry(memory, header):
+            why = why_not_mapped(table, header)
+            if why:
+                raise damaged(replace(header, damage=why), phys)
             return header
     return None
-
-
-def _mapped_slots(table: PageTable) -> Iterator[tuple[VirtAddr, PhysAddr]]:
-    """The 2 MiB slots of :data:`WINDOW` whose first page is mapped, from the top down."""
-    at = int(WINDOW.end)
-    while at > WINDOW.start:
-        at -= PMD_SIZE
-        last = table.entries(VirtAddr(at))[-1]
-        if last.value & PRESENT:
-            yield VirtAddr(at), _first_byte(last, at)
-        else:
-            at &= -max(1 << shift(last.level), PMD_SIZE)
-
-
-def _first_byte(leaf: Entry, virt: int) -> PhysAddr:
-    size = 1 << shift(leaf.level)
-    return PhysAddr(leaf.value & 0x000F_FFFF_FFFF_F000 & -size | virt & size - 1)
 
 
 def _header_at(memory: PhysicalMemory, virt: VirtAddr, phys: PhysAddr) -> Header | None:
@@ -157,11 +152,17 @@ def _header_at(memory: PhysicalMemory, virt: VirtAddr, phys: PhysAddr) -> Header
         header = read_header(memory, phys)
     except TargetError:
         return None  # no RAM there
-    return header if header is not None and (header.virt, header.phys) == (virt, phys) else None
+    if header is not None and header.damage:
+        raise damaged(header, phys)
+    return header if header is not None and header.virt == virt else None
 
 
 def _hangs_on_its_entry(memory: PhysicalMemory, header: Header) -> bool:
     identity = header.identity
     if not identity.entry_addr:
         return True  # premapped: no entry of ours
-    return int.from_bytes(memory.read_physical(identity.entry_addr, 8), "little") == identity.entry_value
+    try:
+        found = memory.read_physical(identity.entry_addr, 8)
+    except TargetError:
+        return False  # no RAM there
+    return int.from_bytes(found, "little") == identity.entry_value

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestResetError, RegionError
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.linux.mapping import find_hole, plan_mapping
-from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable
+from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable, shift
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
 from gdb_kprobe.session.counters import Counters
 from gdb_kprobe.session.guest import Guest
@@ -24,6 +24,9 @@ from gdb_kprobe.session.transaction import apply_physical
 from gdb_kprobe.target.protocols import Cpus, Machine, PhysicalMemory
 
 COOKIE_SIZE = 16
+
+WINDOW = AddressRange(VirtAddr(0xFFFF_FFFF_0000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
+"""Where a region can be: in s32 reach of a kernel image, up to the end of the module area."""
 
 
 @dataclass(slots=True)
@@ -127,6 +130,41 @@ def links_of(table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int) -> tup
                     found[entry.addr] = entry
                 break
     return tuple(found.values())
+
+
+def mapped_slots(table: PageTable) -> Iterator[tuple[VirtAddr, PhysAddr]]:
+    """The 2 MiB slots of :data:`WINDOW` whose first page is mapped, from the top down."""
+    at = int(WINDOW.end)
+    while at > WINDOW.start:
+        at -= PMD_SIZE
+        last = table.entries(VirtAddr(at))[-1]
+        if last.value & PRESENT:
+            yield VirtAddr(at), _first_byte(last, at)
+        else:
+            at &= -max(1 << shift(last.level), PMD_SIZE)
+
+
+def _first_byte(leaf: Entry, virt: int) -> PhysAddr:
+    size = 1 << shift(leaf.level)
+    return PhysAddr(leaf.value & ADDRESS_MASK & -size | virt & size - 1)
+
+
+def is_mapped_anywhere(table: PageTable, phys: PhysAddr) -> bool:
+    """Whether a region at *phys* is mapped where one can be."""
+    return any(found == phys for _, found in mapped_slots(table))
+
+
+def why_not_mapped(table: PageTable, header: Header) -> str:
+    """Say why the mapping is not the one that *header* tells of; empty if it is, or what is left of it."""
+    ends = (header.virt + header.layout.code_end - PAGE_SIZE, header.virt + header.layout.data_end)
+    for at in (*range(header.virt, header.virt + header.size, PMD_SIZE), *ends):
+        found = table.walk(VirtAddr(at))
+        # An unmapping that was cut off has left the first.
+        if found is None and at == header.virt:
+            return f"{at:#x}, where it says that the region is mapped, is not mapped"
+        if found is not None and found.phys != header.physical(VirtAddr(at)):
+            return f"{at:#x} is not mapped to where it says, but to physical {found.phys:#x}"
+    return ""
 
 
 def create_mapped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import NeedsTypesError, TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
@@ -12,9 +12,18 @@ from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.borrows import give_back
 from gdb_kprobe.session.definitions import Definition, read_definitions
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.header import Header, Identity, Record, RecordKind, iter_records, read_header
+from gdb_kprobe.session.header import (
+    Header,
+    Identity,
+    Record,
+    RecordKind,
+    damaged,
+    iter_records,
+    read_header,
+    read_records,
+)
 from gdb_kprobe.session.leave import bring_out
-from gdb_kprobe.session.region import links_of, unlink
+from gdb_kprobe.session.region import is_mapped_anywhere, links_of, unlink, why_not_mapped
 from gdb_kprobe.session.saved_jumps import HINT, saved_records, some, why, why_perhaps
 from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
@@ -38,17 +47,30 @@ class Restored:
 def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr) -> Restored:
     """Restore what the header at *phys* records, if it is of this boot; clear it if it is of an earlier one.
 
+    A record that is damaged is told of, and the mapping stays then: something in text may still lead to it.
+
     :raises TargetError: text could not be written; it names the sites that are left.
+    :raises RegionError: the header is damaged, so that it is not known what is in text; nothing was written.
     """
     header = read_header(memory, phys)
     if header is None:
         return Restored()
+    if header.damage:
+        if is_mapped_anywhere(guest.memory, phys):
+            raise damaged(header, phys)
+        memory.write_physical(phys, bytes(8))
+        return Restored((f"the region held a damaged header ({header.damage}) that is of no use to this boot; it was "
+                         "cleared, no text was touched",))  # fmt: skip
     if not is_of_this_boot(memory, guest, header):
         memory.write_physical(phys, bytes(8))
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
+    wrong_place = why_not_mapped(guest.memory, header)
+    if wrong_place:
+        raise damaged(replace(header, damage=wrong_place), phys)
+
     machine.drop_breakpoints()
-    records = tuple(iter_records(memory, header))
+    records, damaged_records = read_records(memory, header)
     sites = tuple(record for record in records if record.kind is RecordKind.SITE)
     bring_out(machine, guest, records, header)
     kprobes = guest.own_kprobes()
@@ -68,6 +90,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
             for record in saved
         ]
     messages += _return_records(guest, sites)
+    messages += damaged_records
     definitions = read_definitions(memory, header)
     if armed:
         messages.insert(0, f"an earlier session left {armed} site(s) armed; their text is restored")
@@ -80,7 +103,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
         messages.append("a task is still inside the old region: its mapping is kept")
-    if words is None or words or saved:
+    if words is None or words or saved or damaged_records:
         return Restored(tuple(messages), header, len(sites), definitions, saved)
     unlink(memory, machine, links_of(guest.memory, header.virt, header.phys, header.size))
     memory.write_physical(phys, bytes(8))
@@ -96,7 +119,7 @@ def take_back(memory: PhysicalMemory, guest: Guest, phys: PhysAddr, patches: Ite
     guest.memory.invalidate()
     header = read_header(memory, phys)
     known = set()
-    if header is not None and is_of_this_boot(memory, guest, header):
+    if header is not None and not header.damage and is_of_this_boot(memory, guest, header):
         known = {record.patch for record in iter_records(memory, header)}
     for patch in patches:
         with contextlib.suppress(UnmappedError):
@@ -152,6 +175,8 @@ def restore_site(memory: Memory, record: Record) -> str | None:
         found = memory.read(patch.addr, len(patch.new))
     except UnmappedError:
         return f"{patch.addr:#x} is not mapped any more; left alone"
+    except TargetError as error:
+        return f"{patch.addr:#x} cannot be read ({error.message}); left alone"
     if found == patch.old:
         return None
     if found != patch.new:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gdb_kprobe.errors import StaleTextError, TargetError, UnmappedError
+from gdb_kprobe.errors import StaleTextError, TargetError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.target.protocols import Memory, PhysicalMemory
@@ -40,10 +40,10 @@ def verify(memory: Memory, patches: Sequence[CodePatch]) -> None:
 
 
 def holds(memory: Memory, addr: VirtAddr, data: bytes) -> bool:
-    """Whether *data* is at *addr*; what is not mapped holds nothing."""
+    """Whether *data* is at *addr*; what is not mapped, or no RAM, holds nothing."""
     try:
         return memory.read(addr, len(data)) == data
-    except UnmappedError:
+    except TargetError:
         return False
 
 

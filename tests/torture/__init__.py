@@ -15,6 +15,7 @@ from tests.torture import (
     all_functions,
     boundaries,
     cell,
+    fuzz,
     hotplug,
     kill9,
     matrix,
@@ -38,6 +39,7 @@ KINDS = (
     guest_cli.Subcommand("reset", "reset the guest under probes", reset.arguments, reset.run),
     guest_cli.Subcommand("snapshot", "save and load snapshots under probes", snapshot.arguments, snapshot.run),
     guest_cli.Subcommand("owners", "the guest's own kprobes and tracers at our places", owners.arguments, owners.run),
+    guest_cli.Subcommand("fuzz", "what is made of a guest whose memory holds anything", fuzz.arguments, fuzz.run),
     guest_cli.Subcommand("kill9", "kill gdb at random moments, and go on", kill9.arguments, kill9.run),
 )
 

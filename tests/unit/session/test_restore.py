@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.errors import ConnectionLostError, RegionError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
@@ -263,3 +264,59 @@ def test_a_kill_in_the_middle_of_restoring_is_restored_by_the_next(toy: Any, cou
     assert toy.changed_text() == {}
     assert toy.header() is None
     assert toy.resume() == 13
+
+
+class TestDamage:
+    """The guest has written over what a session has left, or forged it."""
+
+    @staticmethod
+    def flip(toy: Any, at: int, bit: int = 1) -> None:
+        toy.machine.ram[at] ^= bit
+
+    def test_a_record_that_was_written_over_writes_nothing_and_is_named(self, toy: Any) -> None:
+        """Its original bytes are another instruction's: they must not get into text."""
+        toy.add("f_push")
+        toy.add("f_jmp")
+        header = toy.region.header
+        index = next(n for n in range(header.records) if toy.records()[n].patch.addr == toy.addr("f_push"))
+        [at] = [
+            header.record_address(n)
+            for n in range(header.records)
+            if toy.machine.ram[header.record_address(n) + 8 :][:8] == toy.addr("f_push").to_bytes(8, "little")
+        ]
+        assert index >= 0
+        self.flip(toy, at + 32)  # old
+        done = restore_after_kill(toy)
+        assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+        assert any(re.match(r"record \d of the region is damaged: its checksum is wrong", m) for m in done.messages)
+        # Its int3 may still lead there.
+        assert done.kept == toy.header()
+
+    @pytest.mark.parametrize("at", [12, 16, 24, 32, 90, 146])
+    def test_a_header_that_was_written_over_is_refused_while_it_is_mapped(self, toy: Any, at: int) -> None:
+        toy.add("f_push")
+        self.flip(toy, REGION_PHYS + at)
+        toy.machine.log.clear()
+        with pytest.raises(RegionError, match=r"header at physical 0x400000 is damaged \(its checksum is wrong\)"):
+            restore_after_kill(toy)
+        assert toy.machine.log == []
+        assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+
+    def test_a_damaged_header_that_nothing_maps_is_cleared(self, toy: Any) -> None:
+        """Reserved memory survives a reset: what is there is of no use."""
+        for link in toy.region.links:
+            toy.machine.set_quad(link.addr, 0)
+        self.flip(toy, REGION_PHYS + 20)
+        done = restore_after_kill(toy)
+        assert "damaged header (its checksum is wrong)" in done.messages[0]
+        assert toy.header() is None
+
+    def test_a_header_of_another_mapping_than_there_is_clears_no_page_table_entry(self, toy: Any) -> None:
+        header = toy.region.header
+        forged = replace(header, virt=VirtAddr(toy.addr("f_nop") & -0x20_0000), code_high_water=VirtAddr(0))
+        forged = replace(forged, code_high_water=forged.virt, gate=VirtAddr(0))
+        toy.machine.ram[REGION_PHYS : REGION_PHYS + len(forged.pack())] = forged.pack()
+        toy.machine.log.clear()
+        with pytest.raises(RegionError, match="where it says that the region is mapped, is not mapped"):
+            restore_after_kill(toy)
+        assert toy.machine.log == []
