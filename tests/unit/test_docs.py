@@ -212,3 +212,33 @@ def test_the_profiles_page_lists_every_key_and_no_other() -> None:
     keys |= {f"kernel.{key}" for key in groups["_KERNEL_KEYS"]} | {f"region.{key}" for key in groups["_REGION_KEYS"]}
     keys |= {f"policy.{key}" for key in groups["_POLICY_KEYS"]}
     assert set(first_cells(read("docs/reference/profiles.md"))) == keys
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+_FILLED_IN = re.compile(r"\.\.\.|\b3\.N\b|\bN\b|\bNAME\b|0x|KPROBE_GUEST|\b\d+ MiB\b|\bCPU 0\b")
+"""What stands in a message for what differs from one to the other."""
+_TELLING = 8
+"""Characters of a part that are enough to find it by."""
+
+
+def strings_of_the_package() -> str:
+    """All texts in the sources, those of an f-string in parts; each ends with a newline."""
+    found = []
+    for path in (ROOT / "gdb_kprobe").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        found += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join(found)
+
+
+def test_messages_in_their_page_are_those_of_the_sources() -> None:
+    strings = strings_of_the_package()
+    rows = [line for line in read("docs/reference/messages.md").splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(messages) > 30
+    for message in messages:
+        parts = [part.strip(" ;,:") for part in _FILLED_IN.split(message)]
+        telling = [part for part in parts if len(part) >= _TELLING]
+        assert telling, message
+        for part in telling:
+            assert part in strings, f"{message!r}: nothing says {part!r}"
