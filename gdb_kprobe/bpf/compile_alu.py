@@ -16,7 +16,7 @@ _SHIFTS: Final = {AluOp.LSH: Shift.SHL, AluOp.RSH: Shift.SHR, AluOp.ARSH: Shift.
 
 
 def alu(places: Places, insn: BpfInsn, step: Step, dst: Gp) -> None:
-    """*insn*, whose result nobody knows, with the result in *dst*."""
+    """*insn*, whose result is not known, with the result in *dst*."""
     op = AluOp(insn.op & 0xF0)
     width = 8 if insn.cls is InsnClass.ALU64 else 4
     out = places.out

@@ -12,7 +12,7 @@ from gdb_kprobe.x86.emit import At, Cc, Gp, Mem
 
 
 def atomic(places: Places, insn: BpfInsn, step: Step) -> None:
-    """*insn*; a fetch whose result nobody reads is none."""
+    """*insn*; a fetch whose result is not read is none."""
     width = Size(insn.op & 0x18).width
     memory = places.memory(step.before.registers[insn.dst], insn.off)
     source = places.operand(insn.src, step)
@@ -53,7 +53,7 @@ def _cmpxchg(places: Places, memory: Mem | At, source: Operand, compared: Operan
 
 
 def _fetch(places: Places, op: AluOp, memory: Mem | At, source: Operand, dst: Gp, width: int) -> None:
-    """What no x86 instruction does at once: try until nobody came between."""
+    """What no x86 instruction does at once: try until no other CPU came between."""
     out = places.out
     new, keep, operand = SCRATCH
     places.into(operand, source, width)

@@ -169,7 +169,7 @@ class _Compiler:
             if out.asm.pc != begin:
                 falls = not self.jumped
         if self.leave is not self.said:
-            # In front of the end, so that the way of the hits that nobody wants has no jump more.
+            # In front of the end, so that the way of the rejected hits has no jump more.
             assert self.leave is not None
             assert self.said is not None
             if falls:

@@ -101,7 +101,7 @@ class Places:
             self.into(register, Place(register, value.width, value.signed))
             return Place(register, 8, False)
         if value.name == "eflags":
-            # Only said so far; whoever prepares the frame puts them in its *saved*.
+            # Only said so far; the code that prepares the frame puts them in its *saved*.
             self.reads_flags = True
             return 0
         register = Gp[value.name.upper()]

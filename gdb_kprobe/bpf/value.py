@@ -115,7 +115,7 @@ def _moved_field(field: Field, width: int, bits: int, *, extend: bool) -> Field 
 
 
 def _folded(op: AluOp, left: int, right: int, bits: int) -> Number | Scalar:
-    """The constants that filters and addresses are made of; nobody computes the others at run time."""
+    """The constants that filters and addresses are made of; the others are not computed at run time."""
     mask = (1 << bits) - 1
     left, right = left & mask, right & mask
     count = right & (bits - 1)

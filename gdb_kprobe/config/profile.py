@@ -1,6 +1,6 @@
 """What a profile says about a guest: where it listens, what kernel it runs, and where our region is.
 
-A profile is read from YAML by :func:`gdb_kprobe.config.load.load_profile`; whoever builds one of these by hand gets no
+A profile is read from YAML by :func:`gdb_kprobe.config.load.load_profile`; code that builds one by hand gets no
 checks. Sizes are bytes.
 """
 
@@ -20,7 +20,7 @@ ALL_RUNGS = (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)
 
 
 class KernelKind(StrEnum):
-    """Whose promises hold in the guest: Linux's, or nobody's."""
+    """Whose promises hold in the guest: those of Linux, or none."""
 
     LINUX = "linux"
     BARE = "bare"
@@ -34,7 +34,7 @@ class RegionSource(StrEnum):
     IVSHMEM = "ivshmem"
     """BAR 2 of an ``ivshmem-plain`` device."""
     BORROWED = "borrowed"
-    """Pages asked from the guest's own allocator: for a guest that nobody has prepared."""
+    """Pages asked from the guest's own allocator: for a guest that is not prepared."""
     PREMAPPED = "premapped"
     """Memory that the guest has mapped itself, and does not use."""
 

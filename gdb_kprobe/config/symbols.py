@@ -1,7 +1,7 @@
 """The symbol file of a bare-metal guest: JSON or YAML, of which JSON is a subset.
 
 Either the symbols alone, ``{NAME: ADDRESS, ...}``, or ``{"symbols": {NAME: ADDRESS, ...}, "text": {"address": ADDRESS,
-"size": BYTES}}``, where *text* says what of it is code. Other keys on the top level are somebody else's.
+"size": BYTES}}``, where *text* says what of it is code. Other keys on the top level are for other programs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""At every connection: if the guest has probes that somebody left armed, it cannot run without their breakpoint.
+"""At every connection: if the guest has probes that an earlier gdb left armed, it cannot run without their breakpoint.
 
 gdb may be connected by hand, long before or without ``kprobe attach``. The first stop of a connection, which gdb makes
 while it connects, is where this happens; the guest has not run since QEMU stopped it for us.
@@ -76,12 +76,12 @@ def guard_connection() -> Guard | None:
         stub = QemuStub(channel)
         with uninterrupted(), channel.borrowed(stub):
             leftover = find_leftover(stub)
-            # Of whoever was connected before and was killed, with the plugin or without. Ours are not inserted now.
+            # Of a client that was killed, with or without the plugin. Ours are not inserted now.
             stub.drop_breakpoints()
             if leftover is None:
                 return None
             # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.
-            # And a vCPU whose instruction was being stepped has nobody to put right what the step does.
+            # And a vCPU whose instruction was being stepped has no gdb any more that puts right what the step does.
             leftover.bring_out(stub)
             if leftover.dispatches_itself:
                 gdb.write(

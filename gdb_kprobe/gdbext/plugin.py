@@ -633,7 +633,7 @@ def is_connected() -> bool:
 def connect(profile: Profile) -> None:
     """Connect gdb to the profile's gdbstub, if it is not connected already.
 
-    :raises ConnectionLostError: nobody answers there.
+    :raises ConnectionLostError: no stub answers there.
     """
     if is_connected():
         return

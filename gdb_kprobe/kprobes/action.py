@@ -14,9 +14,9 @@ What asks the host has the machine's state put back as it was at the probe, but 
     answer:  count a miss
     go:      what the probe displaced
     gate:    nop                                             (the host's breakpoint is here)
-             ret                                             (nobody was there)
+             ret                                             (no host was there)
 
-The host takes the word off the stack, shows the hit at the probe, and lets the guest go on at *go*. With nobody there
+The host takes the word off the stack, shows the hit at the probe, and lets the guest go on at *go*. With no host there
 the guest goes on by itself. The address in front of the answer is for who finds a vCPU at the gate and knows nothing of
 the site: the hit is undone there, unless some of its programs have had their effects already (0). It is part of an
 instruction so that who decodes the code comes out at the answer.
@@ -49,7 +49,7 @@ class Ask:
     """How a hit is brought before the host.
 
     :ivar gate: where it stops.
-    :ivar missed: the 64-bit word that counts the hits that nobody was there for.
+    :ivar missed: the 64-bit word that counts the hits that no host was there for.
     :ivar undo: the probed address, where the hit may be taken back to; 0 if some of it has happened already.
     """
 

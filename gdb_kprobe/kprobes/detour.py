@@ -15,7 +15,7 @@ and, where the host may be asked (:mod:`gdb_kprobe.kprobes.action`)::
 
 It runs as the probed code does: on the same stack, with interrupts as they are, on whatever CPU. So it holds nothing
 that belongs to a CPU, and what it counts is changed by one ``lock`` instruction. The kernel is compiled without a red
-zone: below RSP is free. Flags that nobody reads are dead for the guest, but not for the host: where it may be asked,
+zone: below RSP is free. Flags that no code reads are dead for the guest, but not for the host: where it may be asked,
 they are saved, too.
 """
 
@@ -76,7 +76,7 @@ _LAHF_PUSHED = _Wrap(_LAHF.save + b"\x50", b"\x58" + _LAHF.restore, _UP + b"\x58
 class DetourCode:
     """A detour for one address.
 
-    :ivar answer: what the guest goes on with when nobody answers; ``None``: the host is never asked.
+    :ivar answer: what the guest goes on with when the host does not answer; ``None``: the host is never asked.
     :ivar displaced: what it displaces, with where each instruction is.
     """
 
@@ -89,7 +89,7 @@ class DetourCode:
 class Detour:
     """What goes out of line for *window*. *insns* are those that are executed, *text* the window's bytes.
 
-    *flags_dead*: nobody reads the flags before they are written again.
+    *flags_dead*: no code reads the flags before they are written again.
     """
 
     window: Window

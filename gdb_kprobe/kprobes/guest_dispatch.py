@@ -64,7 +64,7 @@ class GateCode:
 
 
 def emit_gate(at: VirtAddr, forward: VirtAddr) -> GateCode:
-    """The gate and what follows when nobody has a breakpoint on it, for the address *at*.
+    """The gate and what follows when there is no breakpoint on it, for the address *at*.
 
     :raises DisplacementError: *forward*, the guest's own handler, is out of reach.
     """
@@ -120,7 +120,7 @@ class HandlerCode:
     """What handles the hits of a site.
 
     :ivar entry: where the dispatcher jumps to.
-    :ivar answer: what the guest goes on with when nobody answers; ``None``: the host is never asked.
+    :ivar answer: what the guest goes on with when the host does not answer; ``None``: the host is never asked.
     """
 
     code: bytes

@@ -60,7 +60,7 @@ def is_fill(data: bytes) -> bool:
 class TextMap:
     """Which bytes of the guest's text are ours, and what was there before.
 
-    The question it answers is the kernel's ``recover_probed_instruction``: whoever decodes text must see the
+    The question it answers is the kernel's ``recover_probed_instruction``: code that decodes text must see the
     original bytes, not our int3.
     """
 

@@ -52,7 +52,7 @@ BY_PLACE: Final = frozenset(
         Reason.PADDING,
     }
 )
-"""Reasons that nobody can do anything about: text that must not trap, that the guest patches, or that is none."""
+"""Reasons that the user can do nothing about: text that must not trap, that the guest patches, or that is none."""
 
 
 @dataclass

@@ -51,7 +51,7 @@ class Probe:
     gone: bool = False
     """The module it was in was unloaded."""
     watch: Watch | None = None
-    """What the session itself wants to know of a hit. Such a probe is its own, and nobody else knows of it."""
+    """What the session itself does at a hit. Such a probe is its own: no user and no listener knows of it."""
     last_error: str = ""
     """What its handler has raised last."""
 
@@ -107,7 +107,7 @@ class Probe:
 class Asked:
     """Code of the site at *addr* that asks the host. It may be asked by code that the site has no more.
 
-    :ivar answer: what the guest goes on with if nobody answers.
+    :ivar answer: what the guest goes on with if the host does not answer.
     :ivar probes: those whose hits the host handles; ``None``: all that the site has.
     :ivar undo: nothing of the hit has happened yet: the vCPU may go back to the instruction.
     """

@@ -98,7 +98,7 @@ class PacketStream:
             while data:
                 try:
                     data = data[os.write(self._descriptor, data) :]
-                except BlockingIOError:  # whoever opened it has made it so
+                except BlockingIOError:  # gdb, which opened it, has made it so
                     select.select([], [self._descriptor], [])
         except OSError as error:
             raise ConnectionLostError(f"the connection to {self._address} is lost: {error}") from error

@@ -156,7 +156,7 @@ class Cpus(Protocol):
         """What is peculiar to the machine's accelerator."""
 
     shown: CpuId | None
-    """The vCPU that the user looks at, if somebody does."""
+    """The vCPU that the user looks at, if there is a user."""
 
     def check_can_run(self) -> None:
         """Before anything is done that :meth:`run_to` is needed for.
@@ -173,7 +173,7 @@ class Cpus(Protocol):
         """
 
     def drop_breakpoints(self) -> None:
-        """Take away all breakpoints that the stub has, whoever set them: a client that was killed leaves its own."""
+        """Take away all breakpoints that the stub has, also those that a killed client has left."""
 
 
 class Monitor(Protocol):
@@ -193,7 +193,7 @@ class Breakpoints(Protocol):
         """Take it away again; nothing happens when there is none."""
 
     def is_taken(self, addr: VirtAddr) -> bool:
-        """Whether somebody else, the user, has a breakpoint at *addr*."""
+        """Whether the user has a breakpoint at *addr*."""
 
     def taken(self) -> Collection[int]:
         """Where the user has breakpoints."""

@@ -145,7 +145,7 @@ class RamView:
         In bulk that is a hundred times faster than the stub. Where it cannot be, the stub is asked: that is no error.
         What tells the process from another guest's is the page table in use, which the stub must read alike.
 
-        :raises ConnectionLostError: nobody answers any more.
+        :raises ConnectionLostError: the stub does not answer any more.
         """
         root = PhysAddr(machine.read_register(machine.cpus()[0], "cr3") & _CR3_ADDRESS)
         blocks = [block for block in ram_blocks(machine) if block.end - block.start >= _BULK] if pids else []

@@ -21,7 +21,7 @@ DEFAULT_TIMEOUT = 10.0
 def open_socket(address: str, timeout: float) -> socket.socket:
     """Connect to ``/path/of/a/unix/socket`` or ``host:port``.
 
-    :raises ConnectionLostError: nobody listens there.
+    :raises ConnectionLostError: no process listens there.
     """
     try:
         if "/" in address:
@@ -67,7 +67,7 @@ def is_served(address: str) -> bool:
 def _is_of_this_host(host: str) -> bool:
     """Whether a socket can have this address here.
 
-    :raises OSError: nobody knows the name.
+    :raises OSError: the name does not resolve.
     """
     family, kind, proto, _, found = socket.getaddrinfo(host or "localhost", 0, type=socket.SOCK_STREAM)[0]
     with contextlib.suppress(OSError), socket.socket(family, kind, proto) as sock:

@@ -128,7 +128,7 @@ def _listener(sock: socket.socket) -> int:
 
 
 def _unix_inodes(path: str) -> frozenset[str]:
-    """The connected sockets of whoever bound *path*."""
+    """The connected sockets of the process that bound *path*."""
     # Num RefCount Protocol Flags Type State Inode Path
     rows = (line.split(maxsplit=7) for line in _lines("/proc/net/unix"))
     return frozenset(row[6] for row in rows if row[5] == _CONNECTED and row[7:] == [path])

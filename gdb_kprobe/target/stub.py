@@ -73,7 +73,7 @@ class QemuStub:
     def forget(self) -> None:
         """Ask the stub anew for its vCPUs, which of them is selected, and their registers.
 
-        To be called by whoever hands the machine to others, or takes it back: gdb selects vCPUs and writes registers
+        To be called when the machine is handed to gdb, or taken back: gdb selects vCPUs and writes registers
         itself, and the machine runs, resets or loads a snapshot.
         """
         self._cpus = ()

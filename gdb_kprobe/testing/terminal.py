@@ -1,6 +1,6 @@
 """A gdb with the plugin at a real terminal, typed to as a person does: the prompt, a foreground ``continue``, Ctrl-C.
 
-What GDB/MI cannot show: there gdb never has the terminal, and Ctrl-C is a signal that somebody sent.
+What GDB/MI cannot show: there gdb never has the terminal, and Ctrl-C is a signal that a process sent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GdbTerminal:
         try:
             self._process = subprocess.Popen(
                 ["setsid", "--ctty", "gdb", "-nx", "-q", *options],
-                # setsid makes the terminal gdb's own: Ctrl-C goes to gdb and to nobody else.
+                # setsid makes the terminal gdb's own: Ctrl-C goes to gdb alone.
                 stdin=slave, stdout=slave, stderr=slave,
                 env={**os.environ, "TERM": "dumb", "INPUTRC": "/dev/null", **(environment or {})},
             )  # fmt: skip
@@ -58,7 +58,7 @@ class GdbTerminal:
         """All that appeared on the terminal, what was typed included."""
         self._appeared = threading.Condition()
         self._hung_up = False
-        # A terminal that nobody reads fills up, and gdb stands still at its next word.
+        # A terminal that is not read fills up, and gdb stands still at its next word.
         self._reader = threading.Thread(target=self._show, name="terminal", daemon=True)
         self._reader.start()
         self.wait_prompt()
@@ -148,7 +148,7 @@ class GdbTerminal:
                 continue
             try:
                 data = os.read(self._master, 1 << 16)
-            except OSError:  # EIO: gdb has ended, nobody has the terminal open any more
+            except OSError:  # EIO: gdb has ended, no process has the terminal open any more
                 return
             with self._appeared:
                 text = data.decode(errors="replace").replace("\r", "")

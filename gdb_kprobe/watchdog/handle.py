@@ -17,7 +17,7 @@ _PATIENCE = 2.0
 class Watchdog:
     """The watchdog of one attachment to the stub at *address*; ``None``: there is to be none.
 
-    None of the methods raises when it cannot be had or is gone: gdb works without it, as long as nobody kills gdb. Then
+    None of the methods raises when it cannot be had or is gone: gdb works without it, unless gdb is killed. Then
     :attr:`problem` says so.
     """
 
@@ -72,7 +72,7 @@ def _start(address: str) -> subprocess.Popen[bytes]:
         [find_interpreter(), "-P", "-m", "gdb_kprobe.watchdog.process", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        # A pipe would look open to whoever reads it until the watchdog ends.
+        # A pipe would look open to its reader until the watchdog ends.
         stderr=None if os.isatty(2) else subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         # Neither a Ctrl-C nor the end of the terminal is for it.

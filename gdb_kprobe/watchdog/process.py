@@ -31,7 +31,7 @@ def main() -> int:
         try:
             told = see_to(sys.argv[1])
             break
-        except Exception as error:  # whatever it is, a second try may do, and nobody else will
+        except Exception as error:  # whatever it is, a second try may do, and nothing else will
             told = f"gdb is gone, and the guest could not be seen to: {error}"
     if told:
         print(f"kprobe: {told}.", file=sys.stderr, flush=True)

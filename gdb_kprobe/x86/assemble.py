@@ -96,7 +96,7 @@ class Assembler:
             self._fix_ups.remove(fix_up)
 
     def raw(self, code: bytes) -> None:
-        """Bytes that somebody else composed for this address."""
+        """Bytes that other code composed for this address."""
         self._code += code
 
     def _rel32_insn(self, what: str, opcode: bytes, target: VirtAddr | Label) -> None:

@@ -2,7 +2,7 @@
 
 A family is a way to be moved and to be stepped: :mod:`gdb_kprobe.x86.relocate` and :mod:`gdb_kprobe.x86.step` have one
 rule for each. The tables are laid out as the opcode maps are (Intel SDM vol. 2, appendix A; AMD APM vol. 3, appendix
-A), so that they can be proof-read against them. Refused is only what tells its own address to somebody (a far transfer
+A), so that they can be proof-read against them. Refused is only what hands on its own address (a far transfer
 or a software interrupt pushes or keeps it), what cannot do anything but fail, and what processors disagree about.
 """
 

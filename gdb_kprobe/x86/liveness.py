@@ -8,7 +8,7 @@ callee, but inline assembly of a kernel does: it calls routines that answer in a
 and such that keep every register (paravirt calls), and the text does not tell which is which.
 
 A fault or an interrupt on the way is no read: the frame saves RFLAGS, the registers are saved and restored, and the
-instruction that was interrupted goes on with them. Only someone who looks at the saved values sees a dead one changed:
+instruction that was interrupted goes on with them. Only code that looks at the saved values sees a dead one changed:
 an oops, a debugger, another probe. The fixup of an exception table is another matter. It is a way on that the text does
 not show, so whoever gives the instructions must end at those that have one; and at text that may be other text later
 (jump labels, static calls, the nop of ftrace), for the answer is used for as long as the probe is there.
@@ -26,7 +26,7 @@ from gdb_kprobe.x86.effects import EVERYTHING, REGISTERS, STATUS_FLAGS, Flag, ef
 MOST_INSNS: Final = 32
 
 _NEVER_DEAD: Final = register_bit(REGISTERS.index("rsp")) | register_bit(REGISTERS.index("rbp"))
-"""An interrupt pushes on the one, and whoever walks the stack in it starts from the other."""
+"""An interrupt pushes on the one, and a walk of the stack in it starts from the other."""
 _GENERAL: Final = EVERYTHING & ~int(STATUS_FLAGS) & ~_NEVER_DEAD
 
 InsnAt = Callable[[int], Insn | None]

@@ -79,7 +79,7 @@ def relocate(insn: Insn, slot: VirtAddr) -> bytes:
 class StepCopy:
     """An instruction at *slot*, to be single-stepped there and put right by :mod:`gdb_kprobe.x86.step`.
 
-    *code* begins with the copy, *length* bytes, and goes on with the way back: a vCPU that nobody steps, or that is
+    *code* begins with the copy, *length* bytes, and goes on with the way back: a vCPU that is not stepped, or that is
     left alone behind the step, does what the original does and leaves the slot by itself. (What a call pushes is the
     address of the way back.)
 

@@ -90,7 +90,7 @@ def outcome(
         return StepOutcome.PARTIAL if is_repeating(copy, before, after) else StepOutcome.UNMOVED
     if copy.original_end(rip) is not None:
         return StepOutcome.DONE
-    # Where it leads is anybody's guess, also into an exception's entry; how far it moves RSP is not.
+    # Where it leads is not known, also into an exception's entry; how far it moves RSP is not.
     if not copy.ends and after["rsp"] == before["rsp"] + _stack_effect(insn) & _MASK:
         return StepOutcome.DONE
     if is_exception_entry(rip):
