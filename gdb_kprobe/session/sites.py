@@ -83,15 +83,18 @@ class Sites:
 
     def of(self, probe: Probe) -> Site | None:
         """The site of *probe*; ``None`` when it has none (yet, any more, or for now)."""
-        return None if probe.place is None or probe.gone else self._table[probe.place.at]
+        site = None if probe.place is None or probe.gone else self._table.get(probe.place.at)
+        return site if site is not None and any(other is probe for other in site.probes) else None
 
     def need(self, probe: Probe) -> Site:
         """The site of *probe*, which must have one.
 
-        :raises KprobeError: the module that it was in is gone.
+        :raises KprobeError: the module that it was in is gone, or the probe was deleted.
         """
         site = self.of(probe)
         if site is None:
+            if not probe.gone:
+                raise KprobeError(f"{probe.name} is not there: it was deleted", "'kprobe list' shows those that are")
             raise KprobeError(
                 f"{probe.name} is gone: the module of {probe.place} was unloaded",
                 f"the probe is armed again when the module is back; 'kprobe delete {probe.name}' forgets the probe",
