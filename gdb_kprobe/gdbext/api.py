@@ -9,6 +9,8 @@
         print(hit.regs.di, hit.read_string(hit.regs.si))
 
     gdb.execute("continue")
+    for site in kprobe.sites():  # what is patched; and guest(), region(), function(), read(), ...
+        print(site.place, site.rung, site.patched.hex())
 
 A handler gets a :class:`~gdb_kprobe.session.context.HitContext`. It may read and write registers and memory, skip the
 instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hit.stop()``, or return ``True``). What
@@ -29,6 +31,21 @@ from typing import TypeVar
 from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext.inspect import (
+    address,
+    attachment,
+    check,
+    function,
+    guest,
+    is_quiet,
+    place,
+    read,
+    redirected,
+    region,
+    site,
+    sites,
+    state,
+)
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.gdbext.until import Until
 from gdb_kprobe.kprobes.plan import Plan
@@ -38,31 +55,53 @@ from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
 from gdb_kprobe.session.context import Handler, HitContext
 from gdb_kprobe.session.guest import Place
-from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
+from gdb_kprobe.session.probes import Hit, Probe, State
 from gdb_kprobe.session.session import Detached
 
 _NAMED = 5
 """Functions that a message names at most."""
 
 __all__ = [
+    "Attachment",
+    "FunctionInfo",
+    "GuestInfo",
     "Handler",
     "Hit",
     "HitContext",
+    "Place",
     "Probe",
+    "RegionInfo",
+    "SiteInfo",
+    "State",
     "add",
+    "add_many",
     "add_matching",
+    "address",
     "attach",
+    "attachment",
+    "check",
     "delete",
     "delete_many",
     "detach",
+    "function",
     "get",
+    "guest",
+    "is_quiet",
     "named",
     "on_hit",
+    "place",
     "plan",
     "probe",
     "probes",
+    "read",
+    "redirected",
+    "region",
     "run_until",
     "set_enabled",
+    "site",
+    "sites",
+    "state",
     "uninterrupted",
 ]
 
@@ -97,6 +136,23 @@ def add(definition: str, pre: Handler | None = None, post: Handler | None = None
         return the_plugin.link.session.add(new)
 
 
+def add_many(
+    definitions: Iterable[str], pre: Handler | None = None
+) -> tuple[list[Probe], list[tuple[Probe, KprobeError]]]:
+    """Add the probes of *definitions*, which takes far less time than one :func:`add` for each.
+
+    Returns those that are armed, and those that cannot be, each with the reason.
+
+    :raises KprobeError: a definition cannot be read; none is added.
+    """
+    link = plugin.the_plugin().need_link()
+    strategy = settings.settings().strategy
+    new = [Probe(_parse(definition), pre, strategy=strategy) for definition in definitions]
+    with link.stopped():
+        refused = link.session.add_many(new)
+    return _without(new, refused), refused
+
+
 def add_matching(
     pattern: str, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> tuple[list[Probe], list[tuple[Probe, KprobeError]]]:
@@ -122,8 +178,12 @@ def add_matching(
                 )
             raise KprobeError(f"no function's name matches {pattern}", "'kprobe add PREFIX<TAB>' completes symbols")
         refused = link.session.add_many(new, lambda done: progress(done, len(new)))
+    return _without(new, refused), refused
+
+
+def _without(probes: Iterable[Probe], refused: Iterable[tuple[Probe, KprobeError]]) -> list[Probe]:
     not_added = {id(probe) for probe, _ in refused}
-    return [probe for probe in new if id(probe) not in not_added], refused
+    return [probe for probe in probes if id(probe) not in not_added]
 
 
 def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:

@@ -24,7 +24,9 @@ class State(StrEnum):
     PENDING = "pending"
     """Defined before there was a guest, or a module, to arm it in."""
     ARMED = "armed"
+    """Its hits are counted; while the guest is stopped for the user, the text is the guest's own all the same."""
     DISABLED = "disabled"
+    """Its text is restored, its counts are kept."""
     GONE = "gone"
     """Its module was unloaded, and its text with it."""
 

@@ -79,6 +79,8 @@ class Session:
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
         self.notes: list[str] = []
         """What else the user is to be told."""
+        self.stops = 0
+        """How often a vCPU has stopped for the host to handle its hit."""
         self._redirected: dict[str, str] = {}
         """By name of the probe, why its hits are not the calls of its function."""
         self._unseen: list[str] = []
@@ -301,6 +303,7 @@ class Session:
         :raises GuestResetError: the guest's memory is not what it was. Nothing was done.
         """
         self._check_memory()
+        self.stops += 1
         if self._routes.lifted:
             return True  # the guest's own text was loaded: no probe is armed until the user resumes
         outcome = self._dispatcher.dispatch(cpu)

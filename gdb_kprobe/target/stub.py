@@ -59,6 +59,8 @@ class QemuStub:
         self._selected: CpuId | None = None
         self._registers: dict[str, tuple[int, int, int]] = {}  # name -> number, offset in `g`, size
         self._cpus: tuple[CpuId, ...] = ()
+        self.last_cpus: tuple[CpuId, ...] = ()
+        """What :meth:`cpus` has answered last; for while the machine runs, when the stub answers nothing."""
         self._states: dict[CpuId, bytes] = {}  # what `g` has told since the machine last ran
         self._quirks: Quirks | None = None
         self._faults: dict[VirtAddr, int] = {}
@@ -90,7 +92,7 @@ class QemuStub:
             while reply[:1] == b"m":
                 ids += [_cpu_of(item) for item in reply[1:].split(b",") if item]
                 reply = self._channel.send(b"qsThreadInfo")
-            self._cpus = tuple(sorted(ids))
+            self._cpus = self.last_cpus = tuple(sorted(ids))
         return self._cpus
 
     def select(self, cpu: CpuId) -> None:

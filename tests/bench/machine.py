@@ -16,35 +16,21 @@ TIMEOUT = 600
 # Runs in gdb: one command of MI for each of many probes would take longer than arming it.
 _IN_GDB = """
 import json
-from gdb_kprobe.gdbext import api, plugin, settings
-from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import AddressRange
-from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.gdbext import api
 
 def bench_functions(entries):
-    session = plugin.the_plugin().need_link().session
     found = []
     for entry in entries:
-        insns = FunctionText(session.guest, session.text, session.guest.place_of(entry)).whole()
-        sites = session.guest.ftrace_sites(AddressRange(insns[0].addr, insns[-1].end)) if insns else ()
-        flow = [[insn.addr, insn.end if insn.falls_through else None, insn.branch_target] for insn in insns]
-        found.append([flow, [site.ip for site in sites]])
+        function = api.function(entry)
+        flow = [[insn.addr, insn.end if insn.falls_through else None, insn.branch_target] for insn in function.insns]
+        found.append([flow, function.ftrace])
     print(json.dumps(found))
 
 bench_called = []
 
 def bench_arm(prefix, addrs, condition, python):
-    link = plugin.the_plugin().need_link()
-    strategy = settings.settings().strategy
     handler = (lambda hit: bench_called.append(hit.name)) if python else None
-    new = [
-        Probe(parse_definition(f"p:{prefix}_{addr:x} {addr:#x} {condition}"), pre=handler, strategy=strategy)
-        for addr in addrs
-    ]
-    with link.stopped():
-        link.session.guest.refresh()
-        link.session.add_many(new)
+    api.add_many([f"p:{prefix}_{addr:x} {addr:#x} {condition}" for addr in addrs], handler)
 
 def bench_listener(hit):
     bench_told.append(hit.probe.name)
@@ -52,13 +38,13 @@ def bench_listener(hit):
 bench_told = []
 
 def bench_trace(prefix):
+    global bench_end
     bench_told.clear()
-    api.on_hit(bench_listener, [probe for probe in api.probes() if probe.name.startswith(prefix)])
+    bench_end = api.on_hit(bench_listener, [probe for probe in api.probes() if probe.name.startswith(prefix)])
 
 def bench_hits(prefix):
-    sites = plugin.the_plugin().need_link().session.sites
     probes = [probe for probe in api.probes() if probe.name.startswith(prefix)]
-    print(json.dumps({probe.place.addr: [sites.need(probe).plan.rung, probe.hits] for probe in probes}))
+    print(json.dumps({probe.place.addr: [api.site(probe).rung, probe.hits] for probe in probes}))
 """
 
 
@@ -139,14 +125,11 @@ class Machine:
         """Have hits of the probes told whose names begin with *prefix*; gives a function that says how many were."""
         self.gdb.console(f"python bench_trace({prefix!r})")
         yield lambda: int(self.gdb.console("python print(len(bench_told))"))
-        self.gdb.console("python plugin.the_plugin().need_link().session.unlisten(bench_listener)")
+        self.gdb.console("python bench_end()")
 
     def address(self, symbol: str) -> VirtAddr:
         """Where the function *symbol* begins."""
-        found = self.gdb.console(
-            f"python print(plugin.the_plugin().need_link().session.guest.kallsyms.address({symbol!r}))"
-        )
-        return VirtAddr(int(found))
+        return VirtAddr(int(self.gdb.console(f"python print(api.address({symbol!r}))")))
 
     def hits(self, prefix: str = "", rung: Rung = Rung.OPTIMIZED) -> dict[VirtAddr, int]:
         """The hits of the probes on *rung* whose names begin with *prefix*, by address."""

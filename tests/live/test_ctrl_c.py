@@ -36,9 +36,8 @@ PROBES = (
     ("p:inner __do_sys_getpriority", "boosted"),
 )
 PRINT = (
-    "python from gdb_kprobe.gdbext.plugin import the_plugin; "
-    "S = the_plugin().link.session; print('region', *map(hex, (S.region.header.range.start, S.region.header.range.end, "
-    "S.guest.bp_entry)))"
+    "python from gdb_kprobe.gdbext import api; R = api.region().range; "
+    "print('region', *map(hex, (R.start, R.end, api.guest().bp_entry)))"
 )
 
 Boot = Callable[[GuestSpec], Any]

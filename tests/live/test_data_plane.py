@@ -12,6 +12,7 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.inside import take_for_qemu
 
 pytestmark = pytest.mark.live
 
@@ -120,7 +121,7 @@ def test_it_is_told_why_counts_can_be_read_only_at_stops(probed: Boot, tmp_path:
 def test_another_process_is_not_taken_for_qemu(probed: Boot, tmp_path: Path) -> None:
     guest = probed(GuestSpec(shared_ram=False))
     with guest.gdb(attach=False) as gdb:
-        gdb.console(f"python from gdb_kprobe.gdbext import plugin; plugin.peer_processes = lambda _: ({os.getpid()},)")
+        gdb.console(take_for_qemu(os.getpid()))
         gdb.console(f"kprobe attach {profile(guest, tmp_path)}")
         told = plane(gdb)
         assert told.startswith(f"only at stops (process {os.getpid()} ")

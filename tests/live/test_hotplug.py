@@ -70,4 +70,4 @@ def test_attach_and_detach_while_a_cpu_is_offline(probed: Callable[[GuestSpec], 
         vm.check_output(f"taskset 2 workload syscall {GETPRIORITY} {CALLS}")
 
 
-CPUS = "python from gdb_kprobe.gdbext import plugin; print(len(plugin.the_plugin().link.session.machine.cpus()))"
+CPUS = "python from gdb_kprobe.gdbext import api; print(api.guest().vcpus)"

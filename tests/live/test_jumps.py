@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.model import Reason
+from gdb_kprobe.model import Reason, offset
+from gdb_kprobe.x86.decode import DecodeError, decode
 from kprobe_guest import GuestSpec
 
 pytestmark = pytest.mark.live
@@ -18,7 +21,6 @@ GETPRIORITY = 140
 """A system call that nothing else in the guest makes."""
 FUNCTION = "__x64_sys_getpriority"
 CALLS = 20_000
-SESSION = "__import__('gdb_kprobe.gdbext.plugin').gdbext.plugin.the_plugin().link.session"
 
 Boot = Callable[[GuestSpec], Any]
 
@@ -39,7 +41,7 @@ def why_not(gdb: Any, name: str) -> str:
 def window(gdb: Any, place: str) -> tuple[int, tuple[int, ...], int]:
     """Start, interior and end of the window that a jump at *place* would have."""
     text = gdb.console(
-        "python from gdb_kprobe.gdbext import api, plugin; "
+        "python from gdb_kprobe.gdbext import api; "
         f"w = api.plan('{place}')[2].detour.window; print(w.start, *w.interior, w.end)"
     )
     start, *interior, end = map(int, text.split())
@@ -190,9 +192,13 @@ def test_a_task_asleep_in_a_call_within_a_window_makes_the_jump_wait(probed: Boo
         vm.check_output("mkfifo /tmp/f; (sleep 1000 >/tmp/f) & echo $! >/tmp/writer; sleep 1000 </tmp/f & :")
         reader = vm.spawn("cat /tmp/f")
         vm.check_output("until grep -qs '^cat' /proc/[0-9]*/comm; do :; done; sleep 1")
+        sleepers, all_tasks = calls_of(guest, "$(pidof sleep)"), calls_of(guest, "/proc/[0-9]*")
         gdb.interrupt()
-        gdb.console(f"python exec({ASLEEP!r})")
-        asleep = [int(addr) for addr in gdb.console("python print(*asleep())").split()]
+        gdb.console(f"python exec({PLANS!r})")
+        plans = json.loads(gdb.console(f"python plans({sorted(sleepers | all_tasks)})"))
+        assert sleepers
+        assert "optimized" not in {plans.get(str(addr), [""])[0] for addr in sleepers}
+        asleep = [int(addr) for addr, (_, why_not) in plans.items() if why_not == Reason.WINDOW_BUSY]
         assert asleep
         for index, addr in enumerate(asleep):
             assert guest.add(gdb, f"p:call{index} {addr:#x}")["rung"] == "boosted"
@@ -217,27 +223,37 @@ def test_a_task_asleep_in_a_call_within_a_window_makes_the_jump_wait(probed: Boo
         gdb.console("kprobe detach")
 
 
-ASLEEP = """
+PLANS = """
+import json
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.gdbext import api
-from gdb_kprobe.gdbext.plugin import the_plugin
-from gdb_kprobe.model import Reason
 
-def asleep():
-    session = the_plugin().link.session
-    with the_plugin().link.stopped():
-        pointers = {cpu: session.machine.read_register(cpu, "rsp") for cpu in session.machine.cpus()}
-        texts, read = session.guest.text_ranges(), session.guest.memory.read
-        words = {word for text in texts for word in session.guest.stack_words_into(text, pointers)}
-        calls = {word - size for word in words for size in (2, 3) if 0xFF in read(word - size, 2)}
-    for addr in sorted(calls):
+def plans(addrs):
+    found = {}
+    for addr in addrs:
         try:
             plan = api.plan(f"{addr:#x}")[2]
         except RefusedError:
             continue
-        if plan.insn.is_call and plan.not_optimized and plan.not_optimized.reason is Reason.WINDOW_BUSY:
-            yield addr
+        found[addr] = [plan.rung, str(plan.not_optimized.reason) if plan.not_optimized else ""]
+    print(json.dumps(found))
 """
+
+
+def calls_of(guest: Any, tasks: str) -> set[int]:
+    """The calls by register that *tasks* (words of the guest's shell) are asleep in; by the guest's own account."""
+    stacks = guest.guest.check_output(f"for task in {tasks}; do cat /proc/${{task#/proc/}}/stack; done 2>&1 || :")
+    kallsyms = guest.snapshot.guest.kallsyms
+    found = set()
+    for name, at in re.findall(r"^\[<0>\] ([\w.]+)\+(0x[0-9a-f]+)/", stacks, re.M):
+        for symbol in kallsyms.lookup(name):
+            for size in (2, 3):
+                addr = offset(symbol.addr, int(at, 16) - size)
+                with contextlib.suppress(DecodeError):
+                    insn = decode(guest.snapshot.original(addr, size), addr)
+                    if insn.is_call and insn.length == size:
+                        found.add(addr)
+    return found
 
 
 @on_both_counts

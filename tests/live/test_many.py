@@ -20,10 +20,7 @@ GETPRIORITY = 140
 CALLS = 5000
 SOME = "s*"
 """Functions of all kinds of code: scheduler, sockets, security, system calls, seq_file, slab, sysfs."""
-ADDRESSES = (
-    "addr for site in plugin.the_plugin().link.session.sites.armed() "
-    "for addr in range(site.addr, site.plan.patch.range.end)"
-)
+ADDRESSES = "addr for site in api.sites() if site.is_armed for addr in range(site.range.start, site.range.end)"
 
 
 Boot = Callable[[GuestSpec], Any]
@@ -106,7 +103,7 @@ def test_thousands_of_functions_at_once(probed: Boot, vcpus: int, what: str, lea
         assert armed > least
         assert armed / of > 0.95
         hits = "python from gdb_kprobe.gdbext import api; print(api.get('prio').hits)"
-        sites = gdb.console(f"python from gdb_kprobe.gdbext import plugin; print(*({ADDRESSES}))")
+        sites = gdb.console(f"python from gdb_kprobe.gdbext import api; print(*({ADDRESSES}))")
         assert len(sites.split()) >= 5 * armed * 0.9
         guest.touched |= set(map(int, sites.split()))
         gdb.cont()

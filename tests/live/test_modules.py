@@ -116,10 +116,8 @@ def test_another_load_at_the_same_address_is_noticed(
 
 
 RECORD = (
-    "python from gdb_kprobe.gdbext import plugin; from gdb_kprobe.model import AddressRange; "
-    "s = plugin.the_plugin().link.session; p = s.probes.get('ctl').place; "
-    "(r,) = s.guest.ftrace_sites(AddressRange(p.addr, p.addr + 5)); "
-    "print(s.guest.owner_of(p.addr), hex(p.addr), hex(r.ip))"
+    "python from gdb_kprobe.gdbext import api; p = api.get('ctl'); "
+    "print(api.site(p).owner, hex(p.place.addr), *map(hex, api.function(p.place.addr).ftrace))"
 )
 
 

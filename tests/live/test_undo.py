@@ -18,6 +18,7 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTerminal, GdbTimeoutError
 from kprobe_guest import GuestSpec
+from tests.support.inside import CUT
 
 pytestmark = pytest.mark.live
 
@@ -33,12 +34,6 @@ PROBES = (
 )
 COUNTING = (("p:boosted __x64_sys_getpriority", "boosted"), ("p:inner __do_sys_getpriority", "boosted"))
 """Probes that the guest's own dispatcher handles alone."""
-
-CUT = (
-    "python import os, socket; from gdb_kprobe.gdbext.channel import *; "
-    "socket.socket(fileno=os.dup(GdbChannel().descriptor)).shutdown(socket.SHUT_RDWR)"
-)
-"""What a network that goes away does to gdb's connection."""
 
 Boot = Callable[[GuestSpec], Any]
 Probes = tuple[tuple[str, str], ...]

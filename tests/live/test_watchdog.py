@@ -27,7 +27,7 @@ CALLS = 5_000
 HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {FUNCTION}', pre=lambda hit: None)"
 SCHED_SETATTR, UNMAPPED = 314, 0x10_0000
 """A system call that reads by ``__get_user_4``, and where it finds nothing."""
-WATCHDOG = "__import__('gdb_kprobe.gdbext.plugin').gdbext.plugin.the_plugin().need_link().watchdog"
+WATCHDOG = "__import__('gdb_kprobe.gdbext.api').gdbext.api.attachment().watchdog"
 LOAD = f"workload syscall 140 {CALLS}"
 
 Boot = Callable[[GuestSpec], Any]
@@ -43,7 +43,7 @@ def kill(gdb: GdbMi) -> None:
 
 
 def watchdog_of(gdb: GdbMi) -> int:
-    return int(gdb.console(f"python print({WATCHDOG}.pid)"))
+    return int(gdb.console(f"python print({WATCHDOG})"))
 
 
 def wait_until(condition: Callable[[], object], what: str = "it did not come true in time") -> None:
@@ -196,9 +196,7 @@ def test_it_goes_with_the_probes(probed: Boot, way: str) -> None:
     with GdbTerminal(guest.environment) as gdb:
         gdb.command(f"kprobe attach {guest.profile}")
         gdb.command(f"kprobe add {FUNCTION}")
-        pid = int(
-            gdb.command("python print(gdb_kprobe.gdbext.plugin.the_plugin().need_link().watchdog.pid)").split()[-1]
-        )
+        pid = int(gdb.command(f"python print({WATCHDOG})").split()[-1])
         assert Path(f"/proc/{pid}").exists()
         gdb.type(way)
         wait_for_end(pid)
@@ -261,7 +259,7 @@ def test_a_bare_metal_guest_has_none(booted_guest: Callable[[GuestSpec], GuestVm
 
     with GdbMi(environment) as gdb:
         gdb.console("kprobe attach bare")
-        assert "None" in gdb.console(f"python print({WATCHDOG}.pid)")
+        assert "None" in gdb.console(f"python print({WATCHDOG})")
         gdb.console(f"set kprobe strategy {strategy}")
         assert f"armed, {strategy}" in gdb.console(f"kprobe add p:jcc {image.symbols['f_jcc']:#x}")
         gdb.cont()

@@ -131,7 +131,7 @@ def test_it_attaches_by_the_profile_debian_and_counts_every_call(
         guest.guest.run(f"workload syscall {GETPRIORITY} 23")
         gdb.interrupt()
         assert guest.hits(gdb) == {"prio": 23}
-        watchdog = gdb.console("python print(gdb_kprobe.gdbext.plugin.the_plugin().link.watchdog.pid)").strip()
+        watchdog = gdb.console("python print(gdb_kprobe.gdbext.api.attachment().watchdog)").strip()
         program = Path(f"/proc/{watchdog}/cmdline").read_bytes().split(b"\0")[0].decode()
         assert program.startswith(f"{installed.programs}/python3")
         gdb.console("kprobe detach")

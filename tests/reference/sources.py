@@ -122,7 +122,7 @@ def members(enumeration: str) -> tuple[Reason, ...]:
 
 
 def api() -> tuple[Function, ...]:
-    """The functions of the Python API, in the order of ``api.py``; the one that it has from elsewhere comes last."""
+    """The functions of the Python API: what acts, what asks, in the order of the two files, and one from elsewhere."""
     path = PACKAGE / "gdbext" / "api.py"
     tree = _tree(path)
     (exported,) = (
@@ -130,7 +130,8 @@ def api() -> tuple[Function, ...]:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    functions = [*_functions(tree.body), *_functions(_tree(PACKAGE / "gdbext" / "signals.py").body)]
+    asking, signals = (_tree(PACKAGE / "gdbext" / name) for name in ("inspect.py", "signals.py"))
+    functions = [*_functions(tree.body), *_functions(asking.body), *_functions(signals.body)]
     return tuple(function for function in functions if function.name in exported)
 
 
@@ -157,6 +158,14 @@ def probe() -> Class:
     return _class(PACKAGE / "session" / "probes.py", "Probe")
 
 
+def answers() -> tuple[Class, ...]:
+    """What the functions that ask answer with."""
+    session = PACKAGE / "session"
+    path = session / "inspect.py"
+    found = [_class(path, node.name) for node in _tree(path).body if isinstance(node, ast.ClassDef)]
+    return (*found, _class(session / "guest.py", "Place"), _class(session / "probes.py", "State"))
+
+
 def errors() -> tuple[Class, ...]:
     """What is raised, in the order of ``errors.py``."""
     path = PACKAGE / "errors.py"
@@ -177,6 +186,8 @@ def _class(path: Path, name: str) -> Class:
     for item, behind in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and _docstring(behind):
             attributes[item.target.id] = _docstring(behind)
+        elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name) and _docstring(behind):
+            attributes[item.targets[0].id] = _docstring(behind)
         elif isinstance(item, ast.FunctionDef) and _is_property(item) and ast.get_docstring(item):
             attributes[item.name] = ast.get_docstring(item) or ""
     methods = tuple(method for method in _functions(node.body) if method.doc)

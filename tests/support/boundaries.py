@@ -14,11 +14,10 @@ _IN_GDB = """
 import json
 
 from gdb_kprobe.errors import RefusedError
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 
 def kprobe_arm(addresses):
     armed, refused, failed = {}, {}, {}
-    session = plugin.the_plugin().need_link().session
     for addr in addresses:
         try:
             probe = api.add(f"p:b_{addr:x} {addr:#x}")
@@ -27,7 +26,7 @@ def kprobe_arm(addresses):
         except Exception as error:
             failed[addr] = f"{type(error).__name__}: {error}"
         else:
-            armed[addr] = str(session.sites.of(probe).plan.rung)
+            armed[addr] = str(api.site(probe).rung)
     print(json.dumps([armed, refused, failed]))
 
 def kprobe_counts():
@@ -78,7 +77,7 @@ def counts(gdb: GdbMi) -> dict[VirtAddr, Counts]:
 
 def is_quiet(gdb: GdbMi) -> bool:
     """Whether no task of the stopped guest is on the way through a probe: every hit is counted."""
-    return gdb.console("python print(plugin.the_plugin().need_link().session.is_quiet)").strip() == "True"
+    return gdb.console("python print(api.is_quiet())").strip() == "True"
 
 
 def disarm(gdb: GdbMi) -> None:

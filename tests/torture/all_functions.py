@@ -27,10 +27,7 @@ _COUNTED = "p___x64_sys_sched_get_priority_max_0"
 _CALLS = 1000
 _TIMEOUT = 600
 
-_SITES = (
-    "f'{site.addr} {site.plan.rung} {len(site.plan.patch.old)}' "
-    "for site in plugin.the_plugin().link.session.sites.armed()"
-)
+_SITES = "f'{site.addr} {site.rung} {site.range.size}' for site in api.sites() if site.is_armed"
 _SUMS = "sum(p.hits for p in api.probes()), sum(p.missed for p in api.probes())"
 
 
@@ -61,7 +58,7 @@ def _check(spec: GuestSpec, seconds: float) -> list[str]:
         with GdbMi(environment(guest)) as gdb:
             print(gdb.console(f"kprobe attach {profile(guest)}"), end="")
             print(gdb.console("kprobe add --all-functions", timeout=_TIMEOUT), end="", flush=True)
-            gdb.console("python from gdb_kprobe.gdbext import api, plugin")
+            gdb.console("python from gdb_kprobe.gdbext import api")
             sites = _sites(gdb)
             print(_rungs(sites), flush=True)
             touched = _touched(sites)

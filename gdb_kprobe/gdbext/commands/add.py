@@ -77,13 +77,13 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
     if link is None:
         write(f"{probe.name}: noted; it is armed by 'kprobe attach'.")
         return
-    site = link.session.sites.of(probe)
+    site = api.site(probe)
     if site is None:
         write(f"{probe.name}: {_awaited(probe.spec.location.module, link.session.guest.loaded_modules())}")
         return
     assert probe.place is not None
-    state = f"armed, {site.plan.rung}" if probe.enabled else "disabled"
-    write(f"{probe.name}: {probe.place.in_full} ({site.plan.insn}) {state}, in {taken:.0f} ms.")
+    state = f"armed, {site.rung}" if probe.enabled else "disabled"
+    write(f"{probe.name}: {probe.place.in_full} ({site.insn}) {state}, in {taken:.0f} ms.")
     clones = link.session.guest.clones_of(probe.place)
     if clones:
         write(f"Note: the compiler made others of this function, which are not probed by it: {', '.join(clones)}.")

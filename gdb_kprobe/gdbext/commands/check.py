@@ -8,16 +8,14 @@ from pathlib import Path
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, write
 from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
-from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import Rung
 from gdb_kprobe.render.check import check, survey
-from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.pieces import read_references
 from gdb_kprobe.session.survey import survey as classify
@@ -62,14 +60,7 @@ def _parser() -> ArgumentParser:
 
 
 def _one(place: str) -> None:
-    link = plugin.the_plugin().need_link()
-    location = parse_definition(f"p {place}").location
-    session, policy = link.session, link.profile.policy
-    with link.stopped():
-        goes = session.sites.place_of(location)
-        slots = session.region.slots
-        found = examine(session.guest, session.text, slots, location, policy.rungs, policy.boost, goes)
-    write(check(check_view(found)))
+    write(check(check_view(api.check(place))))
 
 
 def _all(file: Path | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import profile_names
 from gdb_kprobe.errors import ReportedError
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext import api, plugin
 from gdb_kprobe.language.completion import complete_definition
 
 Positional = Callable[[str], Iterable[str]]
@@ -71,8 +71,7 @@ def places(token: str) -> list[str]:
 
 def probes(token: str) -> list[str]:
     """Names of probes, and ``all``."""
-    the_plugin = plugin.the_plugin()
-    known = [*(the_plugin.link.session.probes if the_plugin.link else ()), *the_plugin.pending]
+    known = api.probes()
     return [*(probe.name for probe in known), *(["all"] if known else [])]
 
 

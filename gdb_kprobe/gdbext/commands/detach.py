@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gdb
 
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 
@@ -23,7 +23,7 @@ class Detach(Command):
 
     def run(self, argument: str) -> None:
         args = _parser().parse_args(gdb.string_to_argv(argument))
-        done = plugin.the_plugin().detach()
+        done = api.detach()
         write(f"{done.restored} site(s) restored; the region is {'unmapped' if done.unmapped else 'still mapped'}.")
         for note in done.notes:
             write(f"Note: {note}.")

@@ -35,25 +35,19 @@ class Info(Command):
                 write(f"last error of its handler:\n{probe.last_error}")
 
     def _attachment(self) -> None:
-        link = plugin.the_plugin().need_link()
-        session = link.session
-        header, slots = session.region.header, session.region.slots
-        write(f"guest:      {session.guest.description}")
-        if link.attached is not None and link.attached.types:
-            write(f"types:      {link.attached.types}")
-        write(f"connection: {link.address}, {len(session.machine.cpus())} vCPU(s)")
-        write(f"profile:    {link.profile.path}")
-        entry = session.guest.place_of(session.guest.bp_entry)
-        how = (
-            "dispatched inside the guest"
-            if session.dispatches_in_guest
-            else "dispatched by the stub's breakpoint there"
-        )
-        write(f"#BP entry:  {entry}, {how}")
-        write(f"region:     {header.size >> 20} MiB at {header.virt:#x} (physical {header.phys:#x})")
-        write(f"counters:   {link.data_plane()}")
-        write(f"slots:      {slots.used} of {slots.area.size} bytes in use, {len(slots.quarantined)} quarantined")
-        write(f"probes:     {len(session.probes)}, {len(session.sites.armed())} site(s) armed")
+        attachment, guest, region, sites = api.attachment(), api.guest(), api.region(), api.sites()
+        write(f"guest:      {guest.description}")
+        if attachment.types:
+            write(f"types:      {attachment.types}")
+        write(f"connection: {attachment.connection}, {guest.vcpus} vCPU(s)")
+        write(f"profile:    {attachment.profile}")
+        how = "dispatched inside the guest" if attachment.in_guest else "dispatched by the stub's breakpoint there"
+        write(f"#BP entry:  {api.place(guest.bp_entry)}, {how}")
+        write(f"region:     {region.range.size >> 20} MiB at {region.range.start:#x} (physical {region.phys:#x})")
+        write(f"counters:   {attachment.counters}")
+        write(f"slots:      {region.slots_used} of {region.slots_size} bytes in use, {region.quarantined} quarantined")
+        armed = sum(site.is_armed for site in sites)
+        write(f"probes:     {len(api.probes())}, {armed} site(s) armed, {attachment.stops} stop(s) for a hit")
 
     def candidates(self, text: str) -> list[str]:
         return complete.probes(text)

@@ -19,27 +19,26 @@ from gdb_kprobe.gdbext.views import plan_view
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.stats import StatsView, as_data
-from gdb_kprobe.session.probes import Probe, State
+from gdb_kprobe.session.probes import Probe
 
 
 def _probe(probe: Probe) -> dict[str, str]:
-    link = plugin.the_plugin().link
-    site = link.session.sites.of(probe) if link is not None else None
+    site = api.site(probe)
     return {
         "name": probe.name,
         "definition": str(probe.spec),
         "addr": "" if probe.place is None else hex(probe.place.at),
         "asked": "" if probe.place is None else hex(probe.place.addr),
-        "bytes": "" if site is None else str(len(site.plan.patch.old)),
+        "bytes": "" if site is None else str(site.range.size),
         "place": "" if probe.place is None else str(probe.place),
-        "state": State.PENDING if link is None else link.session.state_of(probe),
-        "rung": "" if site is None else site.plan.rung,
-        "family": "" if site is None else site.plan.family,
-        "insn": "" if site is None else str(site.plan.insn),
+        "state": api.state(probe),
+        "rung": "" if site is None else site.rung,
+        "family": "" if site is None else site.family,
+        "insn": "" if site is None else str(site.insn),
         "hits": str(probe.hits),
         "missed": str(probe.missed),
-        "saved": "" if site is None else str(int(site.saved)),
-        "redirected": "" if link is None or site is None else link.session.redirected(probe),
+        "saved": "" if site is None else str(int(site.is_saved)),
+        "redirected": api.redirected(probe),
         "error": probe.last_error,
     }
 

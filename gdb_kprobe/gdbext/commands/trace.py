@@ -38,11 +38,11 @@ class Trace(Command):
             raise KprobeError(f"kprobe trace: -n {args.count} is not a count", "give a number from 1")
         link = plugin.the_plugin().need_link()
         wanted = api.named(" ".join(args.names), "kprobe trace") if args.names else api.probes()
-        if not any(link.session.state_of(probe) is State.ARMED for probe in wanted):
+        if not any(api.state(probe) is State.ARMED for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
         for probe in wanted:
-            site = link.session.sites.of(probe)
-            if site is not None and site.saved:
+            site = api.site(probe)
+            if site is not None and site.is_saved:
                 write(f"{probe.name}: its hits are counted, and not shown: a kprobe of the guest's is on its jump.")
         trace = _Trace(wanted, args.count)
         try:

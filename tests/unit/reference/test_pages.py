@@ -46,6 +46,7 @@ def test_every_answer_of_mi_and_function_of_the_api_is_described() -> None:
     assert all(sources.mi_commands().values())
     assert all(function.doc for function in sources.api())
     classes = {found.name for found in sources.hit_context()} | {sources.told_hit().name, sources.probe().name}
+    classes |= {found.name for found in sources.answers()}
     assert sources.exported_classes() - classes == {"Handler"}
 
 

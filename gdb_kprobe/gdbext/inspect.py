@@ -1,0 +1,128 @@
+"""The part of the Python API that asks: each function answers with a value, and changes nothing."""
+
+from __future__ import annotations
+
+from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.spec import Location
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.session import inspect
+from gdb_kprobe.session.check import Examination, examine
+from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.session.probes import Probe, State
+
+
+def attachment() -> Attachment:
+    """How the guest is reached; also while it runs."""
+    link = plugin.the_plugin().need_link()
+    session = link.session
+    return Attachment(
+        link.address,
+        link.profile.path,
+        session.dispatches_in_guest,
+        link.data_plane(),
+        "" if link.attached is None else link.attached.types,
+        session.stops,
+        link.watchdog.pid,
+    )
+
+
+def guest() -> GuestInfo:
+    """The software in the guest; also while it runs."""
+    link = plugin.the_plugin().need_link()
+    if is_running():  # then the stub answers nothing
+        return inspect.guest_of(link.session, len(link.stub.last_cpus))
+    with link.stopped():
+        return inspect.guest_of(link.session, len(link.session.machine.cpus()))
+
+
+def region() -> RegionInfo:
+    """The guest memory that is the session's; also while the guest runs."""
+    return inspect.region_of(plugin.the_plugin().need_link().session)
+
+
+def sites() -> tuple[SiteInfo, ...]:
+    """What is patched in the guest's text, by address; also while the guest runs."""
+    return inspect.sites_of(plugin.the_plugin().need_link().session)
+
+
+def site(probe: Probe) -> SiteInfo | None:
+    """The site of *probe*; ``None`` while it has none: it is only noted, or its module is not there."""
+    link = plugin.the_plugin().link
+    return None if link is None else inspect.site_of(link.session, probe)
+
+
+def state(probe: Probe) -> State:
+    """Where *probe* is in its life."""
+    link = plugin.the_plugin().link
+    return State.PENDING if link is None else link.session.state_of(probe)
+
+
+def redirected(probe: Probe) -> str:
+    """Why the hits of *probe* are not the calls of its function, as of the last stop; empty: they are."""
+    link = plugin.the_plugin().link
+    return "" if link is None else link.session.redirected(probe)
+
+
+def is_quiet() -> bool:
+    """Whether no task of the stopped guest is on its way through a probe: each hit so far is counted."""
+    link = plugin.the_plugin().need_link()
+    with link.stopped():
+        return link.session.is_quiet
+
+
+def place(where: str | int) -> Place:
+    """The place of *where*: an address, or ``SYMBOL[+OFFSET]``, ``MODULE:SYMBOL[+OFFSET]``, ``0xADDRESS``.
+
+    :raises KprobeError: there is no such function, or there are several.
+    """
+    return inspect.place_of(plugin.the_plugin().need_link().session, where)
+
+
+def function(where: str | int) -> FunctionInfo:
+    """The function around *where* (:func:`place`): its instructions, and the guest's own patches of it.
+
+    :raises KprobeError: there is no such function, or there are several.
+    """
+    link = plugin.the_plugin().need_link()
+    with link.stopped():
+        link.session.guest.refresh()
+        return inspect.function_of(link.session, where)
+
+
+def address(symbol: str) -> VirtAddr:
+    """The address of the kernel's *symbol*, code or data; of several the first.
+
+    :raises KprobeError: there is none.
+    """
+    found = plugin.the_plugin().need_link().session.guest
+    if isinstance(found, LinuxGuest):
+        return found.kallsyms.address(symbol)
+    return found.resolve(Location(symbol)).addr
+
+
+def read(addr: int, size: int) -> bytes:
+    """*size* bytes of the kernel's memory at *addr*, by its own page table, whatever the vCPUs are at.
+
+    :raises KprobeError: the guest runs, or has not mapped all of them.
+    """
+    link = plugin.the_plugin().need_link()
+    with link.stopped():
+        link.session.guest.memory.invalidate()
+        return link.session.guest.memory.read(VirtAddr(addr), size)
+
+
+def check(where: str) -> Examination:
+    """All that the rules and the guest's tables say of one place (:func:`place`).
+
+    :raises KprobeError: there is no such place.
+    """
+    link = plugin.the_plugin().need_link()
+    session, policy = link.session, link.profile.policy
+    location = parse_definition(f"p {where}").location
+    with link.stopped():
+        goes = session.sites.place_of(location)
+        return examine(session.guest, session.text, session.region.slots, location, policy.rungs, policy.boost, goes)

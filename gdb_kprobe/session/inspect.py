@@ -1,0 +1,221 @@
+"""What a session is at a moment, as values: for scripts, and for what tests it. Nothing here writes to the guest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.model import AddressRange, PhysAddr, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.session.function_text import FunctionText
+from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.session import Session
+from gdb_kprobe.x86.decode import Insn
+from gdb_kprobe.x86.families import Family
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInfo:
+    """One patched instruction of the guest; all probes at it share the patch.
+
+    :ivar place: where the instruction is.
+    :ivar insn: the instruction as the guest has it.
+    :ivar family: how the instruction is moved to a slot.
+    :ivar is_armed: the patch is in the text whenever the guest runs. (While the guest is stopped for the user, the text
+        is the guest's own.)
+    :ivar stops: hits may stop the guest for the host: a handler, a trace, the single-step rung.
+    :ivar is_saved: a kprobe of the guest's own has saved the jump, which stays as it is.
+    :ivar original: the bytes that are replaced, as the guest has them: those of the instruction, or of a jump's window.
+    :ivar patched: what is there instead, of the same length.
+    :ivar slot: where the code out of line is, in the region.
+    :ivar declined: the better rungs, and why not them, the best first.
+    :ivar owner: the module that the text belongs to, one load of it told from another; empty for what never goes.
+    :ivar probes: names of the user's probes; none: the plugin itself has something to see here.
+    """
+
+    place: Place
+    insn: Insn
+    family: Family
+    rung: Rung
+    is_armed: bool
+    stops: bool
+    is_saved: bool
+    original: bytes
+    patched: bytes
+    slot: AddressRange
+    declined: tuple[tuple[Rung, Refusal], ...]
+    owner: str
+    probes: tuple[str, ...]
+
+    @property
+    def addr(self) -> VirtAddr:
+        """The first byte that is replaced."""
+        return self.place.addr
+
+    @property
+    def range(self) -> AddressRange:
+        """All bytes that are replaced."""
+        return AddressRange(self.addr, offset(self.addr, len(self.patched)))
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """The guest memory that is the session's, and what fills it.
+
+    :ivar range: where it is in the guest's kernel.
+    :ivar phys: where that is in guest physical memory, in one piece.
+    :ivar header: what another session finds the region by, and the records of what is patched.
+    :ivar counters: what the probes count in.
+    :ivar code: where the slots are.
+    :ivar slots_size: bytes that there are for slots.
+    :ivar slots_used: bytes in slots that are in use or quarantined.
+    :ivar quarantined: slots that no probe has any more, and a task may still be in.
+    :ivar gate: where hits stop for the host.
+    """
+
+    range: AddressRange
+    phys: PhysAddr
+    header: AddressRange
+    counters: AddressRange
+    code: AddressRange
+    slots_size: int
+    slots_used: int
+    quarantined: int
+    gate: VirtAddr
+
+
+@dataclass(frozen=True, slots=True)
+class GuestInfo:
+    """The software in the guest.
+
+    :ivar release: as ``uname -r`` says; empty where there is no Linux.
+    :ivar slide: how far KASLR has moved the kernel, in bytes.
+    :ivar build_id: that of the kernel's ELF notes; zeros where there is none.
+    :ivar bp_entry: the first instruction of the guest's handler of int3.
+    :ivar vcpus: how many vCPUs QEMU's stub has; while the guest runs, those of the last stop.
+    """
+
+    description: str
+    release: str
+    slide: int
+    build_id: bytes
+    bp_entry: VirtAddr
+    vcpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """How the session reaches the guest.
+
+    :ivar connection: the address of the gdbstub.
+    :ivar in_guest: int3s are dispatched inside the guest; else by a breakpoint of the stub's.
+    :ivar counters: where counters are read from, in words; or why that is possible only at stops.
+    :ivar types: where the types of the kernel's structures are known from, in words; empty where there is no Linux.
+    :ivar stops: how often a vCPU has stopped for the host to handle its hit.
+    :ivar watchdog: the process that sees to the guest should gdb be killed; ``None``: there is none.
+    """
+
+    connection: str
+    profile: Path
+    in_guest: bool
+    counters: str
+    types: str
+    stops: int
+    watchdog: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionInfo:
+    """The code of a function as the guest has it, without probes: ours, and kprobes of the guest's own.
+
+    :ivar place: the function; ``place.addr`` is what was asked for.
+    :ivar insns: all of its instructions, in their order.
+    :ivar ftrace: where the guest's ftrace has its nops, or calls, in it.
+    """
+
+    place: Place
+    insns: tuple[Insn, ...]
+    ftrace: tuple[VirtAddr, ...]
+
+
+def sites_of(session: Session) -> tuple[SiteInfo, ...]:
+    """All sites, by address; those whose probes are disabled too."""
+    return tuple(_site(session, site) for site in sorted(session.sites.all(), key=lambda site: site.addr))
+
+
+def site_of(session: Session, probe: Probe) -> SiteInfo | None:
+    """The site that *probe* is at; ``None`` while there is none."""
+    site = session.sites.of(probe)
+    return None if site is None else _site(session, site)
+
+
+def _site(session: Session, site: Site) -> SiteInfo:
+    plan = site.plan
+    return SiteInfo(
+        session.guest.place_of(site.addr),
+        plan.insn,
+        plan.family,
+        plan.rung,
+        site.armed,
+        site.stops,
+        site.saved,
+        plan.patch.old,
+        plan.patch.new,
+        plan.slot.range,
+        plan.declined,
+        site.owner,
+        tuple(probe.name for probe in site.probes if probe.is_the_users),
+    )
+
+
+def region_of(session: Session) -> RegionInfo:
+    """The session's region."""
+    header, slots = session.region.header, session.region.slots
+    return RegionInfo(
+        header.range,
+        header.phys,
+        AddressRange(header.virt, header.table.start),
+        header.counters,
+        header.code,
+        slots.area.size,
+        slots.used,
+        len(slots.quarantined),
+        session.gate,
+    )
+
+
+def guest_of(session: Session, vcpus: int) -> GuestInfo:
+    """The software in the guest, which has so many *vcpus*; nothing is asked of the machine."""
+    guest = session.guest
+    linux = guest if isinstance(guest, LinuxGuest) else None
+    return GuestInfo(
+        guest.description,
+        "" if linux is None else linux.release,
+        0 if linux is None else linux.image.slide,
+        guest.build_id,
+        guest.bp_entry,
+        vcpus,
+    )
+
+
+def place_of(session: Session, where: str | int) -> Place:
+    """The place that *where* means: an address, or ``SYMBOL[+OFFSET]``, ``MODULE:SYMBOL[+OFFSET]``, ``0xADDRESS``.
+
+    :raises KprobeError: there is no such symbol, or there are several; or *where* cannot be read.
+    """
+    if isinstance(where, int):
+        return session.guest.place_of(VirtAddr(where))
+    return session.guest.resolve(parse_definition(f"p {where}").location)
+
+
+def function_of(session: Session, where: str | int) -> FunctionInfo:
+    """The function that *where* lies in (:func:`place_of`), as the guest has it. The machine must be stopped.
+
+    :raises KprobeError: there is no such function, or what is in its memory cannot be read.
+    """
+    place = place_of(session, where)
+    insns = tuple(FunctionText(session.guest, session.text, place).whole())
+    sites = session.guest.ftrace_sites(AddressRange(insns[0].addr, insns[-1].end)) if insns else ()
+    return FunctionInfo(place, insns, tuple(site.ip for site in sites))

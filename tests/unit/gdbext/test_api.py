@@ -1,0 +1,57 @@
+"""The Python API is whole, and nobody goes past it. (It imports gdb: here its source is read.)"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+API = ROOT / "gdb_kprobe" / "gdbext" / "api.py"
+ASKS = ROOT / "gdb_kprobe" / "gdbext" / "inspect.py"
+
+
+def public_functions(path: Path) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return {node.name: node for node in functions if not node.name.startswith("_")}
+
+
+def exported() -> list[str]:
+    (value,) = [
+        node.value
+        for node in ast.parse(API.read_text()).body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+    ]
+    found: list[str] = ast.literal_eval(value)
+    return found
+
+
+def test_all_that_can_be_done_and_asked_is_exported() -> None:
+    names = exported()
+    assert len(set(names)) == len(names)
+    functions = public_functions(API).keys() | public_functions(ASKS).keys()
+    assert functions - set(names) == set()
+
+
+@pytest.mark.parametrize("path", [API, ASKS], ids=["acts", "asks"])
+def test_each_function_says_what_it_is_and_gives(path: Path) -> None:
+    for name, node in public_functions(path).items():
+        assert ast.get_docstring(node), name
+        assert node.returns is not None, name
+
+
+def test_text_for_gdb_reaches_behind_the_api_in_one_place_only() -> None:
+    """What tests and tools have gdb execute is a string, which no import contract sees."""
+    allowed = {ROOT / "tests" / "support" / "inside.py", Path(__file__)}
+    behind = ("the_plugin()", "gdbext import plugin", "gdbext.plugin", "api, plugin", ".need_link()")
+    found = {
+        f"{path.relative_to(ROOT)}: {text}"
+        for room in ("tests", "gdb_kprobe/launcher", "gdb_kprobe/testing", "qemu")
+        for path in (ROOT / room).rglob("*.py")
+        if path not in allowed
+        for text in behind
+        if text in path.read_text()
+    }
+    assert found == set()
