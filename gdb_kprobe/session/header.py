@@ -201,7 +201,7 @@ class Header:
         """Say why it is none that was ever written, though its checksum is right; empty if there is no reason."""
         if not PMD_SIZE <= self.size <= _LARGEST or self.size % PMD_SIZE:
             return f"its size is {self.size:#x}"
-        if (self.virt | self.phys) % PAGE_SIZE or self.virt + self.size > 1 << 64:
+        if (self.virt | self.phys) % PAGE_SIZE or self.virt + self.size >= 1 << 64:
             return f"it is at {self.virt:#x} (physical {self.phys:#x})"
         if self.phys + self.size > 1 << _PHYSICAL_BITS:
             return f"it is at physical {self.phys:#x}"
@@ -316,7 +316,7 @@ class Record:
         where our code is: else whoever forges a record chooses what is written, and over what.
         """
         addr, new = self.patch.addr, self.patch.new
-        if addr + len(new) > 1 << 64 or self.patch.range.overlaps(header.range):
+        if addr + len(new) >= 1 << 64 or self.patch.range.overlaps(header.range):
             return f"{addr:#x} is no place of text"
         if not header.code.start <= self.slot.start < self.slot.start + self.slot.size <= header.code_high_water:
             return f"its slot is at {self.slot.start:#x} (+{self.slot.size:#x})"

@@ -6,8 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from gdb_kprobe.model import PhysAddr
-from kprobe_guest import GuestSpec
+from gdb_kprobe.linux.modules import Module
+from gdb_kprobe.linux.structs import read_struct
+from gdb_kprobe.model import PhysAddr, VirtAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import GdbCommandError, GdbMi
+from gdb_kprobe.testing.oracle import text_of
+from kprobe_guest import GuestSpec, GuestVm
+from tests.support.guests import environment, profile
 from tests.torture.fuzz import Fuzzer, Recording, record
 from tests.torture.fuzz.readers import Asked, Reader
 
@@ -71,3 +77,56 @@ def test_a_reader_that_does_as_it_should_not_is_found(recorded: Callable[[str], 
         fuzzer.run(1, large=0)
         [finding] = fuzzer.findings
         assert told in finding.wrong
+
+
+ESCAPE = b"\x1b]0;x\x07"
+"""Has a terminal take another title. It is as long as ``lo_ioctl``, but for a byte."""
+SHOWN = r"\x1b]0;x\x07"
+
+
+def test_names_and_strings_of_the_guest_reach_gdb_mi_and_files_escaped() -> None:
+    """A module whose name and symbol, and a path whose characters, are what a terminal acts on."""
+    with GuestVm(GuestSpec()) as guest:
+        guest.check_output("grep -q ^loop /proc/modules || insmod /modules/loop.ko")
+        known = text_of(guest).guest
+        [module] = [module for module in known.modules if module.name == "loop"]
+        [symbol] = known.kallsyms.lookup("lo_ioctl")
+        put(guest, known, module.raw.addr + known.types.offset_of("module", "name"), ESCAPE + b"\0")
+        put(guest, known, address_of_name(known, module, "lo_ioctl"), ESCAPE + b"\0")
+        with GdbMi(environment(guest)) as gdb:
+            gdb.console(f"kprobe attach {profile(guest)}")
+            plan = gdb.console(f"kprobe plan {symbol.addr:#x}")
+            assert f"({SHOWN}+0x0 [{SHOWN}]" in plan.replace("\n", " ")
+            place = gdb.command(f'-kprobe-add "p:evil {symbol.addr:#x}"')["probe"]
+            assert SHOWN in " ".join(map(str, place.values()))
+            with pytest.raises(GdbCommandError) as error:
+                gdb.console(f"kprobe add p:within {symbol.addr + 6:#x}")  # no boundary of an instruction
+            assert SHOWN in str(error.value)
+            gdb.console("kprobe symbols")
+            assert SHOWN in gdb.console(f"info symbol {symbol.addr:#x}")
+            gdb.console(
+                "python import gdb_kprobe.gdbext.api as api; "
+                "api.probe('p:paths do_sys_openat2')(lambda hit: print('opened', hit.read_string(hit.regs.si)))"
+            )
+            gdb.cont()
+            guest.run("cat \"/tmp/$(printf '\\033[31mevil')\" 2>/dev/null")
+            gdb.interrupt()
+            assert r"opened /tmp/\x1b[31mevil" in "".join(gdb.transcript).replace(r"\\\\", "\\").replace(r"\\", "\\")
+            gdb.console("kprobe detach")
+            raw = "".join(gdb.transcript)
+            assert not any(character in raw for character in "\x1b\x07\x9b")
+            assert "033" not in raw, "MI spells control characters so: one got there"
+        guest.check()
+
+
+def put(guest: GuestVm, kernel: LinuxGuest, addr: int, data: bytes) -> None:
+    """Have the guest hold *data* at the virtual address *addr*."""
+    at = kernel.memory.translate(VirtAddr(addr))
+    guest.ram()[at : at + len(data)] = data
+
+
+def address_of_name(kernel: LinuxGuest, module: Module, name: str) -> int:
+    """Where the string table of *module* has *name*."""
+    table = read_struct(kernel.memory, kernel.types, "mod_kallsyms", module.raw.pointer("kallsyms"))
+    strings = kernel.memory.read(table.pointer("strtab"), -table.pointer("strtab") % 0x1000)  # it is small
+    return table.pointer("strtab") + strings.index(b"\0" + name.encode() + b"\0") + 1

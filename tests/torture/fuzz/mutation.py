@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from gdb_kprobe.errors import TargetError
 from gdb_kprobe.model import PhysAddr
-from tests.torture.fuzz.recording import Read, Replay
+from tests.torture.fuzz.recording import Read
 
 ESCAPES: Final = (
     b"\x1b[2J",
@@ -25,13 +25,26 @@ _INTERESTING: Final = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF
 _SIZES: Final = (1, 2, 4, 4, 8, 8, 8)
 
 
-def mutate(memory: Replay, chosen: random.Random, reads: Sequence[Read]) -> str:
+class Changeable(Protocol):
+    """Memory of a guest that can be made another."""
+
+    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
+        """Read *size* bytes.
+
+        :raises TargetError: there is no RAM there.
+        """
+
+    def change(self, addr: int, data: bytes) -> None:
+        """Have the guest hold *data* at *addr*, if there is RAM."""
+
+
+def mutate(memory: Changeable, chosen: random.Random, reads: Sequence[Read]) -> str:
     """Change *memory* in one to four places that were read; returns what was done."""
     done = [_one(memory, chosen, chosen.choice(reads), reads) for _ in range(chosen.choice((1, 1, 1, 2, 4)))]
     return "; ".join(done)
 
 
-def _one(memory: Replay, chosen: random.Random, read: Read, reads: Sequence[Read]) -> str:
+def _one(memory: Changeable, chosen: random.Random, read: Read, reads: Sequence[Read]) -> str:
     size = chosen.choice(_SIZES)
     at = read.phys + _offset(chosen, read.size, size)
     what = chosen.randrange(9)
@@ -79,7 +92,7 @@ def _offset(chosen: random.Random, room: int, size: int) -> int:
     return at if chosen.randrange(5) == 0 else at & -min(size, 8)
 
 
-def _current(memory: Replay, at: int, size: int) -> bytes:
+def _current(memory: Changeable, at: int, size: int) -> bytes:
     try:
         return memory.read_physical(PhysAddr(at), size)
     except TargetError:

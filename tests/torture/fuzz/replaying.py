@@ -111,7 +111,9 @@ def record_guest(guest: GuestVm) -> Recording:
         reads = {
             reader.name: _reads(reader, recorder, registers, system, known, region) for reader in (*READERS, *LARGE)
         }
+        known.text_facts()
     # From here on there is only what was recorded.
+    known.memory = Table(Replay(pages), known.memory.root, known.memory.levels)
     return Recording(pages, registers, system, region, header, sites, links, reads, known)
 
 
@@ -138,7 +140,7 @@ def _reads(
     memory.reads = []
     asked = Asked(machine, Table(memory, known.memory.root, known.memory.levels), known, region)
     for text in reader.ask(asked):
-        assert _is_shown(text), f"{reader.name}: {text!r}"
+        assert is_shown(text), f"{reader.name}: {text!r}"
     found = tuple(dict.fromkeys(memory.reads))
     assert found, reader.name
     return found
@@ -261,14 +263,14 @@ class Fuzzer:
             signal.setitimer(signal.ITIMER_PROF, reader.seconds)
             try:
                 for text in reader.ask(asked):
-                    if not _is_shown(text):
+                    if not is_shown(text):
                         wrong = f"it shows {text!r}"
                 told.answered += 1
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
         except ReportedError as error:
             told.errors[_kind(error)] += 1
-            if not _is_shown(str(error)):
+            if not is_shown(str(error)):
                 wrong = f"its error shows {str(error)!r}"
         except (Exception, TookTooLongError, TooMuchReadError):
             wrong = "".join(traceback.format_exc(limit=-6))
@@ -361,7 +363,7 @@ def _too_long(number: int, frame: FrameType | None) -> None:
     raise TookTooLongError
 
 
-def _is_shown(text: str) -> bool:
+def is_shown(text: str) -> bool:
     text = text.replace("\n", "")  # a message has lines
     return text.isascii() and (text == "" or text.isprintable())
 

@@ -6,11 +6,13 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.linux import kallsyms_table
 from gdb_kprobe.linux.image import KernelImage
 from gdb_kprobe.linux.kallsyms_table import SymbolTable, read_core_symbols
 from gdb_kprobe.model import AddressRange, VirtAddr
@@ -235,3 +237,53 @@ def test_an_attach_does_not_import_numpy() -> None:
     code = "import sys; import gdb_kprobe.session.attach; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_name_with_control_characters_is_shown_escaped(memory: Any) -> None:
+    expected, _ = made(OLD)
+    evil = ("t", "evil\x1b[2J\\", expected[-1][2])
+    table = read(memory, parts([*expected, evil]), OLD)
+    assert decoded(table) == [*expected, ("t", r"evil\x1b[2J\\", expected[-1][2])]
+
+
+def test_a_name_of_no_tokens_is_none(memory: Any) -> None:
+    """It has no letter for its type."""
+    _, contents = made(OLD)
+    first = contents["names"][0]
+    # The tokens of the first name are names of no tokens now: all that is behind is where its markers say.
+    contents = damaged(contents, "names", 0, bytes(first + 1))
+    with pytest.raises(GuestStateError, match="no number of symbols before the names"):
+        read(memory, contents, OLD)
+
+
+def test_of_tokens_that_are_empty_no_name_is_made() -> None:
+    names, types = kallsyms_table._expand(b"\1\0\2\1\0", 2, ("", "tx", *("",) * 254))
+    assert (names, types) == (["", "x"], "?t")
+
+
+@pytest.mark.parametrize("order", [OLD, NEW], ids=["to 6.1", "from 6.4"])
+def test_an_address_beyond_the_last_one_is_none(memory: Any, order: tuple[str, ...]) -> None:
+    contents = damaged(parts(symbols(percpu=False), percpu=False), "offsets", 40, struct.pack("<I", 0x7FFF_FFFF))
+    with pytest.raises(GuestStateError, match="a symbol's address is beyond the last one"):
+        read(memory, contents, order)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"".join(b"%d\0" % digit for digit in range(10)) + b"x\0" * 300,
+        # Each 8 words are markers, and each of these may have names before it.
+        struct.pack("<8I", *range(0, 8 * 1000, 1000)),
+    ],
+    ids=["token tables", "markers"],
+)
+def test_the_search_ends_whatever_looks_like_a_part(memory: Any, block: bytes) -> None:
+    _, contents = made(OLD)
+    junk = (block * (SIZE // len(block) + 1))[:SIZE]
+    tokens = contents["token_table"] + contents["token_index"]
+    data = aligned(junk + bytes(-len(junk) % 8) + tokens, 0x1000)
+    memory.add(RODATA, data)
+    started = time.process_time()
+    with pytest.raises(GuestStateError, match="kallsyms"):
+        read_core_symbols(memory, image(len(data)))
+    assert time.process_time() - started < 20

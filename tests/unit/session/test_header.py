@@ -224,6 +224,7 @@ class TestDamage:
             ({"size": 0}, "its size is 0x0"),
             ({"size": 1 << 62}, "its size is 0x4000000000000000"),
             ({"virt": VirtAddr((1 << 64) - 0x1000)}, "it is at 0xfffffffffffff000"),
+            ({"virt": VirtAddr((1 << 64) - 2 * MIB)}, "it is at 0xffffffffffe00000"),
             ({"phys": PhysAddr(1)}, "it is at 0x10000000 .physical 0x1."),
             ({"phys": PhysAddr(1 << 60)}, "it is at physical 0x1000000000000000"),
             ({"phys": PhysAddr(PHYS + 0x1000)}, "it says that it is at physical 0x401000"),
@@ -278,6 +279,7 @@ class TestDamage:
             (0x9000, b"\xe8" + bytes(4), Rung.BOOSTED, RecordKind.HOOK, SLOT),
             (VIRT + 8, b"\xcc", Rung.BOOSTED, RecordKind.SITE, SLOT),  # the region itself
             ((1 << 64) - 1, b"\xcc\xcc", Rung.BOOSTED, RecordKind.SITE, SLOT),
+            ((1 << 64) - 1, b"\xcc", Rung.BOOSTED, RecordKind.SITE, SLOT),  # its end is no address
             (0x1000, b"\xcc", Rung.BOOSTED, RecordKind.SITE, Slot(VirtAddr(0x1000), 64)),
             (0x1000, b"\xcc", Rung.BOOSTED, RecordKind.SITE, Slot(SLOT.start, 1 << 63)),
             (0x1000, b"\xcc", Rung.BOOSTED, RecordKind.SITE, Slot(VirtAddr(HIGH - 32), 64)),
