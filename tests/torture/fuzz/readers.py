@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.linux.btf import Btf, read_btf
@@ -30,8 +32,9 @@ from gdb_kprobe.linux.state import read_state
 from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks
 from gdb_kprobe.linux.text import read_text_facts
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr, offset
 from gdb_kprobe.session.definitions import read_definitions
+from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.header import read_header, read_records
 from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
@@ -179,6 +182,35 @@ def _facts(asked: Asked) -> Iterator[str]:
         yield str(facts.reason_at(VirtAddr(at), 5))
 
 
+FUNCTIONS: Final = ("vfs_read", "do_sys_openat2", "vfs_write", "vfs_statx", "lo_ioctl")
+
+
+def _functions(asked: Asked) -> Iterator[str]:
+    """What a probe asks of its function."""
+    guest = asked.guest()
+    for name in FUNCTIONS:
+        try:
+            place = guest.resolve(Location(name))
+            text = FunctionText(guest, TextMap(), place)
+            for index in range(len(text.up_to(offset(place.start, 0x60)))):
+                yield str(text.refusal(index))
+            yield str(guest.ftrace_use(AddressRange(place.start, offset(place.start, 16))))
+            yield str(guest.clones_of(place))
+        except KprobeError as error:
+            yield str(error)
+
+
+def _references(asked: Asked) -> Iterator[str]:
+    """What goes into the bytes of a jump."""
+    guest = asked.guest()
+    references = guest.references(TextMap())
+    for name in FUNCTIONS:
+        place = guest.resolve(Location(name))
+        yield str(references.is_target(place.start + 1, place.start + 9))
+        yield str(references.is_taken(place.start + 1, place.start + 9))
+        yield str(references.is_unresolved(AddressRange(place.start, place.end)))
+
+
 def _paging(asked: Asked) -> Iterator[str]:
     cpu = idt.read_registers(asked.machine)[0]
     loaded = loaded_table(asked.machine, cpu.cr3, cpu.cr4)
@@ -269,6 +301,7 @@ READERS: Final = (
     Reader("redirects", _redirects, 20),
     Reader("kprobes of the guest's own", _kprobes, 30),
     Reader("text tables", _facts, 1),
+    Reader("functions", _functions, 2, 5.0),
     Reader("page tables and IDT", _paging, 2, 10.0),
     Reader("small things", _small, 20),
 )
@@ -279,6 +312,7 @@ LARGE: Final = (
     Reader("types", _btf, 2, 10.0),
     Reader("all without types", _untyped, 1, 20.0),
     Reader("the whole guest", _open, 1, 30.0),
+    Reader("references", _references, 1, 30.0),
 )
 """What takes tenths of a second and more."""
 
