@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.errors import KprobeError, RefusedError
 from gdb_kprobe.model import Reason, Rung
 from gdb_kprobe.session.inspect import function_of, guest_of, place_of, region_of, site_of, sites_of
+from tests.support.toy import Toy
 
 REGION_SIZE = 2 << 20
 
 
-def test_each_site_is_told_with_what_the_memory_holds(toy: Any) -> None:
+def test_each_site_is_told_with_what_the_memory_holds(toy: Toy) -> None:
     toy.add("f_push")
     toy.add("p:again f_push")
     toy.add("f_lea", rung=Rung.SINGLE_STEP)
@@ -36,7 +35,7 @@ def test_each_site_is_told_with_what_the_memory_holds(toy: Any) -> None:
     }
 
 
-def test_a_disabled_site_is_told_and_is_not_in_the_text(toy: Any) -> None:
+def test_a_disabled_site_is_told_and_is_not_in_the_text(toy: Toy) -> None:
     probe = toy.add("f_push", enabled=False)
     (site,) = sites_of(toy.session)
     assert site == site_of(toy.session, probe)
@@ -55,7 +54,7 @@ def test_a_disabled_site_is_told_and_is_not_in_the_text(toy: Any) -> None:
     assert site_of(toy.session, probe) is None, "another one is there now"
 
 
-def test_why_not_a_better_rung_is_told(toy: Any) -> None:
+def test_why_not_a_better_rung_is_told(toy: Toy) -> None:
     site = site_of(toy.session, toy.add("f_push", post=lambda hit: None))
     assert site is not None
     assert {rung: refusal.reason for rung, refusal in site.declined} == {
@@ -64,7 +63,7 @@ def test_why_not_a_better_rung_is_told(toy: Any) -> None:
     }
 
 
-def test_a_site_of_the_plugins_own_is_told_without_a_name(toy: Any) -> None:
+def test_a_site_of_the_plugins_own_is_told_without_a_name(toy: Toy) -> None:
     """Where a fault of the probed instruction goes on there is a patch, too."""
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     toy.add("f_load")
@@ -77,11 +76,12 @@ def test_a_site_of_the_plugins_own_is_told_without_a_name(toy: Any) -> None:
     )
 
 
-def test_the_region_is_told_and_what_fills_it(toy: Any) -> None:
+def test_the_region_is_told_and_what_fills_it(toy: Toy) -> None:
     empty = region_of(toy.session)
     assert (empty.range.size, empty.slots_used, empty.quarantined) == (REGION_SIZE, 0, 0)
-    phys, _ = toy.machine.walk(empty.range.start)
-    assert empty.phys == phys
+    found = toy.machine.walk(empty.range.start)
+    assert found is not None
+    assert empty.phys == found[0]
     assert empty.header.start == empty.range.start
     assert empty.header.end <= empty.counters.start < empty.counters.end <= empty.code.start < empty.code.end
     assert empty.code.end <= empty.range.end
@@ -90,11 +90,12 @@ def test_the_region_is_told_and_what_fills_it(toy: Any) -> None:
     assert site is not None
     assert empty.code.start <= site.slot.start < site.slot.end <= empty.code.end
     assert region_of(toy.session).slots_used == site.slot.size
+    assert probe.counter is not None
     assert probe.counter.addr in empty.counters
     assert len(toy.records()) == 1
 
 
-def test_hits_that_stop_the_machine_are_counted(toy: Any) -> None:
+def test_hits_that_stop_the_machine_are_counted(toy: Toy) -> None:
     toy.add("f_push")
     for calls in range(1, 4):
         toy.call("f_push")
@@ -102,20 +103,20 @@ def test_hits_that_stop_the_machine_are_counted(toy: Any) -> None:
         assert toy.session.stops == calls
 
 
-def test_a_guest_without_linux_has_no_release(toy: Any) -> None:
+def test_a_guest_without_linux_has_no_release(toy: Toy) -> None:
     guest = guest_of(toy.session, 2)
     assert (guest.release, guest.slide, guest.vcpus) == ("", 0, 2)
     assert guest.bp_entry == toy.addr("bp_entry")
 
 
-def test_a_place_is_named_by_text_or_address(toy: Any) -> None:
+def test_a_place_is_named_by_text_or_address(toy: Toy) -> None:
     assert place_of(toy.session, "f_jcc+2") == place_of(toy.session, toy.addr("f_jcc", 2))
     assert place_of(toy.session, f"{toy.addr('f_jcc', 2):#x}").addr == toy.addr("f_jcc", 2)
     with pytest.raises(RefusedError, match="nosuch is not in the symbol file"):
         place_of(toy.session, "nosuch")
 
 
-def test_a_function_is_what_it_is_without_probes(toy: Any) -> None:
+def test_a_function_is_what_it_is_without_probes(toy: Toy) -> None:
     before = function_of(toy.session, "f_jcc+2")
     code = b"".join(insn.raw for insn in before.insns)
     assert code == toy.machine.load(toy.addr("f_jcc"), len(code))

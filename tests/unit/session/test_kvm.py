@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.errors import GuestStateError
@@ -11,6 +9,7 @@ from gdb_kprobe.linux.idt import decode_gate
 from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import check_event_delivery
 from gdb_kprobe.session.faults import fault_entries
+from tests.support.toy import Toy
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def wired() -> bool:
 
 
 @pytest.mark.parametrize(("rung", "fits"), [(Rung.SINGLE_STEP, 1), (Rung.BOOSTED, 3)])
-def test_what_the_users_breakpoints_leave_no_room_for_is_not_armed_and_told(toy: Any, rung: Rung, fits: int) -> None:
+def test_what_the_users_breakpoints_leave_no_room_for_is_not_armed_and_told(toy: Toy, rung: Rung, fits: int) -> None:
     toy.add("f_push", rung=rung)
     for taken in range(5):
         toy.machine.users_breakpoints = set(range(0x1000, 0x1000 + taken))
@@ -34,7 +33,7 @@ def test_what_the_users_breakpoints_leave_no_room_for_is_not_armed_and_told(toy:
             break
 
 
-def test_fred_is_refused(toy: Any) -> None:
+def test_fred_is_refused(toy: Toy) -> None:
     check_event_delivery(toy.session.machine)
     toy.machine.registers[2]["cr4"] |= 1 << 32
     with pytest.raises(GuestStateError, match="the guest uses FRED"):
@@ -50,7 +49,7 @@ def test_the_faults_that_are_watched_are_the_likely_ones_first() -> None:
     assert fault_entries(gates) == {14: 24, 13: 24, 12: 24, 0: 16}
 
 
-def test_a_fault_in_a_step_is_handled_where_the_instruction_is_and_leaves_no_trap_flag(toy: Any) -> None:
+def test_a_fault_in_a_step_is_handled_where_the_instruction_is_and_leaves_no_trap_flag(toy: Toy) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     probe = toy.add("f_load", rung=Rung.SINGLE_STEP)
     for count in range(1, 4):
@@ -59,7 +58,7 @@ def test_a_fault_in_a_step_is_handled_where_the_instruction_is_and_leaves_no_tra
     assert toy.machine.traps == 0
 
 
-def test_of_two_that_come_to_the_gate_at_once_the_other_one_comes_again(toy: Any) -> None:
+def test_of_two_that_come_to_the_gate_at_once_the_other_one_comes_again(toy: Toy) -> None:
     """KVM's breakpoint stops each arrival once, and gdb is told of one vCPU alone."""
     probe = toy.add("f_push", rung=Rung.BOOSTED)
     for cpu in (1, 2):
@@ -71,7 +70,7 @@ def test_of_two_that_come_to_the_gate_at_once_the_other_one_comes_again(toy: Any
     assert (probe.hits, toy.count("f_push")) == (2, 2)
 
 
-def test_the_same_at_the_end_of_a_step_of_the_users(toy: Any) -> None:
+def test_the_same_at_the_end_of_a_step_of_the_users(toy: Toy) -> None:
     probe = toy.add("f_push", rung=Rung.BOOSTED)
     toy.put_at_trap("f_push", 2)
     assert not toy.session.on_place(CpuId(1), toy.addr("f_nop"))

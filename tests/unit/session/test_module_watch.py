@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -13,13 +12,14 @@ from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session import module_watch
 from gdb_kprobe.session.probes import Probe
+from tests.support.toy import Toy
 
 MODULE, SI = 0x1230, 7
 """The arguments: ``f_push`` returns their sum."""
 
 
 @pytest.fixture
-def admitted(toy: Any, monkeypatch: pytest.MonkeyPatch) -> list[VirtAddr]:
+def admitted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> list[VirtAddr]:
     """The modules that came; a probe waits for one that does not."""
     found: list[VirtAddr] = []
     monkeypatch.setattr(module_watch, "COMES", "f_push")
@@ -33,7 +33,7 @@ def admitted(toy: Any, monkeypatch: pytest.MonkeyPatch) -> list[VirtAddr]:
     return found
 
 
-def test_a_watch_is_asked_at_each_hit_and_nobody_is_told(toy: Any, admitted: list[VirtAddr]) -> None:
+def test_a_watch_is_asked_at_each_hit_and_nobody_is_told(toy: Toy, admitted: list[VirtAddr]) -> None:
     assert [toy.call("f_push", rdi=MODULE + at) for at in range(3)] == [MODULE + at + SI for at in range(3)]
     assert admitted == [MODULE, MODULE + 1, MODULE + 2]
     assert (toy.hits, toy.session.notes, toy.session.failed) == ([], [], [])
@@ -47,7 +47,7 @@ def test_a_watch_is_asked_at_each_hit_and_nobody_is_told(toy: Any, admitted: lis
     ],
 )
 def test_a_failure_is_told_and_the_watch_is_there_again(
-    toy: Any, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+    toy: Toy, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     def fail(module: VirtAddr) -> None:
         raise error
@@ -62,7 +62,7 @@ def test_a_failure_is_told_and_the_watch_is_there_again(
 
 
 def test_a_list_of_modules_that_cannot_be_read_is_told_and_the_guest_goes_on(
-    toy: Any, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refresh() -> None:
         raise GuestStateError("the list of modules has no end")
@@ -76,7 +76,7 @@ def test_a_list_of_modules_that_cannot_be_read_is_told_and_the_guest_goes_on(
 
 
 def test_a_probe_that_waits_waits_on_when_arming_it_fails(
-    toy: Any, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
@@ -91,7 +91,7 @@ def test_a_probe_that_waits_waits_on_when_arming_it_fails(
 
 
 def test_a_lost_connection_is_no_failure_of_the_watch(
-    toy: Any, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
+    toy: Toy, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lose(module: VirtAddr) -> None:
         raise ConnectionLostError("gone")
@@ -102,7 +102,7 @@ def test_a_lost_connection_is_no_failure_of_the_watch(
     assert toy.session.notes == []
 
 
-def test_no_ctrl_c_gets_into_a_watch(toy: Any, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ctrl_c_gets_into_a_watch(toy: Toy, admitted: list[VirtAddr], monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[str] = []
 
     @contextlib.contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError
-from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.model import CpuId, PhysAddr
 from gdb_kprobe.session.moment import MARK_OFFSET, MARK_SIZE, Memory, Moment
+from tests.support.toy import Toy
 
 START = PhysAddr(0x1000)
 
@@ -127,7 +128,7 @@ def test_memory_exchanged_right_before_a_mark_is_written_is_lost(
     assert moment.look() is Memory.OTHER
 
 
-def test_a_session_writes_nothing_to_memory_of_another_moment(toy: Any) -> None:
+def test_a_session_writes_nothing_to_memory_of_another_moment(toy: Toy) -> None:
     toy.add("f_push")
     saved = bytes(toy.machine.ram)
     second = toy.add("f_nop")
@@ -141,7 +142,7 @@ def test_a_session_writes_nothing_to_memory_of_another_moment(toy: Any) -> None:
         session.settle,
         session.lift,
         session.detach,
-        lambda: session.on_breakpoint(1),
+        lambda: session.on_breakpoint(CpuId(1)),
         lambda: session.listen(print),
     ):
         with pytest.raises(GuestResetError, match="a snapshot with other probes was loaded"):
@@ -152,7 +153,7 @@ def test_a_session_writes_nothing_to_memory_of_another_moment(toy: Any) -> None:
 
 @pytest.mark.parametrize("was_lifted", [False, True])
 @pytest.mark.parametrize("is_lifted", [False, True])
-def test_a_session_goes_on_from_memory_with_the_same_sites(toy: Any, was_lifted: bool, is_lifted: bool) -> None:
+def test_a_session_goes_on_from_memory_with_the_same_sites(toy: Toy, was_lifted: bool, is_lifted: bool) -> None:
     """Saved with the text lifted or not, and loaded while it is lifted or not."""
     session = toy.session
     probe = toy.add("f_push")
@@ -177,7 +178,7 @@ def test_a_session_goes_on_from_memory_with_the_same_sites(toy: Any, was_lifted:
 
 @pytest.mark.parametrize("writes", range(1, 6))
 def test_what_is_written_to_memory_that_comes_in_the_middle_of_a_resume_is_taken_back(
-    toy: Any, monkeypatch: pytest.MonkeyPatch, writes: int
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     """The memory is exchanged after so many writes: sites armed there stay so, others do not get there."""
     toy.add("f_push")

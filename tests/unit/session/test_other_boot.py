@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import GuestResetError, KprobeError
-from gdb_kprobe.session.probes import State
+from gdb_kprobe.session.probes import Hit, State
+from tests.support.toy import Toy
 
 FIRMWARE_CR0 = 0x6000_0010
 
 
-def reset(toy: Any) -> None:
+def reset(toy: Toy) -> None:
     toy.machine.cr0 = FIRMWARE_CR0
 
 
-def other_kernel(toy: Any) -> None:
+def other_kernel(toy: Toy) -> None:
     toy.machine.symbols["idt"] += 16  # every gate is another one's now
 
 
@@ -33,7 +34,7 @@ ACTS: tuple[Callable[[Any, Any], object], ...] = (
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("change", [reset, other_kernel])
 def test_after_a_reset_every_act_is_an_error_that_writes_nothing(
-    toy: Any, change: Callable[[Any], None], act: Callable[[Any, Any], object]
+    toy: Toy, change: Callable[[Any], None], act: Callable[[Any, Any], object]
 ) -> None:
     probe = toy.add("f_push")
     toy.machine.log.clear()
@@ -43,11 +44,11 @@ def test_after_a_reset_every_act_is_an_error_that_writes_nothing(
     assert toy.machine.log == []
 
 
-def test_a_probe_of_an_unloaded_module_is_gone_and_its_text_never_written(toy: Any) -> None:
-    toy.guest.owner_of = lambda addr: "mod@1"
+def test_a_probe_of_an_unloaded_module_is_gone_and_its_text_never_written(toy: Toy) -> None:
+    toy.guest.owner = "mod@1"
     probe = toy.add("f_push")
     assert toy.session.state_of(probe) is State.ARMED
-    toy.guest.owner_of = lambda addr: ""
+    toy.guest.owner = ""
     toy.machine.log.clear()
     toy.session.settle()
     assert toy.session.state_of(probe) is State.GONE
@@ -58,8 +59,8 @@ def test_a_probe_of_an_unloaded_module_is_gone_and_its_text_never_written(toy: A
     assert list(toy.session.probes) == []
 
 
-def test_a_module_that_is_back_at_the_same_place_is_probed_anew(toy: Any) -> None:
-    toy.guest.owner_of = lambda addr: "mod@1"
+def test_a_module_that_is_back_at_the_same_place_is_probed_anew(toy: Toy) -> None:
+    toy.guest.owner = "mod@1"
     old = toy.add("f_push")
     toy.machine.write_physical(toy.guest.memory.translate(toy.addr("f_push")), b"\x55")
     new = toy.add("p:again f_push")
@@ -68,10 +69,10 @@ def test_a_module_that_is_back_at_the_same_place_is_probed_anew(toy: Any) -> Non
     assert (old.hits, new.hits) == (0, 1)
 
 
-def test_a_listener_that_raises_is_dropped_and_the_hit_goes_on(toy: Any) -> None:
+def test_a_listener_that_raises_is_dropped_and_the_hit_goes_on(toy: Toy) -> None:
     probe = toy.add("f_push")
 
-    def listener(hit: Any) -> None:
+    def listener(hit: Hit) -> None:
         raise RuntimeError("mine")
 
     toy.session.listen(listener)

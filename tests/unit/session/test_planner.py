@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.errors import RefusedError
@@ -14,11 +12,12 @@ from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAdd
 from gdb_kprobe.session.check import examine
 from gdb_kprobe.session.function_text import FunctionText, without_kprobes
 from gdb_kprobe.session.planner import Planner
+from tests.support.toy import Toy
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
 
 
-def refused(toy: Any, place: str) -> Refusal:
+def refused(toy: Toy, place: str) -> Refusal:
     with pytest.raises(RefusedError) as caught:
         toy.add(f"p:bad {place}")
     return caught.value.refusal
@@ -34,7 +33,7 @@ def refused(toy: Any, place: str) -> Refusal:
     ],
 )
 def test_the_hint_names_the_nearest_place_that_can_be_probed(
-    toy: Any, place: str, reason: Reason, nearest: str
+    toy: Toy, place: str, reason: Reason, nearest: str
 ) -> None:
     refusal = refused(toy, place)
     assert refusal.reason is reason
@@ -42,15 +41,15 @@ def test_the_hint_names_the_nearest_place_that_can_be_probed(
     toy.add(f"p:good {nearest}")
 
 
-def test_where_nothing_can_be_probed_another_function_is_the_hint(toy: Any) -> None:
+def test_where_nothing_can_be_probed_another_function_is_the_hint(toy: Toy) -> None:
     assert refused(toy, "bp_entry").hint == "no instruction of bp_entry can be probed: choose another function"
 
 
-def test_a_place_that_is_no_text_keeps_its_own_hint(toy: Any) -> None:
+def test_a_place_that_is_no_text_keeps_its_own_hint(toy: Toy) -> None:
     assert "nearest" not in refused(toy, "0xffffffff90000000").hint
 
 
-def test_the_guests_own_kprobe_is_refused_and_read_through(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guests_own_kprobe_is_refused_and_read_through(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its int3 is over the first byte of f_push's second instruction, mov rbp, rsp."""
     at = toy.addr("f_push", 1)
     toy.machine.write_physical(toy.guest.memory.translate(at), b"\xcc")
@@ -96,7 +95,7 @@ def test_what_a_kprobe_of_the_guest_may_jump_over_is_its_own() -> None:
     assert kprobes.at(VirtAddr(0x1011)) is None
 
 
-def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Any) -> None:
+def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Toy) -> None:
     for place, rung in (("f_call", Rung.SINGLE_STEP), ("f_push", Rung.BOOSTED)):
         found = examine(
             toy.guest, TextMap(), toy.region.slots, parse_definition(f"p {place}").location, RUNGS, Boost.KERNEL
@@ -104,7 +103,7 @@ def test_the_kernels_boost_rules_step_what_it_does_not_boost(toy: Any) -> None:
         assert next(trial.rung for trial in found.rungs if trial.refusal is None) is rung
 
 
-def test_the_hint_names_the_nearest_place_for_a_jump_where_only_jumps_are_wanted(toy: Any) -> None:
+def test_the_hint_names_the_nearest_place_for_a_jump_where_only_jumps_are_wanted(toy: Toy) -> None:
     planner = Planner(toy.guest, TextMap(), toy.region.slots, tuple(Rung))
     place = toy.guest.resolve(parse_definition("p f_call+8").location)
     with pytest.raises(RefusedError) as caught:
@@ -115,7 +114,7 @@ def test_the_hint_names_the_nearest_place_for_a_jump_where_only_jumps_are_wanted
     assert found.rung is Rung.OPTIMIZED
 
 
-def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Any) -> None:
+def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Toy) -> None:
     toy.add("f_push")
     used = toy.region.slots.used
     location = parse_definition("p f_push+1").location
@@ -132,7 +131,7 @@ def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Any) -> 
     assert toy.region.slots.used == used
 
 
-def test_an_examination_of_what_faults_names_the_fixup(toy: Any) -> None:
+def test_an_examination_of_what_faults_names_the_fixup(toy: Toy) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     location = parse_definition("p f_load").location
     found = examine(toy.guest, TextMap(), toy.region.slots, location, RUNGS, Boost.RELOCATE)

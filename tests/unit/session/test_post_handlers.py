@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.model import Reason, Rung
 from gdb_kprobe.session.context import HitContext
+from tests.support.toy import Toy
 
 
-def test_it_sees_the_state_after_the_instruction_at_the_original_address(toy: Any) -> None:
+def test_it_sees_the_state_after_the_instruction_at_the_original_address(toy: Toy) -> None:
     seen: list[tuple[int, int]] = []
     toy.add("f_call", post=lambda hit: seen.append((hit.regs.ip, hit.read_int(hit.regs.sp))))
     assert toy.call("f_call") == 14
     assert seen == [(toy.addr("leaf"), toy.addr("f_call", 5))]
 
 
-def test_it_may_change_registers_and_the_way(toy: Any) -> None:
-    def change(hit: Any) -> None:
+def test_it_may_change_registers_and_the_way(toy: Toy) -> None:
+    def change(hit: HitContext) -> None:
         hit.regs.ax = 1
         hit.regs.ip = hit.read_int(hit.regs.sp)
         hit.regs.sp += 8
@@ -29,7 +28,7 @@ def test_it_may_change_registers_and_the_way(toy: Any) -> None:
     assert toy.count("f_nop") == 0
 
 
-def test_it_may_stop_behind_the_instruction(toy: Any) -> None:
+def test_it_may_stop_behind_the_instruction(toy: Toy) -> None:
     probe = toy.add("f_push", post=lambda hit: True)
     assert toy.call("f_push") is None
     assert toy.machine.registers[1]["rip"] == toy.addr("f_push", 1)
@@ -37,7 +36,7 @@ def test_it_may_stop_behind_the_instruction(toy: Any) -> None:
     assert probe.hits == 1
 
 
-def test_it_runs_once_when_the_pre_handler_had_stopped(toy: Any) -> None:
+def test_it_runs_once_when_the_pre_handler_had_stopped(toy: Toy) -> None:
     order: list[str] = []
 
     def stop(hit: HitContext) -> bool:
@@ -51,14 +50,14 @@ def test_it_runs_once_when_the_pre_handler_had_stopped(toy: Any) -> None:
     assert order == ["pre", "post"]
 
 
-def test_it_does_not_run_where_the_instruction_is_skipped(toy: Any) -> None:
+def test_it_does_not_run_where_the_instruction_is_skipped(toy: Toy) -> None:
     order: list[str] = []
     toy.add("f_nop", lambda hit: hit.skip(), lambda hit: order.append("post"))
     assert toy.call("f_nop") == 13
     assert order == []
 
 
-def test_it_runs_only_where_the_condition_held_before_the_instruction(toy: Any) -> None:
+def test_it_runs_only_where_the_condition_held_before_the_instruction(toy: Toy) -> None:
     seen: list[int] = []
     probe = toy.add("p:some f_push if di == 8", post=lambda hit: seen.append(hit.regs.di))
     for edi in (6, 8, 9):
@@ -66,11 +65,11 @@ def test_it_runs_only_where_the_condition_held_before_the_instruction(toy: Any) 
     assert (probe.hits, seen) == (1, [8])
 
 
-def test_the_condition_is_asked_once_also_when_the_hit_is_resumed(toy: Any) -> None:
+def test_the_condition_is_asked_once_also_when_the_hit_is_resumed(toy: Toy) -> None:
     """The pre-handler has made the condition false: the post-handler belongs to the hit all the same."""
     seen: list[int] = []
 
-    def change(hit: Any) -> bool:
+    def change(hit: HitContext) -> bool:
         hit.regs.di = 1
         return True
 
@@ -81,8 +80,8 @@ def test_the_condition_is_asked_once_also_when_the_hit_is_resumed(toy: Any) -> N
     assert seen == [1]
 
 
-def test_one_that_raises_is_disabled_and_the_guest_goes_on(toy: Any) -> None:
-    def broken(hit: Any) -> None:
+def test_one_that_raises_is_disabled_and_the_guest_goes_on(toy: Toy) -> None:
+    def broken(hit: HitContext) -> None:
         hit.regs.ax = 1000
         hit.regs.ip = 0
         raise ValueError
@@ -93,7 +92,7 @@ def test_one_that_raises_is_disabled_and_the_guest_goes_on(toy: Any) -> None:
     assert (toy.changed_text(), toy.machine.breakpoints) == ({}, set())
 
 
-def test_it_is_refused_where_only_boosting_is_wanted(toy: Any) -> None:
+def test_it_is_refused_where_only_boosting_is_wanted(toy: Toy) -> None:
     with pytest.raises(RefusedError) as caught:
         toy.add("f_push", post=lambda hit: None, rung=Rung.BOOSTED)
     assert caught.value.refusal.reason is Reason.NEEDS_SINGLE_STEP

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.errors import KprobeError, RefusedError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import Reason, Rung
+from gdb_kprobe.model import CpuId, Reason, Rung
+from tests.support.toy import Toy, ToyMachine, ToyWith
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
 
@@ -32,7 +31,7 @@ SITES = [
 ]
 
 
-def outcome(toy: Any, function: str) -> tuple[dict[str, int], bytes, int]:
+def outcome(toy: Toy, function: str) -> tuple[dict[str, int], bytes, int]:
     """What a call from a fresh state leaves: the registers, the stack from the stack pointer up, the guest's count."""
     toy.reset_count(function)
     toy.call(function, rax=0, rcx=0, eflags=0x202)
@@ -42,7 +41,7 @@ def outcome(toy: Any, function: str) -> tuple[dict[str, int], bytes, int]:
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize(("place", "function", "hits"), SITES)
-def test_the_guest_computes_as_without_a_probe(toy: Any, rung: Rung, place: str, function: str, hits: int) -> None:
+def test_the_guest_computes_as_without_a_probe(toy: Toy, rung: Rung, place: str, function: str, hits: int) -> None:
     expected = outcome(toy, function)
     probe = toy.add(place, rung=rung)
     for _ in range(5):
@@ -54,20 +53,20 @@ def test_the_guest_computes_as_without_a_probe(toy: Any, rung: Rung, place: str,
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("edi", [0, 6])
-def test_a_conditional_jump_goes_both_ways(toy: Any, rung: Rung, edi: int) -> None:
+def test_a_conditional_jump_goes_both_ways(toy: Toy, rung: Rung, edi: int) -> None:
     probe = toy.add("f_jcc+2", rung=rung)
     assert toy.call("f_jcc", rdi=edi) == (13 if edi else 99)
     assert probe.hits == 1
 
 
-def test_the_best_allowed_rung_is_used(toy: Any, toy_with: Any, machine: Any) -> None:
-    assert toy.session.sites.of(toy.add("f_push")).plan.rung is Rung.BOOSTED
+def test_the_best_allowed_rung_is_used(toy: Toy, toy_with: ToyWith, machine: ToyMachine) -> None:
+    assert toy.session.sites.need(toy.add("f_push")).plan.rung is Rung.BOOSTED
     toy.session.detach()
     other = toy_with(machine, (Rung.SINGLE_STEP,))
-    assert other.session.sites.of(other.add("f_push")).plan.rung is Rung.SINGLE_STEP
+    assert other.session.sites.need(other.add("f_push")).plan.rung is Rung.SINGLE_STEP
 
 
-def test_a_plan_changes_nothing(toy: Any) -> None:
+def test_a_plan_changes_nothing(toy: Toy) -> None:
     place, plan = toy.session.plan(parse_definition("p f_push+1"))
     assert (str(place), plan.rung, plan.insn.raw) == ("f_push+0x1", Rung.BOOSTED, b"\x48\x89\xe5")
     assert toy.writes() == []
@@ -75,18 +74,18 @@ def test_a_plan_changes_nothing(toy: Any) -> None:
     toy.assert_idle()
 
 
-def test_a_plan_at_an_armed_site_is_that_of_the_site(toy: Any) -> None:
+def test_a_plan_at_an_armed_site_is_that_of_the_site(toy: Toy) -> None:
     probe = toy.add("f_push", rung=Rung.SINGLE_STEP)
-    assert toy.session.plan(parse_definition("p f_push"))[1] is toy.session.sites.of(probe).plan
+    assert toy.session.plan(parse_definition("p f_push"))[1] is toy.session.sites.need(probe).plan
 
 
-def test_text_is_decoded_without_our_own_int3(toy: Any) -> None:
+def test_text_is_decoded_without_our_own_int3(toy: Toy) -> None:
     toy.add("f_push")
     assert toy.session.plan(parse_definition("p f_push+1"))[1].insn.raw == b"\x48\x89\xe5"
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-def test_disabling_restores_the_text_and_enabling_arms_again(toy: Any, rung: Rung) -> None:
+def test_disabling_restores_the_text_and_enabling_arms_again(toy: Toy, rung: Rung) -> None:
     probe = toy.add("f_push", rung=rung)
     toy.session.set_enabled(probe, False)
     assert (toy.changed_text(), toy.records(), toy.machine.breakpoints) == ({}, [], set())
@@ -96,14 +95,14 @@ def test_disabling_restores_the_text_and_enabling_arms_again(toy: Any, rung: Run
     assert probe.hits == 1
 
 
-def test_a_probe_defined_disabled_touches_no_text(toy: Any) -> None:
+def test_a_probe_defined_disabled_touches_no_text(toy: Toy) -> None:
     probe = toy.add("f_push", enabled=False)
     assert (toy.changed_text(), toy.machine.breakpoints) == ({}, set())
     toy.session.set_enabled(probe, True)
     assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
 
 
-def test_probes_on_one_site_share_the_int3(toy: Any) -> None:
+def test_probes_on_one_site_share_the_int3(toy: Toy) -> None:
     first, second = toy.add("p:first f_push"), toy.add("p:second f_push")
     toy.call("f_push")
     assert [hit.probe.name for hit in toy.hits] == ["first", "second"]
@@ -117,7 +116,7 @@ def test_probes_on_one_site_share_the_int3(toy: Any) -> None:
     toy.assert_idle()
 
 
-def test_one_gate_serves_all_sites_and_closes_with_the_last(toy: Any) -> None:
+def test_one_gate_serves_all_sites_and_closes_with_the_last(toy: Toy) -> None:
     probes = [toy.add(name) for name in ("f_push", "f_nop", "f_jmp")]
     for probe in probes:
         assert toy.machine.breakpoints == {toy.addr("bp_entry")}
@@ -125,12 +124,12 @@ def test_one_gate_serves_all_sites_and_closes_with_the_last(toy: Any) -> None:
     assert toy.machine.breakpoints == set()
 
 
-def test_a_post_handler_brings_a_boosted_site_down_to_the_single_step(toy: Any) -> None:
+def test_a_post_handler_brings_a_boosted_site_down_to_the_single_step(toy: Toy) -> None:
     first = toy.add("p:first f_push")
     seen: list[int] = []
     second = toy.add("p:second f_push", post=lambda hit: seen.append(hit.regs.ip))
     assert toy.session.sites.of(first) is toy.session.sites.of(second)
-    assert toy.session.sites.of(first).plan.rung is Rung.SINGLE_STEP
+    assert toy.session.sites.need(first).plan.rung is Rung.SINGLE_STEP
     assert toy.call("f_push") == 13
     assert seen == [toy.addr("f_push", 1)]
     assert (first.hits, second.hits) == (1, 1)
@@ -138,7 +137,7 @@ def test_a_post_handler_brings_a_boosted_site_down_to_the_single_step(toy: Any) 
     assert toy.records()[0].rung is Rung.SINGLE_STEP
 
 
-def test_a_name_is_taken_once(toy: Any) -> None:
+def test_a_name_is_taken_once(toy: Toy) -> None:
     toy.add("p:name f_push")
     with pytest.raises(KprobeError, match="there is a probe named name already"):
         toy.add("p:name f_nop")
@@ -158,7 +157,7 @@ def test_a_name_is_taken_once(toy: Any) -> None:
         ("0xffffffff90000000", Reason.NOT_TEXT),
     ],
 )
-def test_a_refused_probe_leaves_nothing(toy: Any, place: str, reason: Reason) -> None:
+def test_a_refused_probe_leaves_nothing(toy: Toy, place: str, reason: Reason) -> None:
     with pytest.raises(RefusedError) as caught:
         toy.add(f"p:bad {place}")
     assert caught.value.refusal.reason is reason
@@ -167,7 +166,7 @@ def test_a_refused_probe_leaves_nothing(toy: Any, place: str, reason: Reason) ->
     toy.assert_idle()
 
 
-def test_an_address_without_a_symbol_is_decoded_from_there(toy: Any) -> None:
+def test_an_address_without_a_symbol_is_decoded_from_there(toy: Toy) -> None:
     """The first function of a guest whose symbol file does not name it."""
     del toy.guest._addrs[0], toy.guest._names[0]
     probe = toy.add(f"p:first {toy.addr('f_nop'):#x}")
@@ -175,7 +174,7 @@ def test_an_address_without_a_symbol_is_decoded_from_there(toy: Any) -> None:
     assert probe.hits == 1
 
 
-def test_a_full_region_ends_the_quarantine(toy: Any) -> None:
+def test_a_full_region_ends_the_quarantine(toy: Toy) -> None:
     """Adding and deleting for ever takes no more room than one probe."""
     slots = toy.region.slots
     slots.area = type(slots.area)(slots.area.start, type(slots.area.start)(slots.area.start + 4 * 64))
@@ -184,12 +183,12 @@ def test_a_full_region_ends_the_quarantine(toy: Any) -> None:
     toy.assert_idle()
 
 
-def test_a_slot_that_a_vcpu_is_in_stays_in_quarantine(toy: Any) -> None:
+def test_a_slot_that_a_vcpu_is_in_stays_in_quarantine(toy: Toy) -> None:
     slots = toy.region.slots
     slots.area = type(slots.area)(slots.area.start, type(slots.area.start)(slots.area.start + 64))
     probe = toy.add("f_push")
     toy.put_at_trap("f_push", cpu=2)
-    toy.session.on_breakpoint(2)
+    toy.session.on_breakpoint(CpuId(2))
     assert toy.machine.registers[2]["rip"] in slots.area
     toy.session.delete(probe)
     with pytest.raises(RefusedError, match="region is full"):

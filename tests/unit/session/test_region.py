@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -12,6 +12,7 @@ from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.session.header import read_header
 from gdb_kprobe.session.region import create_mapped, create_premapped, links_of
+from tests.support.toy import Toy, ToyMachine, ToyWith
 
 MIB = 1 << 20
 PHYS, SIZE = PhysAddr(0x40_0000), 2 * MIB
@@ -21,7 +22,7 @@ P, W, NX = 1, 2, 1 << 63
 PREMAPPED = VirtAddr(0xFFFF_FFFF_9000_0000)
 
 
-def test_code_is_executable_data_is_writable_and_nothing_is_both(toy: Any) -> None:
+def test_code_is_executable_data_is_writable_and_nothing_is_both(toy: Toy) -> None:
     header = toy.region.header
     for at in range(0, SIZE, 0x1000):
         found = toy.machine.walk(header.virt + at)
@@ -35,7 +36,9 @@ def test_code_is_executable_data_is_writable_and_nothing_is_both(toy: Any) -> No
     assert toy.machine.walk(header.virt + SIZE) is None
 
 
-def test_it_is_put_at_the_top_of_the_window_by_one_store_to_the_guests_tables(machine: Any, toy_with: Any) -> None:
+def test_it_is_put_at_the_top_of_the_window_by_one_store_to_the_guests_tables(
+    machine: ToyMachine, toy_with: ToyWith
+) -> None:
     before = bytes(machine.ram[:PHYS]) + bytes(machine.ram[PHYS + SIZE :])
     toy = toy_with(machine)
     after = bytes(machine.ram[:PHYS]) + bytes(machine.ram[PHYS + SIZE :])
@@ -45,7 +48,7 @@ def test_it_is_put_at_the_top_of_the_window_by_one_store_to_the_guests_tables(ma
     assert len(changed) == 1
 
 
-def test_the_links_are_found_again_from_the_guests_tables(toy: Any) -> None:
+def test_the_links_are_found_again_from_the_guests_tables(toy: Toy) -> None:
     header = toy.region.header
     assert links_of(toy.guest.memory, header.virt, header.phys, header.size) == toy.region.links
     assert links_of(toy.guest.memory, VirtAddr(0xFFFF_FFFF_8000_0000), header.phys, header.size) == ()
@@ -53,15 +56,17 @@ def test_the_links_are_found_again_from_the_guests_tables(toy: Any) -> None:
     assert header.identity.entry_value == toy.machine.quad(toy.region.links[0].addr)
 
 
-def test_a_wish_is_granted(machine: Any, toy: Any) -> None:
+def test_a_wish_is_granted(machine: ToyMachine, toy: Toy) -> None:
     toy.session.detach()
     virt = VirtAddr(0xFFFF_FFFF_C040_0000)
     region = create_mapped(machine, toy.guest, PHYS, SIZE, virt, WINDOW)
     assert region.header.virt == virt
-    assert machine.walk(virt)[0] == PHYS
+    found = machine.walk(virt)
+    assert found is not None
+    assert found[0] == PHYS
 
 
-def test_a_place_that_is_taken_is_refused_and_nothing_is_written(machine: Any, toy: Any) -> None:
+def test_a_place_that_is_taken_is_refused_and_nothing_is_written(machine: ToyMachine, toy: Toy) -> None:
     toy.session.detach()
     virt = VirtAddr(0xFFFF_FFFF_C040_0000)
     machine.map(virt + MIB, 0x20_0000, P)
@@ -72,7 +77,7 @@ def test_a_place_that_is_taken_is_refused_and_nothing_is_written(machine: Any, t
     assert machine.log == []
 
 
-def test_a_window_without_room_is_refused_and_nothing_is_written(machine: Any, toy: Any) -> None:
+def test_a_window_without_room_is_refused_and_nothing_is_written(machine: ToyMachine, toy: Toy) -> None:
     toy.session.detach()
     window = AddressRange(WINDOW.start, VirtAddr(WINDOW.start + 2 * MIB))
     machine.map(window.start, 0x20_0000, P)
@@ -83,10 +88,10 @@ def test_a_window_without_room_is_refused_and_nothing_is_written(machine: Any, t
     assert machine.log == []
 
 
-def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Any) -> None:
+def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Toy) -> None:
     """Also not by what its TLB holds."""
     probe = toy.add("f_push")
-    code = toy.session.sites.of(probe).plan.slot.code
+    code = toy.session.sites.need(probe).plan.slot.code
     assert toy.call("f_push") == 13  # the vCPU has executed in the slot
     link = toy.region.links[0]
     assert toy.session.detach().unmapped
@@ -96,9 +101,9 @@ def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Any) -> None:
     assert toy.machine.registers[1]["rip"] == toy.addr("pf_entry")
 
 
-def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Any) -> None:
+def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Toy) -> None:
     probe = toy.add("f_push")
-    code = toy.session.sites.of(probe).plan.slot.code
+    code = toy.session.sites.need(probe).plan.slot.code
     toy.put("f_nop")
     toy.machine.registers[1]["rsp"] -= 8
     toy.machine.set_quad(toy.machine.registers[1]["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, code)
@@ -108,14 +113,14 @@ def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Any) -> None:
     assert toy.machine.load(code, 1) == b"\x55"
 
 
-def test_a_changed_entry_means_that_it_is_not_mapped(toy: Any) -> None:
+def test_a_changed_entry_means_that_it_is_not_mapped(toy: Toy) -> None:
     assert toy.region.is_mapped(toy.machine)
     link = toy.region.links[0]
     toy.machine.set_quad(link.addr, link.value | 1 << 9)
     assert not toy.region.is_mapped(toy.machine)
 
 
-def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
+def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Toy) -> None:
     link = toy.region.links[0]
     toy.machine.set_quad(link.addr, 0x1234_5003)
     toy.region.unmap(toy.machine)
@@ -123,7 +128,7 @@ def test_an_entry_that_is_somebody_elses_now_is_not_cleared(toy: Any) -> None:
 
 
 @contextlib.contextmanager
-def lender(toy: Any, given: list[int]) -> Iterator[Callable[[], None]]:
+def lender(toy: Toy, given: list[int]) -> Iterator[Callable[[], None]]:
     """What has lent the region's memory; it notes how many writes there were when it got it back."""
     link = toy.region.links[0]
     assert toy.region.is_mapped(toy.machine), "it is not taken away before it is known that it can be given back"
@@ -136,7 +141,7 @@ def lender(toy: Any, given: list[int]) -> Iterator[Callable[[], None]]:
     yield give_back
 
 
-def test_lent_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Any) -> None:
+def test_lent_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Toy) -> None:
     given: list[int] = []
     toy.region.giving_back = lambda: lender(toy, given)
     toy.put("f_nop")
@@ -145,8 +150,8 @@ def test_lent_memory_is_given_back_when_nothing_tells_of_it_any_more(toy: Any) -
     assert given == [len(toy.machine.log)], "not a byte is written to it afterwards"
 
 
-def test_lent_memory_that_cannot_be_given_back_stays_for_the_next_attach(toy: Any) -> None:
-    def nobody_came() -> None:
+def test_lent_memory_that_cannot_be_given_back_stays_for_the_next_attach(toy: Toy) -> None:
+    def nobody_came() -> NoReturn:
         raise GuestStateError("nobody came")
 
     toy.region.giving_back = nobody_came
@@ -157,7 +162,7 @@ def test_lent_memory_that_cannot_be_given_back_stays_for_the_next_attach(toy: An
     assert read_header(toy.machine, toy.region.header.phys) is not None
 
 
-def test_memory_that_was_exchanged_meanwhile_is_not_given_back(toy: Any) -> None:
+def test_memory_that_was_exchanged_meanwhile_is_not_given_back(toy: Toy) -> None:
     given: list[int] = []
 
     @contextlib.contextmanager
@@ -179,7 +184,7 @@ def test_memory_that_was_exchanged_meanwhile_is_not_given_back(toy: Any) -> None
 
 
 @pytest.fixture
-def premap(machine: Any, toy: Any) -> Any:
+def premap(machine: ToyMachine, toy: Toy) -> Any:
     """A function that maps 2 MiB for writing and executing, with one page as the test wants it, and starts a region."""
     toy.session.detach()
 
@@ -196,7 +201,7 @@ def premap(machine: Any, toy: Any) -> Any:
     return make
 
 
-def test_memory_that_is_mapped_for_everything_is_taken_as_it_is(premap: Any, machine: Any) -> None:
+def test_memory_that_is_mapped_for_everything_is_taken_as_it_is(premap: Any, machine: ToyMachine) -> None:
     region = premap()
     assert (region.links, region.header.phys, region.header.identity.entry_addr) == ((), PHYS, 0)
     assert read_header(machine, PHYS) == region.header
@@ -212,7 +217,9 @@ def test_memory_that_is_mapped_for_everything_is_taken_as_it_is(premap: Any, mac
         (PHYS + 0x7000, P | W | NX, "executable"),
     ],
 )
-def test_one_page_that_is_different_is_named(premap: Any, machine: Any, phys: Any, flags: int, message: str) -> None:
+def test_one_page_that_is_different_is_named(
+    premap: Any, machine: ToyMachine, phys: Any, flags: int, message: str
+) -> None:
     with pytest.raises(RegionError, match=f"{message}.* at {PREMAPPED + 0x7000:#x}"):
         premap(0x7000, phys, flags)
     assert machine.log == []

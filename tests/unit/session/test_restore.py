@@ -14,13 +14,14 @@ from gdb_kprobe.session.definitions import text_of
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import Restored, restore
 from tests.support.cut import is_cut
+from tests.support.toy import Toy, ToyMachine, ToyWith
 
 REGION_PHYS = PhysAddr(0x40_0000)
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)
 MOST_CHANGES = 60
 
 
-def restore_after_kill(toy: Any) -> Restored:
+def restore_after_kill(toy: Toy) -> Restored:
     """gdb is gone, and with it the stub's breakpoints; a new one attaches."""
     toy.machine.changes_left = None
     toy.machine.breakpoints.clear()
@@ -28,20 +29,20 @@ def restore_after_kill(toy: Any) -> Restored:
     return restore(toy.machine, toy.machine, guest, REGION_PHYS)
 
 
-def assert_clean(toy: Any) -> None:
+def assert_clean(toy: Toy) -> None:
     assert toy.changed_text() == {}
     assert toy.header() is None
     assert toy.machine.walk(toy.region.header.virt) is None
 
 
-def test_a_region_that_was_never_used_is_nothing_to_restore(machine: Any) -> None:
+def test_a_region_that_was_never_used_is_nothing_to_restore(machine: ToyMachine) -> None:
     machine.ram[REGION_PHYS : REGION_PHYS + 0x2000] = b"\x5a" * 0x2000
     guest: Any = None
     assert restore(machine, machine, guest, REGION_PHYS) == Restored()
     assert machine.log == []
 
 
-def test_armed_sites_get_their_text_back_and_the_mapping_goes(toy: Any) -> None:
+def test_armed_sites_get_their_text_back_and_the_mapping_goes(toy: Toy) -> None:
     toy.add("f_push")
     toy.add("f_jmp", rung=Rung.SINGLE_STEP)
     done = restore_after_kill(toy)
@@ -54,7 +55,7 @@ def test_armed_sites_get_their_text_back_and_the_mapping_goes(toy: Any) -> None:
     assert (toy.call("f_push"), toy.call("f_jmp")) == (13, 13)
 
 
-def test_a_disabled_probe_is_nothing_to_restore(toy: Any) -> None:
+def test_a_disabled_probe_is_nothing_to_restore(toy: Toy) -> None:
     toy.session.set_enabled(toy.add("f_push"), False)
     done = restore_after_kill(toy)
     assert (done.messages, done.kept, done.sites) == ((), None, 0)
@@ -62,7 +63,7 @@ def test_a_disabled_probe_is_nothing_to_restore(toy: Any) -> None:
     assert_clean(toy)
 
 
-def test_a_region_of_an_earlier_boot_is_cleared_and_no_text_is_touched(toy: Any) -> None:
+def test_a_region_of_an_earlier_boot_is_cleared_and_no_text_is_touched(toy: Toy) -> None:
     """Reserved memory survives a reset; the page-table entry that maps the region does not."""
     toy.add("f_push")
     toy.machine.set_quad(toy.region.links[0].addr, 0)
@@ -73,17 +74,21 @@ def test_a_region_of_an_earlier_boot_is_cleared_and_no_text_is_touched(toy: Any)
 
 
 @pytest.mark.parametrize("what", ["build_id", "text_base", "bp_entry"])
-def test_a_region_of_another_kernel_is_cleared_and_no_text_is_touched(toy: Any, what: str) -> None:
+def test_a_region_of_another_kernel_is_cleared_and_no_text_is_touched(toy: Toy, what: str) -> None:
     toy.add("f_push")
     header = toy.region.header
-    other = {"build_id": bytes(19) + b"x", "text_base": VirtAddr(0x1000), "bp_entry": VirtAddr(0x1000)}[what]
-    changed = replace(header, identity=replace(header.identity, **{what: other}))
+    others = {
+        "build_id": replace(header.identity, build_id=bytes(19) + b"x"),
+        "text_base": replace(header.identity, text_base=VirtAddr(0x1000)),
+        "bp_entry": replace(header.identity, bp_entry=VirtAddr(0x1000)),
+    }
+    changed = replace(header, identity=others[what])
     toy.machine.ram[REGION_PHYS : REGION_PHYS + len(changed.pack())] = changed.pack()
     assert restore_after_kill(toy).sites == 0
     assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
 
 
-def test_text_that_somebody_has_changed_since_is_left_alone_and_named(toy: Any) -> None:
+def test_text_that_somebody_has_changed_since_is_left_alone_and_named(toy: Toy) -> None:
     toy.add("f_nop")
     toy.add("f_push")
     toy.machine.ram[0x10_0000 + toy.addr("f_push") - toy.addr("f_nop")] = 0x90
@@ -92,14 +97,14 @@ def test_text_that_somebody_has_changed_since_is_left_alone_and_named(toy: Any) 
     assert toy.changed_text() == {toy.addr("f_push"): 0x90}
 
 
-def test_text_that_is_unmapped_by_now_is_left_alone_and_named(toy: Any) -> None:
+def test_text_that_is_unmapped_by_now_is_left_alone_and_named(toy: Toy) -> None:
     toy.add("f_push")
     toy.machine.set_quad(toy.guest.memory.entries(toy.addr("f_push"))[-1].addr, 0)
     done = restore_after_kill(toy)
     assert done.messages[1] == f"{toy.addr('f_push'):#x} is not mapped any more; left alone"
 
 
-def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Any) -> None:
+def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Toy) -> None:
     toy.add("f_push")
     toy.machine.ignored.add(0x10_0000 + toy.addr("f_push") - toy.addr("f_nop"))
     with pytest.raises(TargetError, match="the guest holds cc"):
@@ -107,9 +112,9 @@ def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Any) 
     assert len(toy.records()) == 1
 
 
-def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Any, toy_with: Any) -> None:
+def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Toy, toy_with: ToyWith) -> None:
     probe = toy.add("f_push")
-    slot = toy.session.sites.of(probe).plan.slot
+    slot = toy.session.sites.need(probe).plan.slot
     toy.put("f_nop", cpu=2)
     values = toy.machine.registers[2]
     values["rsp"] -= 8
@@ -134,7 +139,7 @@ FUNCTIONS = ["f_nop", "f_push", "f_lea", "f_jcc+2", "f_back+6", "f_call", "f_cal
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("place", FUNCTIONS)
-def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None:
+def test_a_kill_at_any_moment_of_a_hit(toy: Toy, place: str, rung: Rung) -> None:
     """After each change that a dispatch makes to the machine; the guest then computes what it would have."""
     function = place.partition("+")[0]
     expected = toy.call(function)
@@ -156,7 +161,7 @@ def test_a_kill_at_any_moment_of_a_hit(toy: Any, place: str, rung: Rung) -> None
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("place", FUNCTIONS)
-def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place: str, rung: Rung) -> None:
+def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Toy, place: str, rung: Rung) -> None:
     """The same session detaches over a new connection."""
     function = place.partition("+")[0]
     expected = toy.call(function)
@@ -178,7 +183,7 @@ def test_a_connection_lost_at_any_moment_of_a_hit_and_made_again(toy: Any, place
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("place", [*FUNCTIONS, "f_loop+6"])
-def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Any, place: str, rung: Rung) -> None:
+def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Toy, place: str, rung: Rung) -> None:
     """The guest runs on from there, as if the hit had been handled; the probe's next hit is another matter."""
     function = place.partition("+")[0]
     expected = toy.call(function, rdi=1)
@@ -201,7 +206,7 @@ def test_a_kill_at_any_moment_behind_the_trap_and_nobody_comes(toy: Any, place: 
     raise AssertionError("a dispatch has no end")
 
 
-def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
+def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Toy) -> None:
     for count in range(MOST_CHANGES):
         toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
         toy.add(f"p:killed{count} f_load")
@@ -220,7 +225,7 @@ def test_a_kill_at_any_moment_of_a_hit_that_faults(toy: Any) -> None:
 
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("act", ["add", "disable", "delete", "detach", "post"])
-def test_a_kill_at_any_moment_of_an_act(toy: Any, act: str, rung: Rung) -> None:
+def test_a_kill_at_any_moment_of_an_act(toy: Toy, act: str, rung: Rung) -> None:
     for count in range(MOST_CHANGES):
         probe = None if act == "add" else toy.add(f"p:probe{count} f_push", rung=rung)
         toy.machine.changes_left = count
@@ -229,8 +234,10 @@ def test_a_kill_at_any_moment_of_an_act(toy: Any, act: str, rung: Rung) -> None:
                 case "add":
                     toy.add(f"p:probe{count} f_push", rung=rung)
                 case "disable":
+                    assert probe is not None
                     toy.session.set_enabled(probe, False)
                 case "delete":
+                    assert probe is not None
                     toy.session.delete(probe)
                 case "detach":
                     toy.session.detach()
@@ -251,7 +258,7 @@ def test_a_kill_at_any_moment_of_an_act(toy: Any, act: str, rung: Rung) -> None:
 
 
 @pytest.mark.parametrize("count", range(8))
-def test_a_kill_in_the_middle_of_restoring_is_restored_by_the_next(toy: Any, count: int) -> None:
+def test_a_kill_in_the_middle_of_restoring_is_restored_by_the_next(toy: Toy, count: int) -> None:
     for name in ("f_nop", "f_push", "f_jmp"):
         toy.add(name)
     toy.put_at_trap("f_push")
@@ -270,10 +277,10 @@ class TestDamage:
     """The guest has written over what a session has left, or forged it."""
 
     @staticmethod
-    def flip(toy: Any, at: int, bit: int = 1) -> None:
+    def flip(toy: Toy, at: int, bit: int = 1) -> None:
         toy.machine.ram[at] ^= bit
 
-    def test_a_record_that_was_written_over_writes_nothing_and_is_named(self, toy: Any) -> None:
+    def test_a_record_that_was_written_over_writes_nothing_and_is_named(self, toy: Toy) -> None:
         """Its original bytes are another instruction's: they must not get into text."""
         toy.add("f_push")
         toy.add("f_jmp")
@@ -293,7 +300,7 @@ class TestDamage:
         assert done.kept == toy.header()
 
     @pytest.mark.parametrize("at", [12, 16, 24, 32, 90, 146])
-    def test_a_header_that_was_written_over_is_refused_while_it_is_mapped(self, toy: Any, at: int) -> None:
+    def test_a_header_that_was_written_over_is_refused_while_it_is_mapped(self, toy: Toy, at: int) -> None:
         toy.add("f_push")
         self.flip(toy, REGION_PHYS + at)
         toy.machine.log.clear()
@@ -302,7 +309,7 @@ class TestDamage:
         assert toy.machine.log == []
         assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
 
-    def test_a_damaged_header_that_nothing_maps_is_cleared(self, toy: Any) -> None:
+    def test_a_damaged_header_that_nothing_maps_is_cleared(self, toy: Toy) -> None:
         """Reserved memory survives a reset: what is there is of no use."""
         for link in toy.region.links:
             toy.machine.set_quad(link.addr, 0)
@@ -311,7 +318,7 @@ class TestDamage:
         assert "damaged header (its checksum is wrong)" in done.messages[0]
         assert toy.header() is None
 
-    def test_a_header_of_another_mapping_than_there_is_clears_no_page_table_entry(self, toy: Any) -> None:
+    def test_a_header_of_another_mapping_than_there_is_clears_no_page_table_entry(self, toy: Toy) -> None:
         header = toy.region.header
         forged = replace(header, virt=VirtAddr(toy.addr("f_nop") & -0x20_0000), code_high_water=VirtAddr(0))
         forged = replace(forged, code_high_water=forged.virt, gate=VirtAddr(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,11 @@ from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
 from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
 from gdb_kprobe.session.definitions import adopt
+from gdb_kprobe.session.probes import Hit
 from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import restore
 from gdb_kprobe.session.session import Session
+from tests.support.toy import Toy, ToyMachine, ToyWith
 
 RUNGS = (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)
 REGION = PhysAddr(0x40_0000)
@@ -24,7 +25,7 @@ UNREAD = GuestKprobes(unread=NeedsTypesError("a kprobe of the guest's own"))
 
 
 @pytest.fixture
-def jumping(machine: Any, toy_with: Callable[..., Any]) -> Any:
+def jumping(machine: ToyMachine, toy_with: ToyWith) -> Toy:
     """A session with a jump, ``jump``, and an int3, ``trap``."""
     toy = toy_with(machine, RUNGS)
     toy.session.unlisten(toy.hits.append)
@@ -34,19 +35,19 @@ def jumping(machine: Any, toy_with: Callable[..., Any]) -> Any:
     return toy
 
 
-def own(toy: Any, monkeypatch: pytest.MonkeyPatch, found: GuestKprobes) -> None:
+def own(toy: Toy, monkeypatch: pytest.MonkeyPatch, found: GuestKprobes) -> None:
     """Have the guest have these kprobes of its own."""
     monkeypatch.setattr(toy.guest, "own_kprobes", lambda: found, raising=False)
 
 
-def saver(toy: Any) -> GuestKprobes:
+def saver(toy: Toy) -> GuestKprobes:
     """The guest's kprobe that has saved the jump."""
     [site] = [site for site in toy.session.sites.all() if site.is_jump]
     return GuestKprobes([GuestKprobe(site.addr, b"\xe9", leads_to=site.plan.slot.code)])
 
 
 def test_a_detach_is_done_where_the_guests_kprobes_cannot_be_read(
-    jumping: Any, monkeypatch: pytest.MonkeyPatch
+    jumping: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is disabled may have saved the jump, and would write a byte of it back one day."""
     calls = jumping.call("f_nop"), jumping.call("f_push")
@@ -61,7 +62,7 @@ def test_a_detach_is_done_where_the_guests_kprobes_cannot_be_read(
 
 
 def test_a_stop_is_settled_where_the_guests_kprobes_cannot_be_read(
-    jumping: Any, monkeypatch: pytest.MonkeyPatch
+    jumping: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own(jumping, monkeypatch, UNREAD)
     for _ in range(2):
@@ -81,7 +82,7 @@ def test_a_stop_is_settled_where_the_guests_kprobes_cannot_be_read(
 
 
 def test_what_a_killed_session_left_stays_where_the_guests_kprobes_cannot_be_read(
-    jumping: Any, monkeypatch: pytest.MonkeyPatch
+    jumping: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own(jumping, monkeypatch, UNREAD)
     found = restore(jumping.machine, jumping.machine, jumping.guest, REGION)
@@ -94,7 +95,7 @@ def test_what_a_killed_session_left_stays_where_the_guests_kprobes_cannot_be_rea
 
 
 def test_a_detach_is_done_whatever_else_of_the_guest_cannot_be_read(
-    jumping: Any, monkeypatch: pytest.MonkeyPatch
+    jumping: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise KprobeError("the list of modules has no end")
@@ -107,7 +108,7 @@ def test_a_detach_is_done_whatever_else_of_the_guest_cannot_be_read(
     assert jumping.changed_text() == {}
 
 
-def test_a_detach_is_done_where_stacks_cannot_be_read(jumping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detach_is_done_where_stacks_cannot_be_read(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise GuestStateError("the list of tasks has no end")
 
@@ -123,7 +124,7 @@ def test_a_detach_is_done_where_stacks_cannot_be_read(jumping: Any, monkeypatch:
 # -- probes at a jump that is saved ------------------------------------------------------------------------------------
 
 
-def again(toy: Any) -> Any:
+def again(toy: Toy) -> Toy:
     """A session after the one of *toy* was killed: what it has left is restored, its saved jumps are kept."""
     found = restore(toy.machine, toy.machine, toy.guest, REGION)
     assert found.kept is not None
@@ -140,11 +141,11 @@ def again(toy: Any) -> Any:
     return later
 
 
-def hits(toy: Any) -> dict[str, int]:
+def hits(toy: Toy) -> dict[str, int]:
     return {probe.name: probe.hits for probe in toy.session.probes}
 
 
-def test_a_probe_whose_jump_is_saved_is_adopted_with_its_counts(jumping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_whose_jump_is_saved_is_adopted_with_its_counts(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     jumping.add("p:never f_nop if di == 99")
     jumping.call("f_nop")
     own(jumping, monkeypatch, saver(jumping))
@@ -165,7 +166,7 @@ def test_a_probe_whose_jump_is_saved_is_adopted_with_its_counts(jumping: Any, mo
     assert (done.problems, later.changed_text()) == ((), {})
 
 
-def test_one_that_was_disabled_stays_so_and_can_be_enabled(jumping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_disabled_stays_so_and_can_be_enabled(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
     jumping.session.set_enabled(next(iter(jumping.session.probes)), False)
@@ -178,7 +179,7 @@ def test_one_that_was_disabled_stays_so_and_can_be_enabled(jumping: Any, monkeyp
     assert hits(later)["jump"] == 1
 
 
-def test_a_saved_jump_takes_more_probes_as_long_as_there_is_room(jumping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saved_jump_takes_more_probes_as_long_as_there_is_room(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
     [site] = [site for site in jumping.session.sites.all() if site.is_jump]
@@ -206,7 +207,7 @@ def test_a_saved_jump_takes_more_probes_as_long_as_there_is_room(jumping: Any, m
     ],
 )
 def test_what_a_saved_jump_cannot_do_is_refused(
-    jumping: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], why: str
+    jumping: Toy, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], why: str
 ) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
@@ -216,7 +217,7 @@ def test_what_a_saved_jump_cannot_do_is_refused(
     assert hits(jumping) == {"jump": 1, "trap": 0}
 
 
-def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
     [site] = [site for site in jumping.session.sites.all() if site.is_jump]
@@ -229,7 +230,7 @@ def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Any, monkeypa
 # -- a guest whose hits only the stub can stop -------------------------------------------------------------------------
 
 
-def test_a_jump_is_an_int3_while_it_is_listened_to_and_comes_back(jumping: Any) -> None:
+def test_a_jump_is_an_int3_while_it_is_listened_to_and_comes_back(jumping: Toy) -> None:
     def resume() -> Rung:
         jumping.session.lift()
         assert jumping.session.lower() == ()
@@ -239,7 +240,7 @@ def test_a_jump_is_an_int3_while_it_is_listened_to_and_comes_back(jumping: Any) 
     assert resume() is Rung.OPTIMIZED
     seen: list[str] = []
 
-    def listener(hit: Any) -> None:
+    def listener(hit: Hit) -> None:
         seen.append(hit.probe.name)
 
     jumping.session.listen(listener, [probe])

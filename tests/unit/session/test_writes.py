@@ -11,6 +11,7 @@ from gdb_kprobe.errors import GuestResetError, KprobeError, RegionError, StaleTe
 from gdb_kprobe.model import Rung
 from gdb_kprobe.session.header import HeaderStore
 from gdb_kprobe.session.session import Session
+from tests.support.toy import Toy
 
 TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000
 
@@ -19,7 +20,7 @@ def physical(addr: int) -> int:
     return addr - TEXT + TEXT_PHYS
 
 
-def make_region_full(toy: Any) -> None:
+def make_region_full(toy: Toy) -> None:
     """All records in use, as far as the allocator of records knows."""
     store = toy.region.store
     store.header = type(store.header)(
@@ -33,7 +34,7 @@ def make_region_full(toy: Any) -> None:
     )
 
 
-def snapshot(toy: Any) -> tuple[Any, ...]:
+def snapshot(toy: Toy) -> tuple[Any, ...]:
     """All that a session and its guest show."""
     session: Session = toy.session
     return (
@@ -52,20 +53,20 @@ def snapshot(toy: Any) -> tuple[Any, ...]:
 # -- order --------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_comes_before_the_slot_and_the_text_last(toy: Any) -> None:
+def test_the_record_comes_before_the_slot_and_the_text_last(toy: Toy) -> None:
     toy.add("f_push")
     assert toy.writes() == ["record", "header", "slot", "text"]
     assert toy.machine.breakpoints
 
 
-def test_the_text_is_restored_before_the_record_goes(toy: Any) -> None:
+def test_the_text_is_restored_before_the_record_goes(toy: Toy) -> None:
     probe = toy.add("f_push")
     toy.writes()
     toy.session.delete(probe)
     assert toy.writes() == ["text", "clear record"]
 
 
-def test_a_watched_fixup_is_armed_before_its_instruction_and_outlives_it(toy: Any) -> None:
+def test_a_watched_fixup_is_armed_before_its_instruction_and_outlives_it(toy: Toy) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     probe = toy.add("f_load")
     text = [addr for addr, _ in toy.machine.log if TEXT_PHYS <= addr < TEXT_PHYS + 0x1000]
@@ -76,7 +77,7 @@ def test_a_watched_fixup_is_armed_before_its_instruction_and_outlives_it(toy: An
     assert text == [physical(toy.addr("f_load")), physical(toy.addr("fixup"))]
 
 
-def test_only_one_instruction_of_text_is_written(toy: Any) -> None:
+def test_only_one_instruction_of_text_is_written(toy: Toy) -> None:
     probe = toy.add("f_call")
     toy.session.delete(probe)
     site = physical(toy.addr("f_call"))
@@ -86,7 +87,7 @@ def test_only_one_instruction_of_text_is_written(toy: Any) -> None:
     ]
 
 
-def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
+def test_the_region_tells_what_is_armed_after_every_act(toy: Toy) -> None:
     """From memory alone: what another gdb would find."""
 
     def told() -> list[tuple[int, bytes, bytes, Rung]]:
@@ -106,7 +107,9 @@ def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
     assert told() == [at_push]
     slot = toy.records()[0].slot
     assert toy.machine.load(slot.start, 8) == toy.addr("f_push").to_bytes(8, "little")
-    assert toy.header().code_high_water >= slot.end
+    header = toy.header()
+    assert header is not None
+    assert header.code_high_water >= slot.end
     toy.session.detach()
     assert toy.header() is None
 
@@ -114,16 +117,16 @@ def test_the_region_tells_what_is_armed_after_every_act(toy: Any) -> None:
 # -- failures -----------------------------------------------------------------------------------------------------
 
 
-def at_site(toy: Any) -> int:
+def at_site(toy: Toy) -> int:
     return physical(toy.addr("f_push"))
 
 
-def at_slot(toy: Any) -> int:
+def at_slot(toy: Toy) -> int:
     start: int = toy.region.header.phys + toy.region.header.layout.data_end
     return start
 
 
-def at_record(toy: Any) -> int:
+def at_record(toy: Toy) -> int:
     phys: int = toy.region.header.phys
     return phys + 0x1000
 
@@ -132,7 +135,7 @@ def at_record(toy: Any) -> int:
     ("how", "where"),
     [("ignored", at_site), ("ignored", at_slot), ("rejected", at_site), ("rejected", at_slot), ("rejected", at_record)],
 )
-def test_an_add_whose_write_fails_leaves_nothing(toy: Any, how: str, where: Callable[[Any], int]) -> None:
+def test_an_add_whose_write_fails_leaves_nothing(toy: Toy, how: str, where: Callable[[Any], int]) -> None:
     addresses = getattr(toy.machine, how)
     addresses.add(where(toy))
     with pytest.raises(TargetError, match="holds" if how == "ignored" else "cannot write"):
@@ -146,7 +149,7 @@ def test_an_add_whose_write_fails_leaves_nothing(toy: Any, how: str, where: Call
     assert len(toy.hits) == 1
 
 
-def test_text_that_changes_under_the_plan_is_not_written(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_changes_under_the_plan_is_not_written(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between reading the instruction and writing the int3 the bytes are read again."""
     add_record = HeaderStore.add
 
@@ -161,7 +164,7 @@ def test_text_that_changes_under_the_plan_is_not_written(toy: Any, monkeypatch: 
     assert (toy.records(), toy.machine.breakpoints) == ([], set())
 
 
-def test_text_that_somebody_else_has_changed_is_left_alone(toy: Any) -> None:
+def test_text_that_somebody_else_has_changed_is_left_alone(toy: Toy) -> None:
     probe = toy.add("f_push")
     toy.machine.ram[at_site(toy)] = 0x90
     before = snapshot(toy)
@@ -181,7 +184,7 @@ def test_text_that_somebody_else_has_changed_is_left_alone(toy: Any) -> None:
     assert len(toy.records()) == 1, "whoever comes next can find out"
 
 
-def test_enabling_that_fails_leaves_the_probe_disabled(toy: Any) -> None:
+def test_enabling_that_fails_leaves_the_probe_disabled(toy: Toy) -> None:
     probe = toy.add("f_push", enabled=False)
     toy.machine.ignored.add(at_site(toy))
     before = snapshot(toy)
@@ -190,7 +193,7 @@ def test_enabling_that_fails_leaves_the_probe_disabled(toy: Any) -> None:
     assert snapshot(toy) == before
 
 
-def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy: Any) -> None:
+def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy: Toy) -> None:
     first = toy.add("p:first f_push")
     before = snapshot(toy)
     toy.machine.rejected.add(toy.region.slots.high_water - toy.region.header.virt + toy.region.header.phys)
@@ -202,7 +205,7 @@ def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy:
 
 
 @pytest.mark.parametrize("where", ["f_load", "fixup"])
-def test_a_watched_fixup_goes_when_its_instruction_cannot_be_armed(toy: Any, where: str) -> None:
+def test_a_watched_fixup_goes_when_its_instruction_cannot_be_armed(toy: Toy, where: str) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     toy.machine.ignored.add(physical(toy.addr(where)))
     with pytest.raises(TargetError):
@@ -212,7 +215,7 @@ def test_a_watched_fixup_goes_when_its_instruction_cannot_be_armed(toy: Any, whe
 
 
 @pytest.mark.parametrize("place", ["f_push", "f_load"])
-def test_when_all_records_are_in_use_nothing_is_written(toy: Any, place: str) -> None:
+def test_when_all_records_are_in_use_nothing_is_written(toy: Toy, place: str) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     make_region_full(toy)
     with pytest.raises(RegionError, match="records of the region are in use"):
@@ -220,7 +223,7 @@ def test_when_all_records_are_in_use_nothing_is_written(toy: Any, place: str) ->
     assert (toy.changed_text(), toy.machine.breakpoints, toy.session.sites.all()) == ({}, set(), ())
 
 
-def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Any) -> None:
+def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Toy) -> None:
     link = toy.region.links[0]
     toy.machine.set_quad(link.addr, 0)
     with pytest.raises(GuestResetError, match="was reset"):
@@ -228,7 +231,7 @@ def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Any) -> None:
     assert toy.writes() == []
 
 
-def test_a_detach_restores_the_other_sites_when_one_cannot_be(toy: Any) -> None:
+def test_a_detach_restores_the_other_sites_when_one_cannot_be(toy: Toy) -> None:
     for name in ("f_nop", "f_push", "f_jmp"):
         toy.add(name)
     toy.machine.rejected.add(at_site(toy))
@@ -237,6 +240,6 @@ def test_a_detach_restores_the_other_sites_when_one_cannot_be(toy: Any) -> None:
     assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
 
 
-def test_errors_are_all_of_one_kind_for_the_prompt(toy: Any) -> None:
+def test_errors_are_all_of_one_kind_for_the_prompt(toy: Toy) -> None:
     assert issubclass(StaleTextError, KprobeError)
     assert issubclass(RegionError, KprobeError)
