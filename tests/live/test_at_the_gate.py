@@ -7,16 +7,15 @@ calls that the workload says it has made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-Boot = Callable[[GuestSpec], Any]
 
 FUNCTION = "__do_sys_getpriority"
 CALLS = 3000
@@ -25,12 +24,12 @@ LAST = 7
 """The hit whose handler does it."""
 
 
-def counted(gdb: Any) -> dict[str, tuple[int, int]]:
+def counted(gdb: GdbMi) -> dict[str, tuple[int, int]]:
     probes = gdb.command("-kprobe-list")["probes"]
     return {probe["name"]: (int(probe["hits"]), int(probe["missed"])) for probe in probes}
 
 
-def arm(guest: Any, gdb: Any, strategy: str, act: str, *, beside: bool) -> None:
+def arm(guest: Probed, gdb: GdbMi, strategy: str, act: str, *, beside: bool) -> None:
     gdb.console(f"set kprobe strategy {strategy}")
     gdb.console("python import os, signal; from gdb_kprobe.gdbext import api")
     gdb.console(f"python api.add('p:handled {FUNCTION}', lambda hit: {act} if hit.hit == {LAST} else None)")

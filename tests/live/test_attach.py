@@ -6,23 +6,21 @@ import random
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
 from kprobe_guest import GuestFailedError, GuestSpec, GuestVm
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
 
 GETPRIORITY = 140
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-Boot = Callable[[GuestSpec], Any]
 
 
 def refused(gdb: GdbMi, command: str) -> str:

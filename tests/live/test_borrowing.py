@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.linux.ftrace import read_ftrace_records
-from kprobe_guest import GuestSpec
+from kprobe_guest import GuestSpec, GuestVm
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -19,17 +19,16 @@ FUNCTION = "__x64_sys_getpriority"
 CALLS = 1000
 TRACING = "/sys/kernel/tracing"
 
-Boot = Callable[[GuestSpec], Any]
 
 # With two vCPUs switching so much text under load kills a guest by itself under TCG.
 on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 
 
-def call(guest: Any) -> None:
+def call(guest: GuestVm) -> None:
     guest.check_output(f"workload syscall {GETPRIORITY} {CALLS}")
 
 
-def traced(guest: Any) -> int:
+def traced(guest: GuestVm) -> int:
     """How often the guest's tracer sees the function in :data:`CALLS` calls of it."""
     guest.check_output(f"echo {FUNCTION} >{TRACING}/set_ftrace_filter && echo function >{TRACING}/current_tracer")
     call(guest)
@@ -55,7 +54,7 @@ def marks(probed: Any) -> list[tuple[int, int]]:
         pytest.param("newest", "boosted", marks=pytest.mark.full),
     ],
 )
-def test_the_tracer_is_switched_while_a_probe_is_in_its_nop(probed: Boot, kernel: Any, strategy: str) -> None:
+def test_the_tracer_is_switched_while_a_probe_is_in_its_nop(probed: Boot, kernel: str, strategy: str) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     vm = guest.guest
     before = marks(guest)
@@ -81,7 +80,7 @@ def test_the_tracer_is_switched_while_a_probe_is_in_its_nop(probed: Boot, kernel
 
 
 @on_both_kernels
-def test_a_probe_comes_behind_the_call_of_a_tracer_that_is_on(probed: Boot, kernel: Any) -> None:
+def test_a_probe_comes_behind_the_call_of_a_tracer_that_is_on(probed: Boot, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     vm = guest.guest
     vm.check_output(f"echo {FUNCTION} >{TRACING}/set_ftrace_filter && echo function >{TRACING}/current_tracer")

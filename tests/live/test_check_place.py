@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.linux.ftrace import NOP
@@ -12,6 +9,7 @@ from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
 from tests.support.kernel_events import Way, events
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -21,12 +19,12 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def version_of(guest: Any) -> str:
+def version_of(guest: Probed) -> str:
     """As in the names of the kernel's rules: ``6.1``."""
     return ".".join(guest.snapshot.guest.release.split(".")[:2])
 
 
-def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
+def test_one_place_in_full(probed: Boot) -> None:
     guest = probed(GuestSpec())
     nop, pad = (guest.pad(guest.address(name)) for name in ("vfs_read", "exc_int3"))
     version = version_of(guest)
@@ -55,25 +53,25 @@ def test_one_place_in_full(probed: Callable[[GuestSpec], Any]) -> None:
     assert "rung" not in init
 
 
-def test_an_exception_table_place_names_its_fixup(probed: Callable[[GuestSpec], Any]) -> None:
+def test_an_exception_table_place_names_its_fixup(probed: Boot) -> None:
     guest = probed(GuestSpec())
     kernel = guest.snapshot.guest
     facts = kernel.text_facts()
-    at = next(at for at in facts.tables.ex_table if facts.reason_at(at, 1) is None)
-    place = kernel.place_of(at)
+    at = next(VirtAddr(at) for at in facts.tables.ex_table if facts.reason_at(VirtAddr(at), 1) is None)
+    place, fixup = kernel.place_of(at), facts.fixup_of(at)
+    assert place.symbol is not None
+    assert fixup is not None
     with guest.gdb() as gdb:
         shown = words(gdb.console(f"kprobe check {place.symbol.name}+{place.offset:#x}"))
         gdb.console("kprobe detach")
     assert "answer it can be probed, single-step" in shown
     assert "boosted no: exception table instruction: a fault must be seen at the original address" in shown
-    assert f"exception table: after a fault it goes on at {kernel.place_of(facts.fixup_of(at))}" in shown
+    assert f"exception table: after a fault it goes on at {kernel.place_of(fixup)}" in shown
     assert f"can_boost ({version_of(guest)}): no, it is in the exception table" in shown
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["int3", "jump"])
-def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
-    probed: Callable[[GuestSpec], Any], optimized: bool
-) -> None:
+def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(probed: Boot, optimized: bool) -> None:
     guest = probed(GuestSpec())
     vm = guest.guest
     start = guest.address("vfs_read")
@@ -120,7 +118,7 @@ def test_a_kprobe_of_the_guests_own_is_refused_and_read_through(
         ("kprobe check --fast", "unrecognized arguments: --fast", "help kprobe check"),
     ],
 )
-def test_wrong_arguments(probed: Callable[[GuestSpec], Any], command: str, said: str, hint: str) -> None:
+def test_wrong_arguments(probed: Boot, command: str, said: str, hint: str) -> None:
     with probed(GuestSpec()).gdb() as gdb:
         with pytest.raises(GdbCommandError) as caught:
             gdb.console(command)

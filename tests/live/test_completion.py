@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
 BEGINNING = "cpu_"
 """Functions, data and both kinds of per-CPU symbols begin so."""
-
-Boot = Callable[[GuestSpec], Any]
 
 
 def functions(kallsyms: str, module: str = "") -> set[str]:

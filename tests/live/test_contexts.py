@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
 from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -28,7 +29,6 @@ CALLS = 23
 AC, DF = 1 << 18, 1 << 10
 """Flags: user memory may be accessed; string instructions go down."""
 
-Boot = Callable[[GuestSpec], Any]
 
 on_both_kernels = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 on_both_rungs = pytest.mark.parametrize("rung", ["optimized", "boosted"])
@@ -43,11 +43,11 @@ on_both_rungs_and_counts = pytest.mark.parametrize(
 )
 
 
-def spec(kernel: Any, vcpus: int) -> GuestSpec:
+def spec(kernel: str, vcpus: int) -> GuestSpec:
     return GuestSpec(kernel=kernel, vcpus=vcpus, extra_args=KERNEL_TEXT)
 
 
-def executed(guest: Any, gdb: Any, work: Callable[[], object], addrs: Iterable[int]) -> Counter[int]:
+def executed(guest: Probed, gdb: GdbMi, work: Callable[[], object], addrs: Iterable[int]) -> Counter[int]:
     """How often each of *addrs* was executed during *work*, says QEMU; the guest is stopped before and afterwards."""
     log, wanted = ExecutionLog(guest.guest), set(addrs)
     log.open(one_instruction=False)  # the entry of a function begins a block anyway
@@ -58,7 +58,7 @@ def executed(guest: Any, gdb: Any, work: Callable[[], object], addrs: Iterable[i
     return Counter({addr: counts[addr] for addr in wanted})
 
 
-def row(guest: Any, file: str, name: str) -> int:
+def row(guest: Probed, file: str, name: str) -> int:
     """A row of /proc/interrupts or /proc/softirqs, the sum over the CPUs."""
     words = guest.guest.check_output(f"grep -w {name}: /proc/{file}").split()[1:]
     return sum(int(word) for word in words if word.isdigit())
@@ -75,7 +75,7 @@ def row(guest: Any, file: str, name: str) -> int:
     ],
 )
 def test_the_kernel_by_itself(
-    probed: Boot, kernel: Any, rung: str, vcpus: int, function: str, file: str, name: str
+    probed: Boot, kernel: str, rung: str, vcpus: int, function: str, file: str, name: str
 ) -> None:
     guest = probed(spec(kernel, vcpus))
     bounds: list[tuple[int, int]] = []
@@ -106,7 +106,7 @@ def test_the_kernel_by_itself(
 
 @on_both_rungs_and_counts
 @on_both_kernels
-def test_an_nmi(probed: Boot, kernel: Any, rung: str, vcpus: int) -> None:
+def test_an_nmi(probed: Boot, kernel: str, rung: str, vcpus: int) -> None:
     """What asks the chipset for the NMI's reason is called by each NMI and by nothing else."""
     guest = probed(spec(kernel, vcpus))
     with guest.gdb() as gdb:
@@ -127,7 +127,7 @@ def test_an_nmi(probed: Boot, kernel: Any, rung: str, vcpus: int) -> None:
 
 @on_both_rungs_and_counts
 @on_both_kernels
-def test_ac_is_set(probed: Boot, kernel: Any, rung: str, vcpus: int) -> None:
+def test_ac_is_set(probed: Boot, kernel: str, rung: str, vcpus: int) -> None:
     """Between stac and clac of ``__get_user_4``, behind the instruction that may fault."""
     guest = probed(spec(kernel, vcpus))
     linux = guest.snapshot.guest
@@ -158,7 +158,7 @@ def test_ac_is_set(probed: Boot, kernel: Any, rung: str, vcpus: int) -> None:
 
 @on_both_rungs
 @on_both_kernels
-def test_df_is_set(probed: Boot, kernel: Any, rung: str) -> None:
+def test_df_is_set(probed: Boot, kernel: str, rung: str) -> None:
     """Between std and cld of ``memmove``, which a system call is sent to instead of its own function."""
     guest = probed(spec(kernel, 1))
     linux = guest.snapshot.guest
@@ -184,7 +184,7 @@ def cld(insns: Iterable[Insn]) -> Iterator[int]:
         is_down = insn.mnemonic == "std" or (is_down and insn.mnemonic != "cld")
 
 
-def move_downwards(guest: Any, gdb: Any, memmove: int) -> None:
+def move_downwards(guest: Probed, gdb: GdbMi, memmove: int) -> None:
     """Have the guest call *memmove* with overlapping buffers at the unused end of a task's stack."""
     size, distance, stack_size, above_magic = 1024, 256, 1 << 14, 1024
     gdb.console(f"tbreak *{guest.snapshot.guest.kallsyms.address('__x64_sys_getpriority'):#x}")

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbTerminal
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -40,13 +41,11 @@ PRINT = (
     "print('region', *map(hex, (R.start, R.end, api.guest().bp_entry)))"
 )
 
-Boot = Callable[[GuestSpec], Any]
-
 
 class Oracle:
     """The guest's text as it was before the first probe, and what follows each instruction of it."""
 
-    def __init__(self, guest: Any, gdb: GdbTerminal) -> None:
+    def __init__(self, guest: Probed, gdb: GdbTerminal) -> None:
         self._snapshot = guest.snapshot
         self._gdb = gdb
 
@@ -88,7 +87,7 @@ class Oracle:
 
 
 @contextmanager
-def at_terminal(guest: Any) -> Iterator[GdbTerminal]:
+def at_terminal(guest: Probed) -> Iterator[GdbTerminal]:
     with GdbTerminal(guest.environment) as gdb:
         try:
             gdb.command(f"kprobe attach {guest.profile}")

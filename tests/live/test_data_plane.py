@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.inside import take_for_qemu
+from tests.support.probed import Boot, Booted, Probed
 
 pytestmark = pytest.mark.live
 
@@ -31,10 +32,8 @@ HIGH = 0x1_1000_0000
 ABOVE_4_GIB = {"shared_ram": False, "memory_mb": 4096, "region": "none", "extra_cmdline": (f"memmap=16M${HIGH:#x}",)}
 """RAM above 4 GiB is another piece of the guest's memory, and of the same piece of QEMU's."""
 
-Boot = Callable[[GuestSpec], Any]
 
-
-def profile(guest: Any, directory: Path, shared: str = "auto") -> Path:
+def profile(guest: Probed, directory: Path, shared: str = "auto") -> Path:
     """A profile for *guest* as it is, whatever its stub listens on."""
     file = directory / "mine.yaml"
     spec = guest.guest.spec
@@ -46,17 +45,17 @@ def profile(guest: Any, directory: Path, shared: str = "auto") -> Path:
     return file
 
 
-def plane(gdb: Any) -> str:
+def plane(gdb: GdbMi) -> str:
     """What ``kprobe info`` says of how counters are read."""
     lines = dict(line.split(":", 1) for line in gdb.console("kprobe info").splitlines() if ":" in line)
     return str(lines["counters"]).strip()
 
 
-def total(gdb: Any) -> int:
+def total(gdb: GdbMi) -> int:
     return int(gdb.command("-kprobe-stats")["tables"][0]["total"]["hits"])
 
 
-def stats_fail(gdb: Any) -> str:
+def stats_fail(gdb: GdbMi) -> str:
     with pytest.raises(GdbCommandError) as error:
         gdb.console("kprobe stats")
     assert "Error occurred in Python" not in str(error.value)
@@ -151,7 +150,7 @@ def test_a_process_that_may_not_be_read_is_told(probed: Boot, tmp_path: Path) ->
 
 
 def test_that_qemu_has_ended_is_told(
-    booted_guest: Callable[[GuestSpec], GuestVm], make_probed: Callable[[GuestVm], Any], tmp_path: Path
+    booted_guest: Booted, make_probed: Callable[[GuestVm], Any], tmp_path: Path
 ) -> None:
     guest = make_probed(booted_guest(GuestSpec(shared_ram=False)))
     with guest.gdb(attach=False) as gdb:

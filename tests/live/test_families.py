@@ -237,7 +237,7 @@ BY_KERNEL = {"debian": {"rip-relative mov gs"}, "newest": {"rip-relative mov gs"
     ],
 )
 def test_every_family_counts_every_call(
-    probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, hits: int, rung: str
+    probed: Probe, sites: Sites, record_property: Record, kernel: str, vcpus: int, hits: int, rung: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     chosen = sites.of(guest, CALLS)
@@ -249,7 +249,7 @@ def test_every_family_counts_every_call(
 @pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_many_hits_in_one_run(
-    probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
+    probed: Probe, sites: Sites, record_property: Record, kernel: str, vcpus: int, rung: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     chosen = tuple(site for site in sites.of(guest, (GETPRIORITY,)) if site.form == "push")
@@ -260,7 +260,7 @@ def test_many_hits_in_one_run(
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_indirect_calls_and_jumps_without_retpolines(
-    probed: Probe, sites: Sites, record_property: Record, kernel: Any, rung: str
+    probed: Probe, sites: Sites, record_property: Record, kernel: str, rung: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2, extra_cmdline=("mitigations=off",)))
     chosen = sites.of(guest, INDIRECT_CALLS)
@@ -272,7 +272,7 @@ def test_indirect_calls_and_jumps_without_retpolines(
 @pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 def test_every_family_with_page_table_isolation(
-    probed: Probe, sites: Sites, record_property: Record, kernel: Any, vcpus: int, rung: str
+    probed: Probe, sites: Sites, record_property: Record, kernel: str, vcpus: int, rung: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus, extra_cmdline=("pti=on",)))
     chosen = sites.of(guest, CALLS)
@@ -282,7 +282,7 @@ def test_every_family_with_page_table_isolation(
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
 def test_arming_and_disarming_under_load_with_page_table_isolation(
-    probed: Probe, record_property: Record, kernel: Any
+    probed: Probe, record_property: Record, kernel: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2, extra_cmdline=("pti=on",)))
     rounds, calls = (20 if FULL else 5), 5

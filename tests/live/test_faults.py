@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -22,7 +20,7 @@ EFAULT = -14
 CALLS = 23
 
 
-def faulting_insn(guest: Any) -> Insn:
+def faulting_insn(guest: Probed) -> Insn:
     """The instruction of ``__get_user_4`` whose fault the kernel fixes up."""
     kernel = guest.snapshot.guest
     start = kernel.kallsyms.address("__get_user_4")
@@ -33,7 +31,7 @@ def faulting_insn(guest: Any) -> Insn:
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_a_fault_is_fixed_up_and_counted_once(probed: Callable[[GuestSpec], Any], kernel: Any, vcpus: int) -> None:
+def test_a_fault_is_fixed_up_and_counted_once(probed: Boot, kernel: str, vcpus: int) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     insn = faulting_insn(guest)
     with guest.gdb() as gdb:
@@ -50,7 +48,7 @@ def test_a_fault_is_fixed_up_and_counted_once(probed: Callable[[GuestSpec], Any]
         gdb.console("kprobe detach")
 
 
-def test_a_page_that_is_not_there_yet_is_one_hit(probed: Callable[[GuestSpec], Any]) -> None:
+def test_a_page_that_is_not_there_yet_is_one_hit(probed: Boot) -> None:
     """The first call faults the page in and runs into the int3 a second time: that is the same hit."""
     guest = probed(GuestSpec())
     insn = faulting_insn(guest)

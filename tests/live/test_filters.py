@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -17,7 +17,6 @@ FUNCTION = "__do_sys_getpriority"
 """Of the arguments as they were given: which in di, who in si."""
 CALLS = 5000
 
-Boot = Callable[[GuestSpec], Any]
 
 on_each_guest = pytest.mark.parametrize(
     ("kernel", "vcpus"),
@@ -46,7 +45,7 @@ ARGUMENTS = ((0, 0x40), (1, 0x41), (0, 0x141), (1, 0))
 
 @on_each_rung
 @on_each_guest
-def test_what_is_counted_is_what_the_condition_says(probed: Boot, kernel: Any, vcpus: int, strategy: str) -> None:
+def test_what_is_counted_is_what_the_condition_says(probed: Boot, kernel: str, vcpus: int, strategy: str) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     calls = 10 if strategy == "single-step" else CALLS
     with guest.gdb() as gdb:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,6 +30,7 @@ from tests.proof.forms import Forms, read_forms
 from tests.proof.privileged import state_for, transplanted
 from tests.proof.prover import MODULE_AREA, Oracle, Prover
 from tests.proof.state import State, differences
+from tests.support.probed import Booted
 
 pytestmark = pytest.mark.live
 
@@ -177,9 +178,7 @@ def spec(request: pytest.FixtureRequest) -> GuestSpec:
     return asked
 
 
-def test_every_form_of_the_live_text_is_proven(
-    booted_guest: Callable[[GuestSpec], GuestVm], prover: Prover, spec: GuestSpec
-) -> None:
+def test_every_form_of_the_live_text_is_proven(booted_guest: Booted, prover: Prover, spec: GuestSpec) -> None:
     guest = booted_guest(spec)
     started = time.monotonic()
     forms = live_forms(guest)
@@ -219,9 +218,7 @@ def test_every_form_of_the_live_text_is_proven(
     assert sum(oracles.values()) + sum(refused.values()) == len(forms.samples)
 
 
-def test_every_distinct_instruction_decodes_to_the_same_in_a_slot(
-    booted_guest: Callable[[GuestSpec], GuestVm], spec: GuestSpec
-) -> None:
+def test_every_distinct_instruction_decodes_to_the_same_in_a_slot(booted_guest: Booted, spec: GuestSpec) -> None:
     """Not what a form does, which is proven above, but each displacement in it, for a slot anywhere in reach."""
     forms = live_forms(booted_guest(spec))
     rng = random.Random(0)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -34,6 +33,7 @@ from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.errors import GuestFailedError
+from tests.support.probed import Boot, Booted
 
 pytestmark = pytest.mark.live
 
@@ -51,8 +51,6 @@ PRESENT = re.compile(r"^ +\S.*?\[\d+\] .*?: (\S+) <-", re.M)
 both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 one_kernel = pytest.mark.parametrize("kernel", ["debian", pytest.param("newest", marks=pytest.mark.full)])
 cpus = pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.full)])
-
-Boot = Callable[[GuestSpec], Any]
 
 
 class Looked:
@@ -136,7 +134,7 @@ def choose(vm: GuestVm, traces: list[dict[str, int]]) -> list[str]:
 
 
 @one_kernel
-def test_records_equal_available_filter_functions(booted_guest: Boot, kernel: Any) -> None:
+def test_records_equal_available_filter_functions(booted_guest: Booted, kernel: str) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel))
     lines = vm.read_file(f"{TRACING}/available_filter_functions").decode().splitlines()
     with stopped(vm) as looked:
@@ -171,7 +169,7 @@ def test_records_equal_available_filter_functions(booted_guest: Boot, kernel: An
         assert site not in looked.records.sites_in(AddressRange(VirtAddr(site.ip + 5), VirtAddr(site.ip + 6)))
 
 
-def test_records_have_the_addresses_that_the_guest_lists(booted_guest: Boot) -> None:
+def test_records_have_the_addresses_that_the_guest_lists(booted_guest: Booted) -> None:
     vm = booted_guest(GuestSpec(kernel="newest"))
     lines = vm.read_file(f"{TRACING}/available_filter_functions_addrs").decode().splitlines()
     with stopped(vm) as looked:
@@ -179,7 +177,7 @@ def test_records_have_the_addresses_that_the_guest_lists(booted_guest: Boot) -> 
 
 
 @both_kernels
-def test_records_follow_the_modules(booted_guest: Boot, kernel: Any) -> None:
+def test_records_follow_the_modules(booted_guest: Booted, kernel: str) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel))
     module = vm.check_output("find /modules -name 'loop.ko*'").strip()
     listed = vm.read_file(f"{TRACING}/available_filter_functions").decode().splitlines()
@@ -195,7 +193,7 @@ def test_records_follow_the_modules(booted_guest: Boot, kernel: Any) -> None:
 
 @one_kernel
 @cpus
-def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vcpus: int) -> None:
+def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: str, vcpus: int) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     vm: GuestVm = guest.guest
     before = traced_by_all(vm)
@@ -252,7 +250,7 @@ def test_the_guest_leaves_borrowed_functions_alone(probed: Boot, kernel: Any, vc
 
 
 @one_kernel
-def test_a_module_goes_with_its_borrowed_function(booted_guest: Boot, kernel: Any) -> None:
+def test_a_module_goes_with_its_borrowed_function(booted_guest: Booted, kernel: str) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel))
     module = vm.check_output("find /modules -name 'loop.ko*'").strip()
     record, jump = borrow(vm, ["loop_control_ioctl"])
@@ -280,7 +278,7 @@ def switch_tracer(vm: GuestVm, name: str) -> None:
 
 
 @one_kernel
-def test_the_guest_minds_what_is_not_done_so(kernel: Any) -> None:
+def test_the_guest_minds_what_is_not_done_so(kernel: str) -> None:
     """Why it is done at all: an int3 without the flag, and the flag cleared while a tracer covers the function."""
     with hurt_guest(GuestSpec(kernel=kernel)) as vm:
         with stopped(vm) as looked:

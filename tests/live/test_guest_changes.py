@@ -11,6 +11,7 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbTimeoutError
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Booted, MakeProbed
 
 pytestmark = pytest.mark.live
 
@@ -19,9 +20,7 @@ CALLS = 23
 
 
 @pytest.fixture
-def unchecked(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
-) -> Callable[[GuestSpec], Any]:
+def unchecked(booted_guest: Booted, make_probed: MakeProbed) -> Callable[[GuestSpec], Any]:
     """A guest under test whose text is another one afterwards, so that it cannot be compared."""
     return lambda spec: make_probed(booted_guest(spec))
 
@@ -57,7 +56,7 @@ def test_a_reset_in_the_firmware_writes_nothing(unchecked: Callable[[GuestSpec],
 
 
 @pytest.mark.parametrize("strategy", ["boosted", "single-step"])
-def test_a_breakpoint_right_behind_a_probe_stops_every_time(probed: Callable[[GuestSpec], Any], strategy: str) -> None:
+def test_a_breakpoint_right_behind_a_probe_stops_every_time(probed: Boot, strategy: str) -> None:
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
         probe = guest.add(gdb, "p:mine __x64_sys_getpriority", strategy)

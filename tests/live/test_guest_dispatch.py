@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
 from tests.support.kernel_events import Way, events, hits, missed
 from tests.support.places import behind_jump
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -22,7 +22,6 @@ GETSID = 124
 GETEUID = 107
 MILLION = 1_000_000
 
-Boot = Callable[[GuestSpec], Any]
 
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
 on_each_guest = pytest.mark.parametrize(
@@ -31,7 +30,7 @@ on_each_guest = pytest.mark.parametrize(
 )
 
 
-def behind(guest: Any, function: str) -> VirtAddr:
+def behind(guest: Probed, function: str) -> VirtAddr:
     """The first instruction behind the jump of a probe on *function*: the guest may have kprobes of its own there."""
     linux: LinuxGuest = guest.snapshot.guest
     return offset(linux.kallsyms.address(function), behind_jump(linux, function))
@@ -40,14 +39,14 @@ def behind(guest: Any, function: str) -> VirtAddr:
 API = "python from gdb_kprobe.gdbext import api"
 
 
-def stops(gdb: Any) -> int:
+def stops(gdb: GdbMi) -> int:
     """How often the machine has stopped for a hit (tests/live/test_inspect.py compares it with QEMU's count)."""
     return int(gdb.console("python print(api.attachment().stops)").split()[-1])
 
 
 @on_each_guest
 def test_a_million_hits_are_counted_without_a_stop_and_read_while_the_guest_runs(
-    probed: Boot, kernel: Any, vcpus: int
+    probed: Boot, kernel: str, vcpus: int
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     with guest.gdb() as gdb:
@@ -212,7 +211,7 @@ def test_a_hit_that_has_stopped_is_not_filtered_again(probed: Boot, strategy: st
 
 
 @on_each_guest
-def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: Any, vcpus: int) -> None:
+def test_the_guests_own_int3s_work_as_before(probed: Boot, kernel: str, vcpus: int) -> None:
     """Its own kprobes, its jump labels that are switched, and breakpoints of its programs, all under load."""
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     vm = guest.guest

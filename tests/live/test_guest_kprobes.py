@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.model import Reason
-from gdb_kprobe.testing import GdbCommandError
-from kprobe_guest import GuestSpec
+from gdb_kprobe.testing import GdbCommandError, GdbMi
+from kprobe_guest import GuestSpec, GuestVm
 from tests.support.functions import function_insns
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -27,7 +28,6 @@ TRACING = "/sys/kernel/tracing"
 NOP_SIZE = 5
 """Of ftrace, at a function's entry."""
 
-Boot = Callable[[GuestSpec], Any]
 
 on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 
@@ -35,7 +35,7 @@ on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 class Own:
     """The guest's own kprobes, by their names."""
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
 
     def define(self, name: str, place: str) -> None:
@@ -71,7 +71,7 @@ class Own:
 def own(probed: Boot) -> Iterator[Callable[[Any], Own]]:
     made: list[Own] = []
 
-    def make(guest: Any) -> Own:
+    def make(guest: Probed) -> Own:
         made.append(Own(guest.guest))
         return made[-1]
 
@@ -80,18 +80,18 @@ def own(probed: Boot) -> Iterator[Callable[[Any], Own]]:
         one.vm.run(f"echo 0 >{TRACING}/events/kprobes/enable; echo >{TRACING}/kprobe_events; echo >{TRACING}/trace")
 
 
-def call(guest: Any, calls: int = CALLS) -> None:
+def call(guest: Probed, calls: int = CALLS) -> None:
     guest.guest.check_output(f"workload syscall {GETPRIORITY} {calls}")
 
 
-def boundaries(guest: Any) -> list[int]:
+def boundaries(guest: Probed) -> list[int]:
     """The offsets of the instructions of :data:`FUNCTION`; its text is the guest's own now."""
     kernel = guest.snapshot.guest
     place = kernel.place_of(kernel.kallsyms.address(FUNCTION))
     return [insn.addr - place.start for insn in function_insns(kernel, place.start, place.end)]
 
 
-def body(guest: Any) -> int:
+def body(guest: Probed) -> int:
     """The offset of the first instruction behind landing pad and nop."""
     return int(guest.pad(guest.address(FUNCTION))) + NOP_SIZE
 
@@ -99,7 +99,7 @@ def body(guest: Any) -> int:
 @on_both_kernels
 @pytest.mark.parametrize("strategy", ["boosted", "optimized"])
 def test_what_a_kprobe_of_the_guest_may_jump_over_is_refused(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any, strategy: str
+    probed: Boot, own: Callable[[Any], Own], kernel: str, strategy: str
 ) -> None:
     """Defined, and not enabled: it is prepared to be a jump, and saves what is there when it becomes one."""
     guest = probed(GuestSpec(kernel=kernel))
@@ -137,7 +137,7 @@ def test_what_a_kprobe_of_the_guest_may_jump_over_is_refused(
 
 @on_both_kernels
 def test_ours_that_was_disabled_is_not_armed_in_what_the_guest_may_jump_over(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any
+    probed: Boot, own: Callable[[Any], Own], kernel: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     theirs = own(guest)
@@ -172,7 +172,7 @@ def test_ours_that_was_disabled_is_not_armed_in_what_the_guest_may_jump_over(
 @on_both_kernels
 @pytest.mark.parametrize("strategy", ["boosted", "optimized"])
 def test_the_guest_puts_its_kprobes_around_ours_as_if_we_were_not_there(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any, strategy: str
+    probed: Boot, own: Callable[[Any], Own], kernel: str, strategy: str
 ) -> None:
     """It decodes the function from its start: each boundary outside of our window is one, and nothing else is."""
     guest = probed(GuestSpec(kernel=kernel))
@@ -196,7 +196,7 @@ def test_the_guest_puts_its_kprobes_around_ours_as_if_we_were_not_there(
 
 
 @on_both_kernels
-def test_a_function_is_the_guests_own_to_trace_and_probe(probed: Boot, own: Callable[[Any], Own], kernel: Any) -> None:
+def test_a_function_is_the_guests_own_to_trace_and_probe(probed: Boot, own: Callable[[Any], Own], kernel: str) -> None:
     """Its function tracer, its kprobe and its kretprobe on the very function that we probe: all count all calls."""
     guest = probed(GuestSpec(kernel=kernel, vcpus=2))
     vm = guest.guest
@@ -233,7 +233,7 @@ def test_a_function_is_the_guests_own_to_trace_and_probe(probed: Boot, own: Call
 
 
 @on_both_kernels
-def test_a_landing_pad_is_never_replaced(probed: Boot, kernel: Any) -> None:
+def test_a_landing_pad_is_never_replaced(probed: Boot, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     start = guest.snapshot.guest.kallsyms.address(FUNCTION)
     assert bool(guest.pad(start)) is not guest.snapshot.guest.release.startswith("6.1.")
@@ -255,7 +255,7 @@ def test_a_landing_pad_is_never_replaced(probed: Boot, kernel: Any) -> None:
 
 
 def run_with_both(
-    guest: Any, gdb: Any, theirs: Own, expected: dict[str, int], own_hits: int
+    guest: Probed, gdb: GdbMi, theirs: Own, expected: dict[str, int], own_hits: int
 ) -> tuple[dict[str, int], int]:
     """One round of calls with the guest's kprobe enabled: both count all. Returns what both have counted by then."""
     call(guest)
@@ -269,7 +269,7 @@ def run_with_both(
 @on_both_kernels
 @pytest.mark.parametrize("where", ["entry", "inside"])
 def test_a_kprobe_of_the_guest_on_our_jump_is_known_and_keeps_it(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any, where: str
+    probed: Boot, own: Callable[[Any], Own], kernel: str, where: str
 ) -> None:
     """Defined, enabled, with stops in between, disabled, removed: both count, and the jump goes only after it."""
     guest = probed(GuestSpec(kernel=kernel))
@@ -323,7 +323,7 @@ def test_a_kprobe_of_the_guest_on_our_jump_is_known_and_keeps_it(
 @on_both_kernels
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_detach_leaves_what_a_kprobe_of_the_guest_has_saved(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any, enabled: bool
+    probed: Boot, own: Callable[[Any], Own], kernel: str, enabled: bool
 ) -> None:
     """The guest goes on, counts, and removes its kprobe; the next session takes the jump and the region away."""
     guest = probed(GuestSpec(kernel=kernel))
@@ -370,7 +370,7 @@ def test_a_detach_leaves_what_a_kprobe_of_the_guest_has_saved(
 
 @on_both_kernels
 def test_a_deleted_probe_whose_jump_is_saved_counts_for_nobody_else(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any
+    probed: Boot, own: Callable[[Any], Own], kernel: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     theirs = own(guest)
@@ -400,7 +400,7 @@ def test_a_deleted_probe_whose_jump_is_saved_counts_for_nobody_else(
 
 @on_both_kernels
 def test_a_killed_gdb_leaves_what_a_kprobe_of_the_guest_has_saved(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any
+    probed: Boot, own: Callable[[Any], Own], kernel: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     theirs = own(guest)
@@ -426,7 +426,7 @@ def test_a_killed_gdb_leaves_what_a_kprobe_of_the_guest_has_saved(
 @on_both_kernels
 @pytest.mark.parametrize("enabled", [True, False])
 def test_probes_whose_jump_a_kprobe_of_the_guest_has_saved_are_adopted(
-    probed: Boot, own: Callable[[Any], Own], kernel: Any, enabled: bool
+    probed: Boot, own: Callable[[Any], Own], kernel: str, enabled: bool
 ) -> None:
     """With their counts, while the kprobe is there, enabled or not; and they go on when it has gone."""
     guest = probed(GuestSpec(kernel=kernel))
@@ -477,6 +477,7 @@ def test_a_kprobe_whose_module_is_gone_is_none(probed: Boot, own: Callable[[Any]
     jumps = (
         f"loop:{place.symbol.name}+{insn.addr - place.start}"
         for place in kernel.functions("loop:*")
+        if place.symbol is not None
         for insn in function_insns(kernel, place.start, place.end)
         if insn.raw[:1] == b"\xe9"
     )

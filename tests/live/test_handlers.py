@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing import GdbTimeoutError
+from gdb_kprobe.testing import GdbMi, GdbTimeoutError
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-Boot = Callable[[GuestSpec], Any]
 
 RUNGS = ("single-step", "boosted", "optimized")
 ARGUMENT_1 = 0x70
@@ -25,7 +25,7 @@ ARGUMENT_1 = 0x70
 def handler(tmp_path: Path) -> Callable[[Any, Any, str], None]:
     """Runs a piece of Python in gdb, with the API as ``kprobe``, that adds probes to a guest."""
 
-    def define(guest: Any, gdb: Any, text: str) -> None:
+    def define(guest: Probed, gdb: GdbMi, text: str) -> None:
         script = tmp_path / "handler.py"
         script.write_text(f"from gdb_kprobe.gdbext import api as kprobe\nseen = []\n{text}")
         gdb.console(f"source {script}")
@@ -34,16 +34,16 @@ def handler(tmp_path: Path) -> Callable[[Any, Any, str], None]:
     return define
 
 
-def printed(gdb: Any, expression: str) -> str:
+def printed(gdb: GdbMi, expression: str) -> str:
     return str(gdb.console(f"python print({expression})")).strip()
 
 
-def result_of(guest: Any, command: str) -> int:
+def result_of(guest: Probed, command: str) -> int:
     """What the last system call of the workload returned."""
     return int(guest.guest.check_output(command).rpartition("last result ")[2])
 
 
-def insns_of(guest: Any, function: str) -> list[Insn]:
+def insns_of(guest: Probed, function: str) -> list[Insn]:
     kernel = guest.snapshot.guest
     (symbol,) = kernel.kallsyms.lookup(function)
     return list(iter_insns(kernel.memory.read(symbol.addr, kernel.kallsyms.size(symbol)), symbol.addr))
@@ -185,7 +185,7 @@ def test_skips_the_instruction(probed: Boot, handler: Any, rung: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_a_post_handler_sees_and_changes_what_the_instruction_did(probed: Boot, handler: Any, kernel: Any) -> None:
+def test_a_post_handler_sees_and_changes_what_the_instruction_did(probed: Boot, handler: Any, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2))
     load = next(insn for insn in insns_of(guest, "__x64_sys_getpriority") if insn.op_str.startswith("esi,"))
     with guest.gdb() as gdb:

@@ -7,18 +7,16 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-Boot = Callable[[GuestSpec], Any]
 
 CALLS = 4
 MOST_PLACES = 6
@@ -74,7 +72,7 @@ for number, addr in enumerate({places}):
 """
 
 
-def places_in(guest: Any, function: str) -> list[int]:
+def places_in(guest: Probed, function: str) -> list[int]:
     """Some instructions of *function*, each far from the last."""
     kernel = guest.snapshot.guest
     (symbol,) = kernel.kallsyms.lookup(function)
@@ -94,7 +92,7 @@ def places_in(guest: Any, function: str) -> list[int]:
     ("function", "call"), [("__do_sys_getpriority", "140"), ("do_sched_yield", "24")], ids=["getpriority", "irqs off"]
 )
 def test_a_handler_sees_the_machine_at_the_probe(
-    probed: Boot, tmp_path: Path, kernel: Any, vcpus: int, function: str, call: str, strategy: str
+    probed: Boot, tmp_path: Path, kernel: str, vcpus: int, function: str, call: str, strategy: str
 ) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     with guest.gdb() as gdb:

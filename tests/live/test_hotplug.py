@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.probed import Boot, MakeProbed
 from tests.torture import hotplug
 
 pytestmark = pytest.mark.live
@@ -23,7 +22,7 @@ def test_a_cpu_goes_and_comes(kernel: str) -> None:
     assert hotplug.run(Namespace(n=3, kernel=kernel, cpus=2, unprepared=False)) == 0
 
 
-def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: Callable[[Any], Any]) -> None:
+def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_probed: MakeProbed) -> None:
     """QEMU's stub lists it from the next stop on; hits on it are counted at once."""
     guest, vm = make_probed(expandable), expandable
     slots = vm.qmp("query-hotpluggable-cpus")
@@ -51,7 +50,7 @@ def test_a_cpu_that_is_plugged_in_is_looked_at_too(expandable: GuestVm, make_pro
     assert {(change.before, change.after) for change in found} <= {(0x3E, 0xF0)}
 
 
-def test_attach_and_detach_while_a_cpu_is_offline(probed: Callable[[GuestSpec], Any]) -> None:
+def test_attach_and_detach_while_a_cpu_is_offline(probed: Boot) -> None:
     """It has loaded no page table of ours then, and keeps none: it comes online through real mode."""
     guest = probed(GuestSpec(vcpus=2))
     vm = guest.guest

@@ -15,6 +15,7 @@ import pytest
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -23,7 +24,6 @@ TEXT_BASE = 0xFFFF_FFFF_8100_0000
 """Where a kernel is linked to be."""
 NOP5 = bytes.fromhex("0f1f440000")
 
-Boot = Callable[[GuestSpec], Any]
 
 ASK = """
 import json
@@ -86,7 +86,7 @@ def events(vm: GuestVm) -> Iterator[Callable[[], list[str]]]:
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_sites_are_what_the_text_and_the_region_hold(probed: Boot, kernel: Any) -> None:
+def test_sites_are_what_the_text_and_the_region_hold(probed: Boot, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2))
     vm, memory = guest.guest, guest.snapshot.guest.memory
     with guest.gdb() as gdb:
@@ -142,7 +142,7 @@ def test_sites_are_what_the_text_and_the_region_hold(probed: Boot, kernel: Any) 
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_guest_and_region_are_what_the_guest_and_qemu_say(probed: Boot, kernel: Any) -> None:
+def test_guest_and_region_are_what_the_guest_and_qemu_say(probed: Boot, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=2))
     vm = guest.guest
     release, vcpus = vm.check_output("uname -r; nproc").split()

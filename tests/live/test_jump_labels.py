@@ -5,17 +5,18 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
-from kprobe_guest import GuestSpec
+from kprobe_guest import GuestSpec, GuestVm
 from tests.support.kernel_events import Way, events, hits
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -31,7 +32,7 @@ SWITCHES = f"while [ ! -e /tmp/enough ]; do echo 1 >{SWITCH}; sleep 0.01; echo 0
 JUMPS = ("before", "behind", "above", "target")
 
 
-def label_of(kernel: Any, insns: list[Insn]) -> tuple[VirtAddr, VirtAddr]:
+def label_of(kernel: LinuxGuest, insns: list[Insn]) -> tuple[VirtAddr, VirtAddr]:
     """The address of the function's only jump label, and where it jumps to."""
     tables = kernel.text_facts().tables
     pairs = zip(tables.jump_labels, tables.jump_targets, strict=True)
@@ -47,7 +48,7 @@ def windows(insns: list[Insn]) -> Iterator[tuple[VirtAddr, VirtAddr]]:
             yield insn.addr, end
 
 
-def beside(kernel: Any) -> dict[str, VirtAddr]:
+def beside(kernel: LinuxGuest) -> dict[str, VirtAddr]:
     """Where to probe: as near before and behind the label as can be, as near before its target, and at its target.
 
     ``theirs`` is for the guest's own kprobe: an instruction that every call executes, and no jump of ours displaces.
@@ -72,7 +73,7 @@ def beside(kernel: Any) -> dict[str, VirtAddr]:
     }
 
 
-def recorded(vm: Any) -> int:
+def recorded(vm: GuestVm) -> int:
     """How many renames the guest's tracer has recorded."""
     text = vm.check_output(f"cat {INSTANCE}/per_cpu/cpu*/stats")
     return sum(int(number) for number in re.findall(r"^(?:entries|overrun): (\d+)", text, re.M))
@@ -83,7 +84,7 @@ def rungs(gdb: GdbMi) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_a_label_is_switched_beside_jumps(probed: Callable[[GuestSpec], Any], kernel: Any) -> None:
+def test_a_label_is_switched_beside_jumps(probed: Boot, kernel: str) -> None:
     """The guest's own kprobe in the function counts its calls, and its tracer how often the label jumped.
 
     With more than one vCPU, QEMU 7.2 kills a guest that switches jump labels by itself.

@@ -6,14 +6,15 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from gdb_kprobe.model import Reason, offset
+from gdb_kprobe.model import Reason, VirtAddr, offset
+from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import DecodeError, decode
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -22,23 +23,22 @@ GETPRIORITY = 140
 FUNCTION = "__x64_sys_getpriority"
 CALLS = 20_000
 
-Boot = Callable[[GuestSpec], Any]
 
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
 on_both_kernels = pytest.mark.parametrize("kernel", ["debian", "newest"])
 
 
-def rungs(gdb: Any) -> dict[str, str]:
+def rungs(gdb: GdbMi) -> dict[str, str]:
     return {probe["name"]: probe["rung"] for probe in gdb.command("-kprobe-list")["probes"]}
 
 
-def why_not(gdb: Any, name: str) -> str:
+def why_not(gdb: GdbMi, name: str) -> str:
     """Why the probe *name* is no jump, as a user reads it."""
     found = re.search(r"not optimized\s+(.*?)(?=\n\S|\Z)", gdb.console(f"kprobe info {name}"), re.S)
     return " ".join(found[1].split()) if found else ""
 
 
-def window(gdb: Any, place: str) -> tuple[int, tuple[int, ...], int]:
+def window(gdb: GdbMi, place: str) -> tuple[int, tuple[int, ...], int]:
     """Start, interior and end of the window that a jump at *place* would have."""
     text = gdb.console(
         "python from gdb_kprobe.gdbext import api; "
@@ -48,11 +48,11 @@ def window(gdb: Any, place: str) -> tuple[int, tuple[int, ...], int]:
     return start, tuple(interior), end
 
 
-def call(guest: Any, calls: int = CALLS) -> None:
+def call(guest: Probed, calls: int = CALLS) -> None:
     guest.guest.check_output(f"workload syscall {GETPRIORITY} {calls}")
 
 
-def second(gdb: Any) -> str:
+def second(gdb: GdbMi) -> str:
     """A place in the function whose window has an interior."""
     start = window(gdb, FUNCTION)[0]
     entry = int(gdb.command(f"-kprobe-plan {FUNCTION}")["plan"]["asked"], 16)
@@ -63,7 +63,7 @@ def second(gdb: Any) -> str:
 
 @on_both_counts
 @on_both_kernels
-def test_every_call_is_counted_once(probed: Boot, kernel: Any, vcpus: int) -> None:
+def test_every_call_is_counted_once(probed: Boot, kernel: str, vcpus: int) -> None:
     guest = probed(GuestSpec(kernel=kernel, vcpus=vcpus))
     with guest.gdb() as gdb:
         place = second(gdb)
@@ -92,7 +92,7 @@ def test_every_call_is_counted_once(probed: Boot, kernel: Any, vcpus: int) -> No
 
 
 @on_both_kernels
-def test_a_zombie_stands_in_nobodys_way(probed: Boot, kernel: Any) -> None:
+def test_a_zombie_stands_in_nobodys_way(probed: Boot, kernel: str) -> None:
     """It is among the tasks and has no stack: a jump is put, and the region is taken away, as ever."""
     guest = probed(GuestSpec(kernel=kernel, vcpus=2))
     job = guest.guest.spawn("sleep 0 & exec sleep 1000")
@@ -151,7 +151,7 @@ def test_a_task_interrupted_within_the_window_makes_the_jump_wait(probed: Boot, 
         gdb.console("kprobe detach")
 
 
-def stop_at(guest: Any, gdb: Any, addr: int, command: str = "tbreak") -> Any:
+def stop_at(guest: Probed, gdb: GdbMi, addr: int, command: str = "tbreak") -> Any:
     """Stop a vCPU at *addr*, at the first of :data:`CALLS` calls; returns the job that makes them."""
     gdb.console(f"{command} *{addr:#x}")
     gdb.cont()
@@ -161,7 +161,7 @@ def stop_at(guest: Any, gdb: Any, addr: int, command: str = "tbreak") -> Any:
     return job
 
 
-def finish_late(guest: Any, gdb: Any, job: Any) -> None:
+def finish_late(guest: Probed, gdb: GdbMi, job: Any) -> None:
     """Of the calls of *job* the first had passed the place of ``late`` already; afterwards it becomes a jump.
 
     Not at the first stop where a word that nobody needs any more is on a stack in use: it is tried at each.
@@ -240,7 +240,7 @@ def plans(addrs):
 """
 
 
-def calls_of(guest: Any, tasks: str) -> set[int]:
+def calls_of(guest: Probed, tasks: str) -> set[VirtAddr]:
     """The calls by register that *tasks* (words of the guest's shell) are asleep in; by the guest's own account."""
     stacks = guest.guest.check_output(f"for task in {tasks}; do cat /proc/${{task#/proc/}}/stack; done 2>&1 || :")
     kallsyms = guest.snapshot.guest.kallsyms

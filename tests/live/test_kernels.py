@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.probed import Booted
 from tests.torture.cell import Cell, check
 
 pytestmark = pytest.mark.live
@@ -37,7 +38,7 @@ by_name = pytest.mark.parametrize("served", KERNELS, indirect=True)
 
 
 @by_name
-def test_a_probe_on_each_rung(booted_guest: Callable[[GuestSpec], GuestVm], served: str) -> None:
+def test_a_probe_on_each_rung(booted_guest: Booted, served: str) -> None:
     cell = Cell(GuestSpec(kernel=served, vcpus=2))
     outcome = check(booted_guest(cell.spec), cell)
     assert outcome.wrong == ()
@@ -46,7 +47,7 @@ def test_a_probe_on_each_rung(booted_guest: Callable[[GuestSpec], GuestVm], serv
 
 @by_name
 def test_functions_of_a_module_on_each_rung(
-    booted_guest: Callable[[GuestSpec], GuestVm], make_probed: Callable[[GuestVm], Any], served: str
+    booted_guest: Booted, make_probed: Callable[[GuestVm], Any], served: str
 ) -> None:
     """Since 6.16 texts of modules may share large pages (``EXECMEM_ROX_CACHE``): one comes beside probes, and goes."""
     vm = booted_guest(GuestSpec(kernel=served, vcpus=2))

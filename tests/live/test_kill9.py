@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.live
         pytest.param("newest", 2, 1, marks=pytest.mark.full),
     ],
 )
-def test_a_killed_gdb_harms_nothing(kernel: Any, vcpus: int, first: int) -> None:
+def test_a_killed_gdb_harms_nothing(kernel: str, vcpus: int, first: int) -> None:
     """The oracle is the guest: the calls it has made, its log, and its text."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")

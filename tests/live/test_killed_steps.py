@@ -23,6 +23,7 @@ from kprobe_guest import GuestSpec, GuestVm
 from tests.support.client import StubClient
 from tests.support.cut import CutChannel, is_cut
 from tests.support.guests import environment
+from tests.support.probed import Booted
 
 pytestmark = pytest.mark.live
 
@@ -62,9 +63,7 @@ class Client(StubClient):
 
 
 @pytest.mark.parametrize("family", [Family.PLAIN, Family.JCC, Family.CALL_REL, Family.RET])
-def test_killed_at_any_packet_of_a_step_the_guest_goes_on(
-    booted_guest: Callable[[GuestSpec], GuestVm], family: Family
-) -> None:
+def test_killed_at_any_packet_of_a_step_the_guest_goes_on(booted_guest: Booted, family: Family) -> None:
     """Its calls return, its log is clean; and whoever attaches then puts the text back."""
     vm = booted_guest(GuestSpec(vcpus=2))
     left: set[str] = set()

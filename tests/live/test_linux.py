@@ -6,7 +6,7 @@ import contextlib
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,7 @@ from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_s
 from gdb_kprobe.linux.text import read_text_facts
 from gdb_kprobe.model import AddressRange, PhysAddr, Reason, VirtAddr
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.probed import Booted
 
 pytestmark = pytest.mark.live
 
@@ -99,7 +100,7 @@ def open_kernel(vm: GuestVm, cpu: int = 0) -> Kernel:
 
 
 @pytest.fixture(params=["debian", "newest"])
-def vm(request: pytest.FixtureRequest, booted_guest: Callable[[GuestSpec], GuestVm]) -> GuestVm:
+def vm(request: pytest.FixtureRequest, booted_guest: Booted) -> GuestVm:
     return booted_guest(GuestSpec(kernel=request.param, vcpus=2))
 
 

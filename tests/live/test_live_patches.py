@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kprobe_guest import GuestSpec
 from tests.support.live_patch import NAME, NEW, TEXT, make_live_patch
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
 FUNCTION = "cmdline_proc_show"
 PATCHES = "/sys/kernel/livepatch"
 
-Boot = Callable[[GuestSpec], Any]
 
-
-def put_patch(guest: Any, directory: Path) -> None:
+def put_patch(guest: Probed, directory: Path) -> None:
     """Have the module in the guest's /tmp."""
     vm, kernel = guest.guest, guest.snapshot.guest
     another = gzip.decompress(base64.b64decode(vm.check_output("gzip -c $(find /modules -name 'loop.ko') | base64")))
@@ -32,23 +29,23 @@ def put_patch(guest: Any, directory: Path) -> None:
     vm.check_output(f"base64 -d /tmp/made | gzip -d >/tmp/{NAME}.ko")
 
 
-def load(guest: Any) -> None:
+def load(guest: Probed) -> None:
     guest.guest.check_output(f"insmod /tmp/{NAME}.ko")
     guest.guest.check_output(f"until grep -q 0 {PATCHES}/{NAME}/transition; do sleep 0.2; done", timeout=120)
 
 
-def unload(guest: Any) -> None:
+def unload(guest: Probed) -> None:
     guest.guest.check_output(f"echo 0 >{PATCHES}/{NAME}/enabled")
     guest.guest.check_output(f"until rmmod {NAME} 2>/dev/null; do sleep 0.2; done", timeout=120)
 
 
-def shown(guest: Any, times: int = 1) -> set[str]:
+def shown(guest: Probed, times: int = 1) -> set[str]:
     """What *times* calls of the function show."""
     return {guest.guest.check_output("cat /proc/cmdline").strip() for _ in range(times)}
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_a_live_patch_works_beside_a_probe_and_is_told_of(probed: Boot, kernel: Any, tmp_path: Path) -> None:
+def test_a_live_patch_works_beside_a_probe_and_is_told_of(probed: Boot, kernel: str, tmp_path: Path) -> None:
     guest = probed(GuestSpec(kernel=kernel, extra_cmdline=("patched=1",)))  # of its own: it stays tainted
     put_patch(guest, tmp_path)
     (before,) = shown(guest)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -23,16 +22,13 @@ SOME = "s*"
 ADDRESSES = "addr for site in api.sites() if site.is_armed for addr in range(site.range.start, site.range.end)"
 
 
-Boot = Callable[[GuestSpec], Any]
-
-
 def armed_of(answer: str) -> tuple[int, int]:
     found = re.search(r"(\d+) of (\d+) functions armed", answer)
     assert found is not None, answer
     return int(found[1]), int(found[2])
 
 
-def touched(gdb: Any) -> set[int]:
+def touched(gdb: GdbMi) -> set[int]:
     return {int(addr, 16) for addr in re.findall(r"^([0-9a-f]{16}) ", gdb.console("kprobe list"), re.M)}
 
 

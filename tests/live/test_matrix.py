@@ -13,6 +13,7 @@ from gdb_kprobe.testing.oracle import GuestRam
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.path import PathTracer
+from tests.support.probed import Booted
 from tests.torture.cell import check
 from tests.torture.matrix import CELLS
 
@@ -35,7 +36,7 @@ IN_SHORT = (
 @pytest.mark.parametrize(
     "name", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.full) for name in CELLS]
 )
-def test_a_probe_on_each_rung(booted_guest: Callable[[GuestSpec], GuestVm], name: str) -> None:
+def test_a_probe_on_each_rung(booted_guest: Booted, name: str) -> None:
     outcome = check(booted_guest(CELLS[name].spec), CELLS[name])
     assert outcome.wrong == ()
     assert outcome.rungs == ("optimized", "boosted", "single-step")
@@ -90,7 +91,7 @@ class BareGuest:
 
 @pytest.mark.parametrize("rung", ["single-step", "boosted"])
 def test_every_instruction_of_the_bare_metal_guest(
-    booted_guest: Callable[[GuestSpec], GuestVm], record_property: Callable[[str, object], None], rung: str
+    booted_guest: Booted, record_property: Callable[[str, object], None], rung: str
 ) -> None:
     guest = booted_guest(BARE)
     bare = BareGuest(guest)

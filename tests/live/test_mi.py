@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -51,8 +51,6 @@ MISTAKES = {
     "stats": [("", "not attached"), ("--interval nan", "not a number of seconds")],
 }
 """Arguments of each command that are wrong while nothing is attached, and what is said."""
-
-Boot = Callable[[GuestSpec], Any]
 
 
 def answer(gdb: GdbMi, command: str, arguments: str = "") -> Any:

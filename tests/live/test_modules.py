@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Booted, MakeProbed
 
 pytestmark = pytest.mark.live
 
@@ -20,7 +19,7 @@ DEVICES = "ls -d /sys/block/loop* | wc -l"
 """As many as the module's init has called ``loop_add``."""
 
 
-def states(gdb: Any) -> dict[str, str]:
+def states(gdb: GdbMi) -> dict[str, str]:
     return {probe["name"]: probe["state"] for probe in gdb.command("-kprobe-list")["probes"]}
 
 
@@ -28,9 +27,7 @@ def states(gdb: Any) -> dict[str, str]:
     ("kernel", "vcpus"),
     [("debian", 2), *(pytest.param(*guest, marks=pytest.mark.full) for guest in (("debian", 1), ("newest", 1)))],
 )
-def test_probes_follow_their_module(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any], kernel: Any, vcpus: int
-) -> None:
+def test_probes_follow_their_module(booted_guest: Booted, make_probed: MakeProbed, kernel: str, vcpus: int) -> None:
     vm = booted_guest(GuestSpec(kernel=kernel, vcpus=vcpus))
     vm.check_output(UNLOAD)
     guest = make_probed(vm)
@@ -75,7 +72,7 @@ def test_probes_follow_their_module(
     guest.check_untouched()
 
 
-def test_what_cannot_come_is_refused(probed: Callable[[GuestSpec], Any]) -> None:
+def test_what_cannot_come_is_refused(probed: Boot) -> None:
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
         with pytest.raises(GdbCommandError, match="loop_add_two is not in kallsyms"):
@@ -88,9 +85,7 @@ def test_what_cannot_come_is_refused(probed: Callable[[GuestSpec], Any]) -> None
         gdb.console("kprobe detach")
 
 
-def test_another_load_at_the_same_address_is_noticed(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
-) -> None:
+def test_another_load_at_the_same_address_is_noticed(booted_guest: Booted, make_probed: MakeProbed) -> None:
     """While gdb does not look: no probe is in the module, so nothing stops for it, and all it knew of it is old."""
     guest = make_probed(booted_guest(GuestSpec()))
     vm = guest.guest
@@ -121,9 +116,7 @@ RECORD = (
 )
 
 
-def test_a_trace_does_not_tell_of_the_watches(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
-) -> None:
+def test_a_trace_does_not_tell_of_the_watches(booted_guest: Booted, make_probed: MakeProbed) -> None:
     guest = make_probed(booted_guest(GuestSpec()))
     with guest.gdb() as gdb:
         gdb.console("kprobe p:later nosuch:nosuch_function")
@@ -137,9 +130,7 @@ def test_a_trace_does_not_tell_of_the_watches(
     assert guest.guest.dmesg_problems() == []
 
 
-def test_probes_that_wait_are_adopted_with_their_counts(
-    booted_guest: Callable[[GuestSpec], Any], make_probed: Callable[[Any], Any]
-) -> None:
+def test_probes_that_wait_are_adopted_with_their_counts(booted_guest: Booted, make_probed: MakeProbed) -> None:
     vm = booted_guest(GuestSpec())
     guest = make_probed(vm)
     with guest.gdb() as gdb:

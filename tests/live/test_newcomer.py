@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -31,7 +31,7 @@ def refused(gdb: GdbMi, command: str = "kprobe attach debian") -> str:
 
 
 @pytest.mark.parametrize("gdb_transport", ["unix", "tcp"])
-def test_another_gdb_holds_the_stub(probed: Callable[[GuestSpec], Any], tmp_path: Path, gdb_transport: Any) -> None:
+def test_another_gdb_holds_the_stub(probed: Boot, tmp_path: Path, gdb_transport: Any) -> None:
     guest = probed(GuestSpec(gdb=gdb_transport))
     profile = tmp_path / "mine.yaml"
     region = REGION.format(source="reserved", size="16M", more="  physical: 0x10000000\n")
@@ -63,7 +63,7 @@ WRONG = (
 )
 
 
-def test_ten_wrong_inputs_and_more(probed: Callable[[GuestSpec], Any]) -> None:
+def test_ten_wrong_inputs_and_more(probed: Boot) -> None:
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
         guest.add(gdb, "p:mine __x64_sys_getpriority")
@@ -76,7 +76,7 @@ def test_ten_wrong_inputs_and_more(probed: Callable[[GuestSpec], Any]) -> None:
         gdb.console("kprobe detach")
 
 
-def test_an_ambiguous_symbol_names_all_addresses(probed: Callable[[GuestSpec], Any]) -> None:
+def test_an_ambiguous_symbol_names_all_addresses(probed: Boot) -> None:
     guest = probed(GuestSpec())
     names: dict[str, int] = {}
     for line in guest.guest.kallsyms().splitlines():
@@ -91,7 +91,7 @@ def test_an_ambiguous_symbol_names_all_addresses(probed: Callable[[GuestSpec], A
         gdb.console("kprobe detach")
 
 
-def test_the_launcher_attaches(probed: Callable[[GuestSpec], Any]) -> None:
+def test_the_launcher_attaches(probed: Boot) -> None:
     guest = probed(GuestSpec())
     command = [
         "gdb-kprobe",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -19,7 +17,7 @@ NO_SUCH_COMMAND = 0x1234
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_every_call_is_one_hit_on_both_rungs(probed: Callable[[GuestSpec], Any], vcpus: int) -> None:
+def test_every_call_is_one_hit_on_both_rungs(probed: Boot, vcpus: int) -> None:
     guest = probed(GuestSpec(vcpus=vcpus))
     with guest.gdb() as gdb:
         guest.add(gdb, "p:boosted __x64_sys_getpriority", "boosted")
@@ -34,7 +32,7 @@ def test_every_call_is_one_hit_on_both_rungs(probed: Callable[[GuestSpec], Any],
 
 
 @pytest.mark.parametrize("kernel", ["debian", "newest"])
-def test_module_function(probed: Callable[[GuestSpec], Any], kernel: Any) -> None:
+def test_module_function(probed: Boot, kernel: str) -> None:
     guest = probed(GuestSpec(kernel=kernel))
     with guest.gdb() as gdb:
         probe = guest.add(gdb, f"p:ctl loop:loop_control_ioctl cmd=%si:u32 if si == {NO_SUCH_COMMAND}")
@@ -51,7 +49,7 @@ def test_module_function(probed: Callable[[GuestSpec], Any], kernel: Any) -> Non
 
 
 @pytest.mark.parametrize(("strategy", "least"), [("boosted", 1), ("auto", 5)])
-def test_disabled_probe_leaves_the_original_text(probed: Callable[[GuestSpec], Any], strategy: str, least: int) -> None:
+def test_disabled_probe_leaves_the_original_text(probed: Boot, strategy: str, least: int) -> None:
     guest = probed(GuestSpec())
     with guest.gdb() as gdb:
         probe = guest.add(gdb, "p:one __x64_sys_getpriority", strategy)

@@ -20,6 +20,7 @@ from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.client import StubClient
 from tests.support.cut import CutChannel, is_cut
+from tests.support.probed import Booted
 
 pytestmark = pytest.mark.live
 
@@ -91,7 +92,7 @@ class BareSession(StubClient):
 
 
 @pytest.fixture
-def guest(booted_guest: Callable[[GuestSpec], GuestVm]) -> GuestVm:
+def guest(booted_guest: Booted) -> GuestVm:
     return booted_guest(GuestSpec(kernel="bare"))
 
 

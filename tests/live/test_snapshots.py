@@ -5,13 +5,12 @@ What gdb has written is seen on the wire, in gdb's own log of its connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kprobe_guest import GuestSpec, Snapshots
+from tests.support.probed import Boot, Probed
 from tests.support.wire import Wire
 
 pytestmark = pytest.mark.live
@@ -19,10 +18,8 @@ pytestmark = pytest.mark.live
 GETPRIORITY = 140
 CALLS = 23
 
-Boot = Callable[[GuestSpec], Any]
 
-
-def call(guest: Any, times: int = CALLS) -> None:
+def call(guest: Probed, times: int = CALLS) -> None:
     guest.guest.check_output(f"workload syscall {GETPRIORITY} {times}")
 
 

@@ -7,15 +7,14 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.terminal import GdbTerminal
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -25,23 +24,22 @@ SETPRIORITY = 141
 PRIO = "p:prio __x64_sys_getpriority"
 NICE = "p:nice __x64_sys_setpriority"
 
-Boot = Callable[[GuestSpec], Any]
 
 on_both_counts = pytest.mark.parametrize("vcpus", [1, 2])
 
 
-def jobs(guest: Any, calls: int, number: int = GETPRIORITY, *, wait: bool = True) -> list[int]:
+def jobs(guest: Probed, calls: int, number: int = GETPRIORITY, *, wait: bool = True) -> list[int]:
     """*calls* calls on each vCPU, in the background; without *wait* for when the guest may be stopped at any moment."""
     command = f"workload syscall {number} {calls}"
     return [guest.guest.spawn(command, wait=wait) for _ in range(guest.guest.spec.vcpus)]
 
 
-def finish(guest: Any, started: list[int]) -> None:
+def finish(guest: Probed, started: list[int]) -> None:
     for job in started:
         assert guest.guest.finish(job, timeout=60)[0] == 0
 
 
-def fails(gdb: Any, command: str) -> str:
+def fails(gdb: GdbMi, command: str) -> str:
     with pytest.raises(GdbCommandError) as error:
         gdb.console(command)
     text = str(error.value)

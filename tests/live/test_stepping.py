@@ -7,7 +7,7 @@ the same registers each time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from gdb_kprobe.session.stepping import MOST_PLACES
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -70,7 +71,7 @@ def stop_at_entry(gdb: GdbMi, entry: int) -> None:
 
 
 @pytest.fixture
-def calling(probed: Callable[[GuestSpec], Any]) -> Iterator[Any]:
+def calling(probed: Boot) -> Iterator[Any]:
     """A guest with a task that makes the call for ever."""
     guest = probed(GuestSpec(extra_cmdline=("randomize_kstack_offset=off",)))
     job = guest.guest.spawn(f"workload syscall {NR_GETPRIORITY} -1 0 0")
@@ -93,7 +94,7 @@ def plain(calling: Any) -> list[State]:
     return runs[0]
 
 
-def entry_of(guest: Any) -> int:
+def entry_of(guest: Probed) -> int:
     return int(guest.snapshot.guest.kallsyms.lookup(FUNCTION)[0].addr)
 
 
@@ -102,7 +103,7 @@ def first_visits(plain: list[State]) -> list[int]:
     return list(dict.fromkeys(found[0] for found in plain[:-1]))
 
 
-def of_the_body(guest: Any, plain: list[State]) -> int:
+def of_the_body(guest: Probed, plain: list[State]) -> int:
     """The index of the state at the first instruction behind landing pad and nop."""
     pad = guest.pad(plain[0][0])
     return [found[0] for found in plain].index(plain[0][0] + pad + NOP_SIZE)

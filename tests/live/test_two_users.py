@@ -6,36 +6,33 @@ A stub that is busy is in tests/live/test_attach.py, a gdb that was killed in te
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.config.installation import LOADER
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
 GETPRIORITY = 140
 CALLS = 23
 
-Boot = Callable[[GuestSpec], Any]
 
-
-def address_of(guest: Any) -> int:
+def address_of(guest: Probed) -> int:
     (symbol,) = guest.snapshot.guest.kallsyms.lookup("__x64_sys_getpriority")
     return int(symbol.addr)
 
 
-def call_on_each_vcpu(guest: Any) -> int:
+def call_on_each_vcpu(guest: Probed) -> int:
     call = f"workload syscall {GETPRIORITY} {CALLS}"
     vcpus = range(guest.guest.spec.vcpus)
     guest.guest.check_output(" & ".join(f"taskset {1 << cpu:x} {call}" for cpu in vcpus) + " & wait")
     return CALLS * len(vcpus)
 
 
-def move_stub(guest: Any, path: str) -> None:
+def move_stub(guest: Probed, path: str) -> None:
     # With one that listens on a socket still there, QEMU 7.2 makes no other.
     assert "Disabled gdbserver" in guest.guest.hmp("gdbserver none")
     assert "Could not open" not in guest.guest.hmp(f"gdbserver unix:{path},server=on,wait=off")

@@ -19,6 +19,7 @@ import pytest
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTerminal, GdbTimeoutError
 from kprobe_guest import GuestSpec
 from tests.support.inside import CUT
+from tests.support.probed import Boot, Booted, MakeProbed, Probed
 
 pytestmark = pytest.mark.live
 
@@ -35,7 +36,6 @@ PROBES = (
 COUNTING = (("p:boosted __x64_sys_getpriority", "boosted"), ("p:inner __do_sys_getpriority", "boosted"))
 """Probes that the guest's own dispatcher handles alone."""
 
-Boot = Callable[[GuestSpec], Any]
 Probes = tuple[tuple[str, str], ...]
 
 
@@ -50,7 +50,7 @@ on_both = pytest.mark.parametrize("guest", [1, 2], ids=["1cpu", "2cpu"], indirec
 class Load:
     """One workload for each vCPU, in the background of the guest."""
 
-    def __init__(self, guest: Any) -> None:
+    def __init__(self, guest: Probed) -> None:
         self._vm = guest.guest
         # One command: the guest is slow once the first workload hits probes.
         call = f"workload syscall {GETPRIORITY} {CALLS}"
@@ -63,7 +63,7 @@ class Load:
         assert output.count(f"workload: {CALLS} calls done") == self._vm.spec.vcpus, output
 
 
-def arm(guest: Any, gdb: GdbMi, probes: Probes = PROBES) -> None:
+def arm(guest: Probed, gdb: GdbMi, probes: Probes = PROBES) -> None:
     for definition, strategy in probes:
         guest.add(gdb, definition, strategy)
 
@@ -84,7 +84,7 @@ def text_of(gdb: GdbMi) -> str:
 
 @contextlib.contextmanager
 def under_load(
-    guest: Any, *, stop: bool, dispatch: str = "auto", probes: Probes = PROBES, watchdog: bool = True
+    guest: Probed, *, stop: bool, dispatch: str = "auto", probes: Probes = PROBES, watchdog: bool = True
 ) -> Iterator[tuple[GdbMi, Load]]:
     """A gdb with armed probes that are being hit; stopped by Ctrl-C, or running in the background."""
     with guest.gdb(dispatch=dispatch, watchdog=watchdog) as gdb:
@@ -100,7 +100,7 @@ def under_load(
 
 
 @contextlib.contextmanager
-def at_terminal(guest: Any, command: str) -> Iterator[tuple[GdbTerminal, Load]]:
+def at_terminal(guest: Probed, command: str) -> Iterator[tuple[GdbTerminal, Load]]:
     """A gdb at a terminal with armed probes that are being hit, in a foreground *command*."""
     with GdbTerminal(guest.environment) as gdb:
         gdb.command(f"kprobe attach {guest.profile}")
@@ -124,21 +124,21 @@ def at_terminal(guest: Any, command: str) -> Iterator[tuple[GdbTerminal, Load]]:
 
 @on_both
 @pytest.mark.parametrize("command", ["kprobe detach", "detach"])
-def test_a_command_that_detaches(guest: Any, command: str) -> None:
+def test_a_command_that_detaches(guest: Probed, command: str) -> None:
     with under_load(guest, stop=True) as (gdb, load):
         assert "3 site(s) restored" in gdb.console(command)
         load.finish()
 
 
 @on_both
-def test_detach_over_mi(guest: Any) -> None:
+def test_detach_over_mi(guest: Probed) -> None:
     # gdb 13 gives no notice of -target-detach before it is done. But a stopped guest has its own text.
     with under_load(guest, stop=True) as (gdb, load):
         gdb.command("-target-detach")
         load.finish()
 
 
-def test_disconnect_leaves_the_guest_stopped_with_its_own_text(guest: Any) -> None:
+def test_disconnect_leaves_the_guest_stopped_with_its_own_text(guest: Probed) -> None:
     # gdb's disconnect does not resume the machine: that is what tells it from detach.
     with under_load(guest, stop=True) as (gdb, load):
         assert "3 site(s) restored" in gdb.console("disconnect")
@@ -146,7 +146,7 @@ def test_disconnect_leaves_the_guest_stopped_with_its_own_text(guest: Any) -> No
         load.finish()
 
 
-def test_kill_restores_the_text_before_qemu_ends(booted_guest: Callable[[GuestSpec], Any], make_probed: Any) -> None:
+def test_kill_restores_the_text_before_qemu_ends(booted_guest: Booted, make_probed: MakeProbed) -> None:
     guest = make_probed(booted_guest(GuestSpec(vcpus=2)))
     with under_load(guest, stop=True) as (gdb, _):
         with contextlib.suppress(GdbCommandError):  # QEMU may be gone before gdb has hung up
@@ -158,7 +158,7 @@ def test_kill_restores_the_text_before_qemu_ends(booted_guest: Callable[[GuestSp
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
 @pytest.mark.parametrize("command", ["-gdb-exit", '-interpreter-exec console "quit"'])
-def test_gdb_ends_by_a_command(guest: Any, command: str, stop: bool) -> None:
+def test_gdb_ends_by_a_command(guest: Probed, command: str, stop: bool) -> None:
     with under_load(guest, stop=stop) as (gdb, load):
         with contextlib.suppress(GdbDiedError):
             gdb.command(command)
@@ -171,7 +171,7 @@ def test_gdb_ends_by_a_command(guest: Any, command: str, stop: bool) -> None:
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
-def test_gdb_ends_by_a_signal(guest: Any, number: signal.Signals, stop: bool) -> None:
+def test_gdb_ends_by_a_signal(guest: Probed, number: signal.Signals, stop: bool) -> None:
     with under_load(guest, stop=stop) as (gdb, load):
         gdb.signal(number)
         gdb.wait_exit()
@@ -180,7 +180,7 @@ def test_gdb_ends_by_a_signal(guest: Any, number: signal.Signals, stop: bool) ->
 
 @pytest.mark.parametrize("command", ["continue", "kprobe trace", "continue &"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
-def test_gdb_ends_by_a_signal_at_a_terminal(guest: Any, number: signal.Signals, command: str) -> None:
+def test_gdb_ends_by_a_signal_at_a_terminal(guest: Probed, number: signal.Signals, command: str) -> None:
     with at_terminal(guest, command) as (gdb, load):
         gdb.signal(number)
         gdb.wait_exit()
@@ -197,7 +197,7 @@ def quit_at_the_prompt(gdb: GdbTerminal) -> None:
     raise AssertionError(f"gdb does not answer a Ctrl-C: {gdb.transcript[-200:]}")
 
 
-def test_ctrl_c_at_the_prompt_then_quit(guest: Any) -> None:
+def test_ctrl_c_at_the_prompt_then_quit(guest: Probed) -> None:
     with at_terminal(guest, "continue") as (gdb, load):
         gdb.press_ctrl_c()
         gdb.wait_prompt()
@@ -208,14 +208,14 @@ def test_ctrl_c_at_the_prompt_then_quit(guest: Any) -> None:
         load.finish()
 
 
-def test_quit_while_running_in_the_background(guest: Any) -> None:
+def test_quit_while_running_in_the_background(guest: Probed) -> None:
     with at_terminal(guest, "continue &") as (gdb, load):
         gdb.type("quit")
         assert gdb.wait_exit() == 0
         load.finish()
 
 
-def test_the_terminal_goes_away(guest: Any) -> None:
+def test_the_terminal_goes_away(guest: Probed) -> None:
     with at_terminal(guest, "continue") as (gdb, load):
         gdb.hang_up()
         gdb.wait_exit()
@@ -231,7 +231,7 @@ def source(gdb: GdbMi | GdbTerminal, path: Path, text: str) -> None:
 
 
 @on_both
-def test_an_exception_in_a_handler_takes_its_probe_away(guest: Any, tmp_path: Path) -> None:
+def test_an_exception_in_a_handler_takes_its_probe_away(guest: Probed, tmp_path: Path) -> None:
     with guest.gdb() as gdb:
         source(
             gdb,
@@ -268,7 +268,7 @@ def good(hit):
         gdb.console("kprobe detach")
 
 
-def test_ctrl_c_interrupts_a_handler(guest: Any, tmp_path: Path) -> None:
+def test_ctrl_c_interrupts_a_handler(guest: Probed, tmp_path: Path) -> None:
     with GdbTerminal(guest.environment) as gdb:
         gdb.command(f"kprobe attach {guest.profile}")
         source(
@@ -314,7 +314,7 @@ def touch_the_guest(gdb: GdbMi) -> None:
 
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
-def test_a_lost_connection_is_made_again_and_the_guest_restored(guest: Any, stop: bool) -> None:
+def test_a_lost_connection_is_made_again_and_the_guest_restored(guest: Probed, stop: bool) -> None:
     with under_load(guest, stop=stop) as (gdb, load):
         gdb.console(CUT)
         if stop:
@@ -327,7 +327,7 @@ def test_a_lost_connection_is_made_again_and_the_guest_restored(guest: Any, stop
 
 
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
-def test_a_connection_that_cannot_be_made_again_names_the_sites_and_attach_restores(guest: Any, stop: bool) -> None:
+def test_a_connection_that_cannot_be_made_again_names_the_sites_and_attach_restores(guest: Probed, stop: bool) -> None:
     path = Path(guest.guest.gdb_address)
     hidden = path.with_name("hidden")
     with under_load(guest, stop=stop) as (gdb, load):
@@ -361,7 +361,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 # -- a gdb that is killed ---------------------------------------------------------------------------------------------
 
 
-def kill_gdb(guest: Any, *, stop: bool) -> Load:
+def kill_gdb(guest: Probed, *, stop: bool) -> Load:
     """End gdb, whose stub dispatches, and that has no watchdog, in a way that it cannot notice.
 
     When it was stopped, the guest has its own text. Else the probes are armed with nobody to dispatch them, and the
@@ -378,7 +378,7 @@ def kill_gdb(guest: Any, *, stop: bool) -> Load:
 
 @on_both
 @pytest.mark.parametrize("stop", [True, False], ids=["stopped", "running"])
-def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
+def test_attach_restores_what_a_killed_gdb_left(guest: Probed, stop: bool) -> None:
     load = kill_gdb(guest, stop=stop)
     with guest.gdb(attach=False) as gdb:
         told = gdb.console(f"kprobe attach {guest.profile}")
@@ -397,7 +397,7 @@ def test_attach_restores_what_a_killed_gdb_left(guest: Any, stop: bool) -> None:
 
 
 @pytest.mark.parametrize("watchdog", [True, False], ids=["watchdog", "alone"])
-def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watchdog: bool) -> None:
+def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Probed, watchdog: bool) -> None:
     with under_load(guest, stop=False, probes=COUNTING, watchdog=watchdog) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
@@ -416,7 +416,7 @@ def test_a_guest_that_dispatches_by_itself_runs_on_without_gdb(guest: Any, watch
         gdb.console("kprobe detach")
 
 
-def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
+def test_hits_that_need_a_host_are_missed_without_one(guest: Probed) -> None:
     with under_load(guest, stop=False, watchdog=False) as (gdb, load):
         gdb.signal(signal.SIGKILL)
         gdb.wait_exit()
@@ -433,7 +433,7 @@ def test_hits_that_need_a_host_are_missed_without_one(guest: Any) -> None:
 
 
 @pytest.mark.parametrize("by_mi", [True, False], ids=["mi", "cli"])
-def test_connecting_by_hand_guards_what_a_killed_gdb_left(guest: Any, by_mi: bool) -> None:
+def test_connecting_by_hand_guards_what_a_killed_gdb_left(guest: Probed, by_mi: bool) -> None:
     load = kill_gdb(guest, stop=False)
     address = guest.guest.gdb_address
     with guest.gdb(attach=False) as gdb:
@@ -449,7 +449,7 @@ def test_connecting_by_hand_guards_what_a_killed_gdb_left(guest: Any, by_mi: boo
 
 
 @pytest.mark.parametrize("way", ["detach", "quit", "SIGTERM", "lost connection"])
-def test_a_gdb_that_only_looked_does_not_leave_the_probes_behind(guest: Any, way: str) -> None:
+def test_a_gdb_that_only_looked_does_not_leave_the_probes_behind(guest: Probed, way: str) -> None:
     load = kill_gdb(guest, stop=False)
     with guest.gdb(attach=False) as gdb:
         gdb.console(f"target remote {guest.guest.gdb_address}")
@@ -471,8 +471,11 @@ def test_a_gdb_that_only_looked_does_not_leave_the_probes_behind(guest: Any, way
         gdb.console("kprobe detach")
 
 
-def test_a_header_of_an_earlier_boot_is_cleared_and_no_text_touched(booted_guest: Boot, make_probed: Any) -> None:
+def test_a_header_of_an_earlier_boot_is_cleared_and_no_text_touched(
+    booted_guest: Booted, make_probed: MakeProbed
+) -> None:
     vm = booted_guest(GuestSpec(vcpus=2))
+    assert vm.reserved_base is not None
     guest = make_probed(vm)
     with contextlib.suppress(GdbDiedError):
         kill_gdb(guest, stop=False)

@@ -12,10 +12,9 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,6 +28,7 @@ from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.cut import CutChannel, change_of
 from tests.support.guests import environment, unprepared
+from tests.support.probed import Boot, Booted
 from tests.torture.cell import Cell, check
 
 pytestmark = pytest.mark.live
@@ -45,7 +45,6 @@ LATER = f"sleep 1; taskset 2 workload syscall {GETPRIORITY} {CALLS}"
 """On the second vCPU, when it was told that this was started."""
 ROUNDS = 10 if os.environ.get("GDB_KPROBE_FULL") else 2
 
-Boot = Callable[[GuestSpec], Any]
 
 PTI = replace(unprepared(vcpus=2, extra_cmdline=("pti=on",)), cpu="max")
 GUESTS = [
@@ -85,7 +84,7 @@ def nothing_missing(vm: GuestVm) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("spec", GUESTS)
-def test_every_rung_counts_and_the_memory_is_given_back(booted_guest: Boot, spec: GuestSpec) -> None:
+def test_every_rung_counts_and_the_memory_is_given_back(booted_guest: Booted, spec: GuestSpec) -> None:
     vm = booted_guest(spec)
     with nothing_missing(vm):
         outcome = check(vm, Cell(spec))
@@ -275,7 +274,7 @@ def stopped(vm: GuestVm) -> Iterator[tuple[CutChannel, QemuStub, LinuxGuest]]:
 
 
 @pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, vcpus: int) -> None:
+def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Booted, vcpus: int) -> None:
     """A vCPU that was made to call goes on where it was by itself; only what it has allocated is lost."""
     # A guest of its own: what it loses is in the way of others.
     vm = booted_guest(replace(unprepared(vcpus=vcpus), memory_mb=480))
@@ -300,7 +299,7 @@ def test_cut_off_at_any_packet_of_a_call_the_guest_goes_on(booted_guest: Boot, v
     assert vm.dmesg_problems() == []
 
 
-def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Boot) -> None:
+def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Booted) -> None:
     vm = booted_guest(unprepared())
     with nothing_missing(vm), stopped(vm) as (_, stub, kernel):
         pieces = sorted((borrow_pages(stub, kernel, 16 << 20) for _ in range(3)), key=lambda lent: lent.start)
@@ -309,7 +308,7 @@ def test_pieces_that_are_borrowed_one_after_another_are_apart(booted_guest: Boot
             give(stub, kernel, lent)
 
 
-def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Boot) -> None:
+def test_attach_of_an_idle_guest_does_not_wait_long(booted_guest: Booted) -> None:
     """Its vCPUs halt: a timer brings one to where the kernel can be called, before it is said that it hangs."""
     vm = booted_guest(unprepared(vcpus=2))
     with nothing_missing(vm):

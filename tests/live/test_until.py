@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import pytest
 
 from gdb_kprobe.testing.terminal import GdbTerminal
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-Boot = Callable[[GuestSpec], Any]
 
 GETPRIORITY, SETPRIORITY = 140, 141
 """Two system calls that nothing else in the guest makes."""
@@ -29,7 +29,7 @@ def guest(request: pytest.FixtureRequest, probed: Boot) -> Any:
 
 
 @pytest.fixture
-def gdb(guest: Any) -> Iterator[GdbTerminal]:
+def gdb(guest: Probed) -> Iterator[GdbTerminal]:
     """At a terminal, with two probes; the second one is of something that nobody calls."""
     with GdbTerminal(guest.environment) as gdb:
         gdb.command(f"kprobe attach {guest.profile}")
@@ -40,7 +40,7 @@ def gdb(guest: Any) -> Iterator[GdbTerminal]:
         gdb.command("kprobe detach")
 
 
-def is_running(guest: Any) -> bool:
+def is_running(guest: Probed) -> bool:
     return bool(guest.guest.is_running())
 
 
@@ -48,14 +48,14 @@ def hits(gdb: GdbTerminal) -> int:
     return int(re.findall(r"^HITS (\d+)", gdb.command("python print('HITS', api.get('prio').hits)"), re.M)[0])
 
 
-def test_for_a_time(guest: Any, gdb: GdbTerminal) -> None:
+def test_for_a_time(guest: Probed, gdb: GdbTerminal) -> None:
     started = time.monotonic()
     gdb.command("kprobe until 1.5", timeout=60)
     assert time.monotonic() - started >= 1.5
     assert not is_running(guest)
 
 
-def test_until_a_probe_was_hit_so_often(guest: Any, gdb: GdbTerminal) -> None:
+def test_until_a_probe_was_hit_so_often(guest: Probed, gdb: GdbTerminal) -> None:
     gdb.command("python from gdb_kprobe.gdbext import api")
     job = guest.guest.spawn(f"workload syscall {GETPRIORITY} -1", wait=False)
     for wanted in (1, CALLS):
@@ -71,13 +71,13 @@ def test_until_a_probe_was_hit_so_often(guest: Any, gdb: GdbTerminal) -> None:
     gdb.wait_prompt()
 
 
-def test_hits_that_do_not_come_in_time_are_an_error_and_the_guest_is_stopped(guest: Any, gdb: GdbTerminal) -> None:
+def test_hits_that_do_not_come_in_time_are_an_error_and_the_guest_is_stopped(guest: Probed, gdb: GdbTerminal) -> None:
     said = gdb.command("kprobe until never 3 --within 0.7", timeout=60)
     assert "never was hit 0 time(s), and not 3, before the guest was stopped" in said
     assert not is_running(guest)
 
 
-def test_ctrl_c_ends_it(guest: Any, gdb: GdbTerminal) -> None:
+def test_ctrl_c_ends_it(guest: Probed, gdb: GdbTerminal) -> None:
     gdb.type("kprobe until 600")
     time.sleep(1)
     assert is_running(guest)
@@ -100,19 +100,19 @@ def test_ctrl_c_ends_it(guest: Any, gdb: GdbTerminal) -> None:
     ],
 )
 def test_what_is_no_end_is_told_and_the_guest_stays_stopped(
-    guest: Any, gdb: GdbTerminal, arguments: str, says: str
+    guest: Probed, gdb: GdbTerminal, arguments: str, says: str
 ) -> None:
     assert says in gdb.command(f"kprobe until {arguments}")
     assert not is_running(guest)
 
 
-def test_a_probe_that_is_not_armed_is_told(guest: Any, gdb: GdbTerminal) -> None:
+def test_a_probe_that_is_not_armed_is_told(guest: Probed, gdb: GdbTerminal) -> None:
     gdb.command("kprobe disable prio")
     assert "prio is not armed: it is never hit" in gdb.command("kprobe until prio 3")
     assert not is_running(guest)
 
 
-def test_a_script_comes_back_with_the_guest_stopped(guest: Any, gdb: GdbTerminal, tmp_path: Path) -> None:
+def test_a_script_comes_back_with_the_guest_stopped(guest: Probed, gdb: GdbTerminal, tmp_path: Path) -> None:
     job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}", wait=False)
     script = tmp_path / "script.py"
     script.write_text(
@@ -130,7 +130,7 @@ def test_a_script_comes_back_with_the_guest_stopped(guest: Any, gdb: GdbTerminal
     gdb.wait_prompt()
 
 
-def test_a_trace_ends_after_a_time(guest: Any, gdb: GdbTerminal) -> None:
+def test_a_trace_ends_after_a_time(guest: Probed, gdb: GdbTerminal) -> None:
     job = guest.guest.spawn(f"workload syscall {GETPRIORITY} 5", wait=False)
     started = time.monotonic()
     said = gdb.command("kprobe trace -n 1000 --for 3", timeout=60)
@@ -144,7 +144,7 @@ def test_a_trace_ends_after_a_time(guest: Any, gdb: GdbTerminal) -> None:
     gdb.wait_prompt()
 
 
-def test_over_mi_the_stop_comes(guest: Any) -> None:
+def test_over_mi_the_stop_comes(guest: Probed) -> None:
     with guest.gdb() as gdb:
         guest.add(gdb, PRIO)
         job = guest.guest.spawn(f"workload syscall {GETPRIORITY} {CALLS}", wait=False)

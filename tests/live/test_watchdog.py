@@ -11,14 +11,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, GdbTerminal
 from gdb_kprobe.x86.decode import iter_insns
-from kprobe_guest import GuestSpec, GuestVm
+from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Booted, Probed
 
 pytestmark = pytest.mark.live
 
@@ -30,10 +30,8 @@ SCHED_SETATTR, UNMAPPED = 314, 0x10_0000
 WATCHDOG = "__import__('gdb_kprobe.gdbext.api').gdbext.api.attachment().watchdog"
 LOAD = f"workload syscall 140 {CALLS}"
 
-Boot = Callable[[GuestSpec], Any]
 
-
-def runs(guest: Any) -> bool:
+def runs(guest: Probed) -> bool:
     return bool(guest.guest.is_running())
 
 
@@ -58,7 +56,7 @@ def wait_for_end(pid: int) -> None:
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), f"the watchdog {pid} is still there")
 
 
-def patch(guest: Any) -> None:
+def patch(guest: Probed) -> None:
     addr = guest.snapshot.guest.kallsyms.address(FUNCTION)
     guest.touched |= set(range(addr, addr + 16))
 
@@ -110,6 +108,7 @@ def test_what_only_gdb_can_step_is_not_probed_without_it(probed: Boot) -> None:
     insns = iter_insns(kernel.memory.read(start, 64), VirtAddr(start))
     faulting = next(insn.addr for insn in insns if kernel.fixup_of(insn.addr))
     fixup = kernel.fixup_of(faulting)
+    assert fixup is not None
     watched = range(fixup, next(iter_insns(kernel.memory.read(fixup, 16), fixup)).end)
     guest.touched.update(watched)
     with guest.gdb() as gdb:
@@ -247,7 +246,7 @@ def test_another_gdb_may_be_quicker(probed: Boot) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["boosted", "optimized"])
-def test_a_bare_metal_guest_has_none(booted_guest: Callable[[GuestSpec], GuestVm], strategy: str) -> None:
+def test_a_bare_metal_guest_has_none(booted_guest: Booted, strategy: str) -> None:
     """Nobody finds what is armed in it but by its profile. It waits at its next hit, or runs on when that is a jump."""
     guest = booted_guest(GuestSpec(kernel="bare"))
     image = guest.bare_image()

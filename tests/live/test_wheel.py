@@ -10,15 +10,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
@@ -116,9 +115,7 @@ def test_the_plugin_of_another_python_than_that_of_gdb_is_refused(installed: Ins
     assert f"a virtual environment with python{embedded}" in said
 
 
-def test_it_attaches_by_the_profile_debian_and_counts_every_call(
-    installed: Installed, probed: Callable[[GuestSpec], Any]
-) -> None:
+def test_it_attaches_by_the_profile_debian_and_counts_every_call(installed: Installed, probed: Boot) -> None:
     guest = probed(GuestSpec(vcpus=2))
     line = installed.gdbinit().strip()
     with GdbMi(guest.environment, load=False) as gdb:

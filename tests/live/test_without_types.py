@@ -32,6 +32,7 @@ from gdb_kprobe.testing.mi import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.debug_info import fetch_debug_info
 from kprobe_guest.build.kernel import find_kernel
+from tests.support.probed import Probed
 
 pytestmark = pytest.mark.live
 
@@ -69,7 +70,7 @@ small = pytest.mark.parametrize("served", [SMALL], indirect=True)
 
 
 @contextmanager
-def attached(guest: Any, command: str = "attach", profile: object = None) -> Iterator[GdbMi]:
+def attached(guest: Probed, command: str = "attach", profile: object = None) -> Iterator[GdbMi]:
     """A gdb that does not find the kernel's types."""
     with guest.gdb(attach=False, watchdog=False) as gdb:
         gdb.console("python import gdb_kprobe.session.linux_guest as m; m.read_btf = lambda *_: None")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gdb_kprobe.model import Reason
+from gdb_kprobe.model import Reason, VirtAddr
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
@@ -48,7 +47,7 @@ WRONG: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def test_every_mistake_is_told_and_nothing_is_armed(probed: Callable[[GuestSpec], Any]) -> None:
+def test_every_mistake_is_told_and_nothing_is_armed(probed: Boot) -> None:
     guest = probed(GuestSpec())
     answers: list[str] = []
     with guest.gdb() as gdb:
@@ -69,7 +68,7 @@ def test_every_mistake_is_told_and_nothing_is_armed(probed: Callable[[GuestSpec]
         (Path(os.environ["GDB_KPROBE_EVIDENCE"]) / "wrong_inputs.txt").write_text("\n".join(answers))
 
 
-def test_what_is_said_of_a_probe_that_is_added(probed: Callable[[GuestSpec], Any]) -> None:
+def test_what_is_said_of_a_probe_that_is_added(probed: Boot) -> None:
     guest = probed(GuestSpec())
     names = Counter(symbol.name for symbol in guest.snapshot.guest.kallsyms if symbol.is_text)
     clones = sorted(name for name in names if name.endswith(".isra.0"))
@@ -93,13 +92,13 @@ def test_what_is_said_of_a_probe_that_is_added(probed: Callable[[GuestSpec], Any
         assert gdb.console("kprobe detach").startswith("0 site(s) restored; the region is unmapped.")
 
 
-def jump_label_site(guest: Any) -> str:
+def jump_label_site(guest: Probed) -> str:
     """A place in a function of the core kernel that the guest patches itself."""
     kernel = guest.snapshot.guest
     for name in kernel.match("sched_"):
         for symbol in kernel.kallsyms.lookup(name):
             for offset in range(min(kernel.kallsyms.end(symbol) - symbol.addr, 512)):
-                place = kernel.place_of(symbol.addr + offset)
+                place = kernel.place_of(VirtAddr(symbol.addr + offset))
                 refusal = kernel.refusal_at(place, 1)
                 if symbol.is_text and refusal is not None and refusal.reason is Reason.JUMP_LABEL:
                     return f"{name}+{offset:#x}"
