@@ -10,7 +10,7 @@ import sys
 
 import gdb
 
-from gdb_kprobe.errors import ReportedError
+from gdb_kprobe.errors import RegionError, ReportedError
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu
 from gdb_kprobe.gdbext.signals import uninterrupted
@@ -90,6 +90,10 @@ def guard_connection() -> Guard | None:
                 )
                 return None
         guard = Guard(stub, channel, leftover)
+    except RegionError as error:
+        # Probes of an earlier gdb may be armed, and nothing can be known of them: an attach says the same.
+        gdb.write(f"kprobe: {error}\n", gdb.STDERR)
+        return None
     except (ReportedError, gdb.error):
         # Whatever gdb is connected to: it has no probes of ours that we could know of.
         return None

@@ -9,13 +9,15 @@ import pytest
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import read_struct
 from gdb_kprobe.model import PhysAddr, VirtAddr
+from gdb_kprobe.session.header import RecordKind, iter_records, read_header
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
-from gdb_kprobe.testing.oracle import text_of
+from gdb_kprobe.testing.oracle import GuestRam, text_of
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.guests import environment, profile
 from tests.torture.fuzz import Fuzzer, Recording, record
 from tests.torture.fuzz.readers import Asked, Reader
+from tests.torture.fuzz.replaying import left_armed
 
 pytestmark = pytest.mark.live
 MUTATIONS = 1500
@@ -130,3 +132,50 @@ def address_of_name(kernel: LinuxGuest, module: Module, name: str) -> int:
     table = read_struct(kernel.memory, kernel.types, "mod_kallsyms", module.raw.pointer("kallsyms"))
     strings = kernel.memory.read(table.pointer("strtab"), -table.pointer("strtab") % 0x1000)  # it is small
     return table.pointer("strtab") + strings.index(b"\0" + name.encode() + b"\0") + 1
+
+
+def test_a_damaged_header_is_told_of_at_the_connection_and_refused_at_the_attach() -> None:
+    """What is armed is not known then, so that nothing is written; a damaged record is named, and its place left."""
+    with GuestVm(GuestSpec()) as guest:
+        left_armed(guest)
+        known = text_of(guest).guest
+        assert guest.reserved_base is not None
+        header = read_header(GuestRam(guest), PhysAddr(guest.reserved_base))
+        assert header is not None
+        records = tuple(iter_records(GuestRam(guest), header))
+
+        def armed() -> list[bool]:
+            return [
+                known.memory.read(record.patch.addr, len(record.patch.new)) == record.patch.new for record in records
+            ]
+
+        before = armed()
+        flip(guest, guest.reserved_base + 100)
+        with GdbMi(environment(guest)) as gdb:
+            gdb.console(f"target remote {guest.gdb_address}")
+            assert "header at physical 0x10000000 is damaged (its checksum is wrong)" in "".join(gdb.transcript)
+            gdb.console("disconnect")
+            with pytest.raises(GdbCommandError, match=r"is damaged \(its checksum is wrong\)") as error:
+                gdb.console(f"kprobe attach {profile(guest)}")
+            assert "hint: reset the guest" in str(error.value)
+            assert armed() == before
+            gdb.console("disconnect")
+            flip(guest, guest.reserved_base + 100)
+            site = next(record for record in records if record.kind is RecordKind.SITE)
+            index = next(
+                number
+                for number in range(header.records)
+                if guest.read_ram(header.record_address(number) + 8, 8) == site.patch.addr.to_bytes(8, "little")
+            )
+            flip(guest, header.record_address(index) + 40)
+            told = gdb.console(f"kprobe restore {profile(guest)}")
+            assert f"record {index} of the region is damaged: its checksum is wrong" in told
+        left = [record for record, is_armed in zip(records, armed(), strict=True) if is_armed]
+        assert site in left
+        # A kprobe of the guest's own has saved one of our jumps, which stays as well.
+        assert {record.kind for record in left} == {RecordKind.SITE}
+
+
+def flip(guest: GuestVm, at: int) -> None:
+    """Change a bit at the physical address *at*; the second time it is what it was."""
+    guest.ram()[at] ^= 1
