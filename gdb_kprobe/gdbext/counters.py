@@ -22,11 +22,11 @@ def read(link: Link, probes: Sequence[Probe]) -> Reading:
     session = link.session
     if not is_running():
         with link.stopped():
-            return read_counts(session.region.memory, session.region.header, probes)
+            return read_counts(session.region.memory, probes)
     need_live(link, probes)
     try:
         session.check_live(link.memory)
-        return read_counts(session.region.memory, session.region.header, probes)
+        return read_counts(session.region.memory, probes)
     except TargetError as error:
         need_live(link, probes)  # it may have been lost just now: this says why
         raise GuestStateError(f"the counters cannot be read: {error.message}", "interrupt the guest first") from error

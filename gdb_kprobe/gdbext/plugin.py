@@ -30,10 +30,10 @@ from gdb_kprobe.gdbext.signals import InterruptWatch, sigint_takers, uninterrupt
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, CpuId, Dispatch, PhysAddr, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
-from gdb_kprobe.session.definitions import adopt
 from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.rescue import ENDED, cut, rescue
+from gdb_kprobe.session.roll import adopt
 from gdb_kprobe.session.session import Detached, Session
 from gdb_kprobe.session.stepping import Step
 from gdb_kprobe.target.process_memory import find_process_memory

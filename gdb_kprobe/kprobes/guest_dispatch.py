@@ -43,10 +43,21 @@ ENTRY: Final = struct.Struct("<QQ")
 ENDBR64: Final = b"\xf3\x0f\x1e\xfa"
 """What an indirect branch may lead to."""
 
+PAGE_BITS: Final = 12
 _MULTIPLIER: Final = 0x9E3779B1  # 2**32 / golden ratio, odd: Knuth's multiplicative hashing
 _Z, _NZ = 4, 5
 _IP = OFFSETS["rip"].to_bytes(4, "little")
 _CS = OFFSETS["cs"].to_bytes(4, "little")
+
+
+def table_word(table: VirtAddr, bits: int) -> int:
+    """What the dispatcher reads to know its *table*, of 2**bits entries, on a page of its own: both at once.
+
+    So a table can be exchanged while a vCPU is searching: it goes on in the one that it has begun with.
+    """
+    assert 1 <= bits <= 31
+    assert not table & (1 << PAGE_BITS) - 1
+    return table | 32 - bits
 
 
 def table_index(addr: int, bits: int) -> int:
@@ -81,23 +92,28 @@ def emit_gate(at: VirtAddr, forward: VirtAddr) -> GateCode:
     return GateCode(at, retired, asm.finish())
 
 
-def emit_dispatcher(at: VirtAddr, table: VirtAddr, bits: int, forward: VirtAddr) -> bytes:
-    """The dispatcher for the address *at*; what is not in *table* goes on to *forward*.
+def emit_dispatcher(at: VirtAddr, cell: VirtAddr, forward: VirtAddr) -> bytes:
+    """The dispatcher for the address *at*; what is not in the table that *cell* names goes on to *forward*.
 
+    :param cell: where the :func:`table_word` is.
     :raises DisplacementError: one of them is out of reach.
     """
-    assert 1 <= bits <= 31
     asm = Assembler(at)
     away, found, search = Label("forward"), Label("found"), Label("search")
     asm.raw(b"\xf6\x87" + _CS + b"\x03")  # test byte ptr [rdi+cs], 3
     asm.jcc_rel32(_NZ, away)
     asm.raw(b"\x48\x8b\x87" + _IP)  # mov rax, [rdi+ip]
     asm.raw(b"\x48\xff\xc8")  # dec rax
-    asm.raw(b"\x69\xc8" + _MULTIPLIER.to_bytes(4, "little"))  # imul ecx, eax, multiplier
-    asm.raw(bytes((0xC1, 0xE9, 32 - bits)))  # shr ecx, 32 - bits
-    _lea(asm, 2, table)  # rdx = table
+    here = asm.pc
+    asm.raw(b"\x48\x8b\x15" + rel32("mov", here, offset(here, 7), cell))  # mov rdx, [rip+cell]
+    asm.raw(b"\x89\xd1")  # mov ecx, edx; a shift takes the low five bits of it: 32 - bits
+    asm.raw(b"\x48\x81\xe2" + (-(1 << PAGE_BITS)).to_bytes(4, "little", signed=True))  # and rdx, -4096
+    asm.raw(b"\x44\x69\xd0" + _MULTIPLIER.to_bytes(4, "little"))  # imul r10d, eax, multiplier
+    asm.raw(b"\x41\xd3\xea")  # shr r10d, cl
+    asm.raw(b"\x41\x83\xcb\xff")  # or r11d, -1
+    asm.raw(b"\x41\xd3\xeb")  # shr r11d, cl
     asm.bind(search)
-    asm.raw(b"\x49\x89\xc8")  # mov r8, rcx
+    asm.raw(b"\x4d\x89\xd0")  # mov r8, r10
     asm.raw(b"\x49\xc1\xe0\x04")  # shl r8, 4
     asm.raw(b"\x49\x01\xd0")  # add r8, rdx
     asm.raw(b"\x4d\x8b\x08")  # mov r9, [r8]
@@ -105,8 +121,8 @@ def emit_dispatcher(at: VirtAddr, table: VirtAddr, bits: int, forward: VirtAddr)
     asm.jcc_rel32(_Z, found)
     asm.raw(b"\x4d\x85\xc9")  # test r9, r9
     asm.jcc_rel32(_Z, away)
-    asm.raw(b"\xff\xc1")  # inc ecx
-    asm.raw(b"\x81\xe1" + ((1 << bits) - 1).to_bytes(4, "little"))  # and ecx, mask
+    asm.raw(b"\x41\xff\xc2")  # inc r10d
+    asm.raw(b"\x45\x21\xda")  # and r10d, r11d
     asm.jmp_rel32(search)
     asm.bind(found)
     asm.raw(b"\x41\xff\x60\x08")  # jmp [r8+8]

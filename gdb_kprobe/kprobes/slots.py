@@ -12,6 +12,7 @@ Layout of a slot, so that it says by itself what it belongs to::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
@@ -51,48 +52,57 @@ class Slot:
 
 
 class SlotAllocator:
-    """Hands out slots of the code area *area*."""
+    """Hands out slots within *area*, from the pieces of it that *more* gives: of at least so many bytes, or ``None``.
 
-    def __init__(self, area: AddressRange) -> None:
+    Without *more* all of *area* is one piece.
+    """
+
+    def __init__(self, area: AddressRange, more: Callable[[int], AddressRange | None] | None = None) -> None:
         self.area = area
-        self._next = area.start
+        self._more = _once(area) if more is None else more
+        self._next = self._end = area.start
         self._free: dict[int, list[Slot]] = {}
         self._used: set[Slot] = set()
         self._quarantine: set[Slot] = set()
+        self._claimed: set[Slot] = set()
 
     @property
     def used(self) -> int:
         """Bytes in slots that are in use or quarantined."""
         return sum(slot.size for slot in self._used | self._quarantine)
 
-    @property
-    def high_water(self) -> VirtAddr:
-        """End of all that was ever given out."""
-        return self._next
-
     def allocate(self, code_size: int, near: AddressRange | None = None) -> Slot | None:
         """Return a slot for *code_size* bytes with every byte of *near* (if any) in s32 reach of it, or ``None``."""
         size = -(-(code_size + SLOT_HEADER) // SLOT_ALIGN) * SLOT_ALIGN
-        free = self._free.get(size)
-        slot = free.pop() if free else Slot(self._next, size)
-        if slot.end > self.area.end or (near is not None and not in_reach(slot.range, near)):
-            if free is not None and slot.start != self._next:
-                free.append(slot)
+        slot = self._take(size)
+        if slot is None:
             return None
-        if slot.start == self._next:
-            self._next = slot.end
+        if near is not None and not in_reach(slot.range, near):
+            self._put_back(slot)
+            return None
         self._used.add(slot)
         return slot
 
     def claim(self, slot: Slot) -> None:
-        """Have *slot*, which another session gave out and which is below :attr:`area`, in use."""
-        assert slot.end <= self.area.start
+        """Have *slot*, which another session gave out, in use. It is not given out again when it is freed."""
         self._used.add(slot)
+        self._claimed.add(slot)
+
+    def is_claimed(self, area: AddressRange) -> bool:
+        """Whether a slot of another session that is in use, or waits, is in *area*."""
+        return any(slot.range.overlaps(area) for slot in self._claimed)
+
+    def give(self, area: AddressRange) -> None:
+        """Hand out slots of *area* too, where none ever was."""
+        if self._next == self._end:
+            self._next, self._end = area.start, area.end
+        elif area.size:
+            self._put_back(Slot(area.start, area.size))
 
     def discard(self, slot: Slot) -> None:
         """Give back a slot that no CPU can ever have entered."""
         self._used.remove(slot)
-        self._free.setdefault(slot.size, []).append(slot)
+        self._put_back(slot)
 
     def free(self, slot: Slot) -> None:
         """Give back a slot that may still be executing; it waits for :meth:`release`."""
@@ -108,8 +118,59 @@ class SlotAllocator:
         clean = [slot for slot in self._quarantine if not any(word in slot.range for word in pointers)]
         for slot in clean:
             self._quarantine.remove(slot)
-            self._free.setdefault(slot.size, []).append(slot)
+            self._put_back(slot)
         return len(clean)
+
+    def _take(self, size: int) -> Slot | None:
+        """A slot of exactly *size* bytes, in no set yet: one that was freed, a new one, or a part of a larger one."""
+        free = self._free.get(size)
+        if free:
+            return free.pop()
+        if self._end - self._next < size:
+            piece = self._more(size)
+            if piece is None:
+                return self._split(size)
+            if piece.start != self._end:
+                self._put_rest_back()
+                self._next = piece.start
+            self._end = piece.end
+        slot = Slot(self._next, size)
+        self._next = slot.end
+        return slot
+
+    def _put_rest_back(self) -> None:
+        if self._next < self._end:
+            self._put_back(Slot(self._next, self._end - self._next))
+
+    def _put_back(self, slot: Slot) -> None:
+        if slot in self._claimed:
+            self._claimed.remove(slot)  # its piece is another session's
+        else:
+            self._free.setdefault(slot.size, []).append(slot)
+
+    def _split(self, size: int) -> Slot | None:
+        """The start of a free slot that is larger than *size*, free neighbours being one; the rest stays free."""
+        runs: list[Slot] = []
+        for slot in sorted((slot for free in self._free.values() for slot in free), key=lambda slot: slot.start):
+            if runs and runs[-1].end == slot.start:
+                runs[-1] = Slot(runs[-1].start, runs[-1].size + slot.size)
+            else:
+                runs.append(slot)
+        self._free.clear()
+        fitting = min((run for run in runs if run.size >= size), key=lambda run: run.size, default=None)
+        for run in runs:
+            if run is not fitting:
+                self._put_back(run)
+        if fitting is None:
+            return None
+        if fitting.size > size:
+            self._put_back(Slot(offset(fitting.start, size), fitting.size - size))
+        return Slot(fitting.start, size)
+
+
+def _once(area: AddressRange) -> Callable[[int], AddressRange | None]:
+    left = [area]
+    return lambda size: left.pop() if left and left[0].size >= size else None
 
 
 def reaches(area: AddressRange, target: int) -> bool:

@@ -24,7 +24,7 @@ from gdb_kprobe.linux.paging import (
     PageTable,
     shift,
 )
-from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
 
 # Accessed and dirty are set from the start, so that no CPU ever writes to our tables. No global bit: removing the
 # mapping must not leave entries in a TLB that survive a reload of CR3.
@@ -87,22 +87,23 @@ def find_hole(table: PageTable, window: AddressRange, size: int, align: int = PM
 
 
 def plan_mapping(
-    table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int, *, tables: tuple[PhysAddr, int], code: AddressRange
+    table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int, *, tables: tuple[PhysAddr, int], data: int
 ) -> MappingPlan:
-    """Plan 4 KiB leaves that map *phys* at *virt*: read and execute inside *code*, read and write elsewhere.
+    """Plan 4 KiB leaves for *phys* at *virt*: the first *data* bytes for reading and writing, the others empty.
 
-    *virt* is a multiple of 2 MiB, the others of 4 KiB. *tables* is (address, size) of the memory for our own tables.
+    The latter are filled by :func:`map_pages`. *virt* is a multiple of 2 MiB, the others of 4 KiB. *tables* is
+    (address, size) of the memory for our own tables.
 
     :raises RegionError: a slot is not empty, or *tables* is too small.
     """
     assert not virt & PMD_SIZE - 1, f"{virt:#x}"
-    assert not (phys | size | tables[0] | code.start | code.end) & PAGE_SIZE - 1
+    assert not (phys | size | tables[0] | data) & PAGE_SIZE - 1
     builder = _Builder(table, tables)
     for slot in range(virt, virt + size, PMD_SIZE):
         leaves = [0] * ENTRIES
         for index in range(min(ENTRIES, (virt + size - slot) // PAGE_SIZE)):
-            addr = slot + index * PAGE_SIZE
-            leaves[index] = phys + (addr - virt) | (CODE_FLAGS if addr in code else DATA_FLAGS)
+            at = slot + index * PAGE_SIZE - virt
+            leaves[index] = phys + at | DATA_FLAGS if at < data else 0
         builder.hang(VirtAddr(slot), leaves)
     return MappingPlan(
         range=AddressRange(virt, VirtAddr(virt + size)),
@@ -110,6 +111,34 @@ def plan_mapping(
         tables=tuple((addr, struct.pack("<512Q", *values)) for addr, values in builder.images.items()),
         links=tuple(builder.links),
     )
+
+
+def map_pages(
+    table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int, flags: int, tables: tuple[PhysAddr, int]
+) -> None:
+    """Fill the empty leaves of *virt* to *virt* + *size*, which are in our own tables, with *phys* on.
+
+    No TLB flush is needed: an entry that is not present is never cached.
+
+    :param tables: address and size of the memory of our own tables.
+    :raises RegionError: the way to *virt* does not go by our tables, or a leaf is not empty; nothing was written.
+    """
+    runs: list[tuple[PhysAddr, bytes]] = []
+    at = 0
+    while at < size:
+        leaf = table.entries(offset(virt, at))[-1]
+        count = min(size - at, (ENTRIES - (leaf.addr % PAGE_SIZE) // 8) * PAGE_SIZE) // PAGE_SIZE
+        if leaf.level != 1 or not 0 <= leaf.addr - tables[0] < tables[1] or leaf.value:
+            raise RegionError(
+                f"{offset(virt, at):#x} cannot be mapped: its {LEVEL_NAMES[leaf.level]} entry, at physical "
+                f"{leaf.addr:#x}, holds {leaf.value:#x}",
+                "somebody has changed the region's page tables: detach, and attach again",
+            )
+        runs.append((leaf.addr, struct.pack(f"<{count}Q", *(phys + at + n * PAGE_SIZE | flags for n in range(count)))))
+        at += count * PAGE_SIZE
+    for addr, image in runs:
+        table.memory.write_physical(addr, image)
+    table.invalidate()
 
 
 class _Builder:
@@ -145,13 +174,13 @@ class _Builder:
         self._link(entry, below)
 
     def _new_table(self, values: list[int]) -> PhysAddr:
-        offset = len(self.images) * PAGE_SIZE
-        if offset + PAGE_SIZE > self.size:
+        at = len(self.images) * PAGE_SIZE
+        if at + PAGE_SIZE > self.size:
             raise RegionError(
                 f"the {self.size // PAGE_SIZE} pages set aside for page tables do not suffice",
                 "make the region larger, or place it where the guest has page tables already",
             )
-        addr = PhysAddr(self.start + offset)
+        addr = PhysAddr(self.start + at)
         self.images[addr] = values
         return addr
 

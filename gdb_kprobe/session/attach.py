@@ -14,14 +14,14 @@ from gdb_kprobe.config.symbols import load_symbols
 from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestResetError, GuestStateError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr, Rung
+from gdb_kprobe.region.counters import Counter
+from gdb_kprobe.region.definitions import Definition
+from gdb_kprobe.region.region import Region, adopt, create_mapped, create_premapped
 from gdb_kprobe.session.bare_guest import BareGuest, open_bare
-from gdb_kprobe.session.counters import Counter
-from gdb_kprobe.session.definitions import Definition
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.leftover import find_header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.region import Region, adopt_mapped, create_mapped, create_premapped
 from gdb_kprobe.session.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.ivshmem import find_bar
@@ -113,6 +113,7 @@ def attach(
         )
         for record in found.saved:
             session.sites.keep_saved(record)
+        session.make_room()
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
 
@@ -188,8 +189,10 @@ def _put_region(
     if config.source is RegionSource.PREMAPPED:
         assert config.virtual is not None, "the profile's reader asks for it"
         found = restore(machine, memory, guest, guest.memory.translate(config.virtual))
-        high_water = None if found.kept is None else found.kept.code_high_water
-        region = create_premapped(memory, guest, config.virtual, config.size, high_water)
+        if found.kept is not None:
+            region = adopt(memory, guest, found.kept)
+        else:
+            region = create_premapped(memory, guest, config.virtual, config.size)
     elif config.source is RegionSource.BORROWED:
         assert isinstance(guest, LinuxGuest), "the profile's reader asks for it"
         found, region = _borrowed(machine, memory, guest, config, messages)
@@ -197,7 +200,7 @@ def _put_region(
         phys = _physical(machine, guest, config)
         found = restore(machine, memory, guest, phys)
         if found.kept is not None:
-            region = adopt_mapped(memory, guest, found.kept)
+            region = adopt(memory, guest, found.kept)
         else:
             region = create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
     messages += found.messages
@@ -213,7 +216,7 @@ def _borrowed(
     is_ours = header is not None and is_of_this_boot(memory, guest, header)
     found = Restored() if header is None else restore(machine, memory, guest, header.phys)
     if found.kept is not None:
-        region = adopt_mapped(memory, guest, found.kept)
+        region = adopt(memory, guest, found.kept)
         lent = Lent(found.kept.phys, found.kept.size, found.kept.lent)
     else:
         if header is not None and header.lent and is_ours:
@@ -241,7 +244,7 @@ def _borrowed(
 def _left(found: Restored, region: Region) -> tuple[tuple[Definition, Counter | None], ...]:
     if found.kept is None:
         return tuple((definition, None) for definition in found.definitions)
-    region.counters.keep([definition.counter for definition in found.definitions])
+    region.keep_counters([definition.counter for definition in found.definitions])
     return tuple((definition, region.counters.at(definition.counter)) for definition in found.definitions)
 
 

@@ -137,7 +137,9 @@ class BareGuest:
     def init_functions(self, pattern: str) -> tuple[Place, ...]:
         return ()
 
-    def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
+    def stack_words_into(
+        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
+    ) -> list[int] | None:
         return None
 
     def owner_of(self, addr: VirtAddr) -> str:

@@ -143,8 +143,13 @@ class Guest(Protocol):
     def init_functions(self, pattern: str) -> Iterable[Place]:
         """The same of init text, which symbols tell of for ever, and which is freed."""
 
-    def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
-        """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found."""
+    def stack_words_into(
+        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
+    ) -> list[int] | None:
+        """All words on any kernel stack that point into *target*; ``None`` when stacks cannot be found.
+
+        :param on_vcpus: only on those of the tasks that are on a vCPU now; more, where these cannot be told.
+        """
 
     def owner_of(self, addr: VirtAddr) -> str:
         """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""

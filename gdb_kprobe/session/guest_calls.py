@@ -23,8 +23,8 @@ from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.linux.page_allocator import RETURN, may_call_here, way_points
 from gdb_kprobe.model import GENERAL_REGISTERS, CpuId, VirtAddr, offset
+from gdb_kprobe.region.moment import was_reset
 from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.session.moment import was_reset
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.x86.decode import iter_insns
 

@@ -6,19 +6,22 @@ call of ``exc_int3`` in the #BP entry calls the dispatcher instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.kprobes import guest_dispatch as code
 from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.kprobes.slots import SLOT_HEADER, Slot
+from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.bp_path import BpPath
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
-from gdb_kprobe.session.header import Record, RecordKind
-from gdb_kprobe.session.region import Region
+from gdb_kprobe.region.directory import Kind, RegionObject
+from gdb_kprobe.region.records import Record, RecordKind
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.x86.assemble import rel32
 from gdb_kprobe.x86.decode import Insn
@@ -36,6 +39,31 @@ class Handling:
     """From the entry on."""
 
 
+_FEWEST_BITS: Final = 8
+"""Of the first table: one page."""
+
+
+@dataclass(slots=True)
+class _Table:
+    """A table as it is in the guest, of 2**bits entries: probed addresses by index."""
+
+    place: RegionObject
+    bits: int
+    addrs: dict[int, VirtAddr] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more address would make searches long."""
+        return 4 * (len(self.addrs) + 1) > 3 << self.bits
+
+    def find(self, addr: VirtAddr) -> int:
+        """The index of *addr*, or of where it is to be entered."""
+        index = code.table_index(addr, self.bits)
+        while self.addrs.get(index, addr) != addr:
+            index = (index + 1) % (1 << self.bits)
+        return index
+
+
 class GuestDispatch:
     """The dispatcher of one region. The machine must be stopped whenever a method is called."""
 
@@ -49,26 +77,22 @@ class GuestDispatch:
         """Counts the hits that nobody was there for, and that are of no probe."""
         self._region = region
         self._memory = memory
-        self._bits = (region.header.table.size // code.ENTRY.size).bit_length() - 1
-        self._addrs: dict[int, VirtAddr] = {}
-        """The table as it is in the guest: probed address by index."""
         self._handlers: dict[VirtAddr, VirtAddr] = {}
-        self._clear_table()
+        self._old: list[_Table] = []
+        """Tables in which a vCPU may still be searching."""
+        self._table = self._new_table(_FEWEST_BITS)
+        self._use(self._table)
         # A breakpoint makes QEMU run the whole page that it is in one instruction at a time: the gate has its own.
-        before = -region.slots.high_water % PAGE_SIZE
-        if before:
-            self._allocate(before - SLOT_HEADER)
-        gate = self._allocate(PAGE_SIZE - SLOT_HEADER)
-        self._gate_slot = gate
+        page = region.allocate(Kind.CODE, PAGE_SIZE).range(region.header.virt)
+        gate = self._gate_slot = Slot(page.start, PAGE_SIZE)
         emitted = code.emit_gate(gate.code, path.handler)
         self._write(gate, path.call.addr, emitted.code)
         self.gate = emitted.gate
-        region.store.describe_dispatch(path.entry_text, self.gate)
+        region.describe_dispatch(path.entry_text, self.gate)
         self._retired = emitted.retired
-        table = region.header.table.start
-        size = len(code.emit_dispatcher(gate.code, table, self._bits, path.handler))
-        slot = self._allocate(size)
-        self._write(slot, path.call.addr, code.emit_dispatcher(slot.code, table, self._bits, path.handler))
+        cell = region.header.table_cell
+        slot = self._allocate(len(code.emit_dispatcher(gate.code, cell, path.handler)))
+        self._write(slot, path.call.addr, code.emit_dispatcher(slot.code, cell, path.handler))
         call = path.call
         self.hook = CodePatch(call.addr, call.raw, b"\xe8" + rel32("call", call.addr, call.end, slot.code))
 
@@ -97,8 +121,12 @@ class GuestDispatch:
     def serve(self, addr: VirtAddr, entry: VirtAddr) -> None:
         """Have hits at *addr* go to the handler whose *entry* this is from now on.
 
-        :raises RegionError: the table is full.
+        :raises RegionError: there is no room for a larger table.
         """
+        if self._handlers.get(addr) == entry:
+            return
+        if addr not in self._handlers and self._table.is_full:
+            self._grow()
         self._set(addr, entry)
 
     def retire(self, addr: VirtAddr) -> None:
@@ -111,65 +139,76 @@ class GuestDispatch:
 
         No vCPU may be on the #BP path.
         """
-        kept = {addr: handler for addr, handler in self._handlers.items() if handler != self._retired}
-        if 8 * (len(self._handlers) - len(kept)) < 1 << self._bits:
+        for old in self._old:
+            self._region.remove(old.place)
+        self._old.clear()
+        kept = self._kept()
+        if 8 * (len(self._handlers) - len(kept)) < 1 << self._table.bits:
             return False
-        self._addrs.clear()
-        self._handlers.clear()
-        self._clear_table()
-        for addr, handler in kept.items():
-            self._set(addr, handler)
+        # Nobody is searching: what is written in between is read by nobody.
+        start = offset(self._region.header.phys, self._table.place.start)
+        self._region.memory.write_physical(start, bytes(self._table.place.size))
+        self._table.addrs.clear()
+        self._fill(self._table, kept)
+        self._handlers = kept
         return True
 
     # -- private ------------------------------------------------------------------------------------------------
 
+    def _kept(self) -> dict[VirtAddr, VirtAddr]:
+        return {addr: handler for addr, handler in self._handlers.items() if handler != self._retired}
+
+    def _grow(self) -> None:
+        """Have a larger table, with all that is in this one: a vCPU that has just executed an int3 looks it up there.
+
+        :raises RegionError: there is no room for it.
+        """
+        larger = self._new_table(self._table.bits + 1)
+        self._fill(larger, self._handlers)
+        self._old.append(self._table)
+        self._table = larger
+        self._use(larger)
+
+    def _new_table(self, bits: int) -> _Table:
+        return _Table(self._region.allocate(Kind.TABLE, code.ENTRY.size << bits), bits)
+
+    def _use(self, table: _Table) -> None:
+        header = self._region.header
+        word = code.table_word(table.place.range(header.virt).start, table.bits)
+        self._region.memory.write_physical(header.physical(header.table_cell), word.to_bytes(8, "little"))
+
+    def _fill(self, table: _Table, handlers: Mapping[VirtAddr, VirtAddr]) -> None:
+        image = bytearray(table.place.size)
+        for addr, handler in handlers.items():
+            index = table.find(addr)
+            table.addrs[index] = addr
+            code.ENTRY.pack_into(image, index * code.ENTRY.size, addr, handler)
+        self._region.memory.write_physical(offset(self._region.header.phys, table.place.start), bytes(image))
+
     def _set(self, addr: VirtAddr, handler: VirtAddr) -> None:
-        if self._handlers.get(addr) == handler:
-            return
-        index = self._find(addr)
-        self._write_words(index, 8, handler)
-        if index not in self._addrs:
-            self._write_words(index, 0, addr)
-            self._addrs[index] = addr
+        for table in (*self._old, self._table):
+            index = table.find(addr)
+            if index not in table.addrs and table is not self._table:
+                continue
+            self._write_word(table, index, 8, handler)
+            if index not in table.addrs:
+                self._write_word(table, index, 0, addr)
+                table.addrs[index] = addr
         self._handlers[addr] = handler
 
-    def _find(self, addr: VirtAddr) -> int:
-        """The index of *addr*, or of where it is to be entered.
-
-        :raises RegionError: it is not in the table, and the table is full.
-        """
-        size = 1 << self._bits
-        index = code.table_index(addr, self._bits)
-        while self._addrs.get(index, addr) != addr:
-            index = (index + 1) % size
-        if index not in self._addrs and 4 * (len(self._addrs) + 1) > 3 * size:
-            raise RegionError(
-                f"the table of probed addresses is full ({len(self._addrs)} of {size} entries in use)",
-                "delete probes and let the guest run, or reserve a larger region (region.size in the profile)",
-            )
-        return index
-
-    def _write_words(self, index: int, at: int, value: int) -> None:
-        addr = offset(self._region.header.table.start, index * code.ENTRY.size + at)
-        self._region.memory.write_physical(self._region.header.physical(addr), value.to_bytes(8, "little"))
-
-    def _clear_table(self) -> None:
-        """The memory may hold anything; most often it is zero already, which is told faster than written."""
-        table = self._region.header.table
-        phys = self._region.header.physical(table.start)
-        found = self._region.memory.read_physical(phys, table.size)
-        for at in range(0, table.size, PAGE_SIZE):
-            size = min(PAGE_SIZE, table.size - at)
-            if any(found[at : at + size]):
-                self._region.memory.write_physical(offset(phys, at), bytes(size))
+    def _write_word(self, table: _Table, index: int, at: int, value: int) -> None:
+        addr = offset(self._region.header.phys, table.place.start + index * code.ENTRY.size + at)
+        self._region.memory.write_physical(addr, value.to_bytes(8, "little"))
 
     def _allocate(self, size: int) -> Slot:
         slot = self._region.slots.allocate(size)
         if slot is None:
             raise RegionError(
                 f"the region has no room for {size} bytes of code",
-                "reserve a larger region (region.size in the profile), or delete probes",
+                "reserve a larger region (region.size in the profile), or delete probes; 'kprobe info' says what "
+                "fills it",
             )
+        self._region.commit()
         return slot
 
     def _write(self, slot: Slot, original: VirtAddr, image: bytes) -> None:

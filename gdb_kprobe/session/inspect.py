@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import AddressRange, PhysAddr, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.region.directory import RegionObject
+from gdb_kprobe.region.layout import FIRST_PAGE
 from gdb_kprobe.session.function_text import FunctionText
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.linux_guest import LinuxGuest
@@ -66,10 +68,10 @@ class RegionInfo:
 
     :ivar range: where it is in the guest's kernel.
     :ivar phys: where that is in guest physical memory, in one piece.
-    :ivar header: what another session finds the region by, and the records of what is patched.
-    :ivar counters: what the probes count in.
+    :ivar header: what another session finds the region and all that is in it by.
     :ivar code: where the slots are.
-    :ivar slots_size: bytes that there are for slots.
+    :ivar objects: all that is in it: kind, and offset and size in bytes.
+    :ivar free: bytes that are not given out.
     :ivar slots_used: bytes in slots that are in use or quarantined.
     :ivar quarantined: slots that no probe has any more, and a task may still be in.
     :ivar gate: where hits stop for the host.
@@ -78,9 +80,9 @@ class RegionInfo:
     range: AddressRange
     phys: PhysAddr
     header: AddressRange
-    counters: AddressRange
     code: AddressRange
-    slots_size: int
+    objects: tuple[RegionObject, ...]
+    free: int
     slots_used: int
     quarantined: int
     gate: VirtAddr
@@ -172,14 +174,14 @@ def _site(session: Session, site: Site) -> SiteInfo:
 
 def region_of(session: Session) -> RegionInfo:
     """The session's region."""
-    header, slots = session.region.header, session.region.slots
+    region, header, slots = session.region, session.region.header, session.region.slots
     return RegionInfo(
         header.range,
         header.phys,
-        AddressRange(header.virt, header.table.start),
-        header.counters,
+        AddressRange(header.virt, offset(header.virt, FIRST_PAGE * PAGE_SIZE)),
         header.code,
-        slots.area.size,
+        region.objects,
+        region.free,
         slots.used,
         len(slots.quarantined),
         session.gate,

@@ -14,7 +14,7 @@ from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.handler import Handler
 from gdb_kprobe.kprobes.window import Window
 from gdb_kprobe.language.condition import Condition
-from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.session.guest import Guest, Place
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.programs import Programs
@@ -105,10 +105,14 @@ class Jumps:
                 return Refusal(Reason.WINDOW_BUSY, addr, f"at {place(inside)}; it is tried again at the next stop")
         return None
 
-    def is_on_a_stack(self, addr: VirtAddr) -> bool:
-        """Whether somebody may have *addr* as a program counter or on a stack."""
-        words = self._live_words()
-        return words is None or addr in words
+    def is_behind_an_int3(self, addr: VirtAddr) -> bool:
+        """Whether a vCPU may have executed an int3 that ends at *addr*, and not have come back from it.
+
+        Nobody sleeps in between: the kernel handles an int3 of its own with preemption off (``exc_int3`` and
+        ``kprobe_int3_handler``). What a sleeping task has of *addr* on its stack is a remnant.
+        """
+        words = self._guest.stack_words_into(AddressRange(addr, offset(addr, 1)), self._stack_pointers(), on_vcpus=True)
+        return words is None or bool(words) or any(rip == addr for _, rip in self._positions())
 
     def forget(self) -> None:
         """The machine may have run, and the user may have typed: who is where must be found out anew."""
@@ -160,6 +164,9 @@ class Jumps:
         for cpu in self._machine.cpus():
             yield cpu, self._machine.read_register(cpu, "rip")
 
+    def _stack_pointers(self) -> dict[CpuId, int]:
+        return {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
+
     def _users(self) -> Collection[int]:
         """Where the user has breakpoints. Many jumps are planned in one act, and gdb is asked once in it."""
         if self._taken is None:
@@ -169,8 +176,7 @@ class Jumps:
     def _live_words(self) -> frozenset[int] | None:
         """All that is on any stack, or in a program counter, and points into text."""
         if self._words is None:
-            pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
-            words = self._guest.stack_words_into(_TEXT, pointers)
+            words = self._guest.stack_words_into(_TEXT, self._stack_pointers())
             if words is None:
                 return None
             self._words = frozenset(words).union(rip for _, rip in self._positions())

@@ -24,8 +24,9 @@ from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.region.header import Header
+from gdb_kprobe.region.records import Record, RecordKind
 from gdb_kprobe.session.faults import fault_entries
-from gdb_kprobe.session.header import Header, Record, RecordKind
 from gdb_kprobe.session.traps import FRAME, EntryGate, RegionGate
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step

@@ -14,20 +14,11 @@ from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
-from gdb_kprobe.session.definitions import forget_definitions
-from gdb_kprobe.session.header import (
-    MAGIC,
-    RECORD_SIZE,
-    Header,
-    Record,
-    RecordKind,
-    damaged,
-    iter_records,
-    read_header,
-    read_records,
-)
+from gdb_kprobe.region.definitions import forget_definitions
+from gdb_kprobe.region.header import MAGIC, Header, damaged, read_header
+from gdb_kprobe.region.records import Record, RecordKind, clear_records, iter_records, read_records
+from gdb_kprobe.region.region import mapped_slots, why_not_mapped
 from gdb_kprobe.session.leave import bring_out, trapped_at
-from gdb_kprobe.session.region import mapped_slots, why_not_mapped
 from gdb_kprobe.session.restore import is_armed, restore_site
 from gdb_kprobe.target.protocols import Machine, PhysicalMemory
 
@@ -102,8 +93,7 @@ class Leftover:
         if borrowed:
             notes.append(f"the guest's ftrace leaves {borrowed} function(s) alone until its next boot")
         forget_definitions(machine, self.header)
-        for index in range(self.header.records):
-            machine.write_physical(self.header.record_address(index), bytes(RECORD_SIZE))
+        clear_records(machine, self.header)
         return tuple(notes)
 
 

@@ -342,12 +342,14 @@ class LinuxGuest:
 
     # -- what changes while the guest runs ----------------------------------------------------------------------
 
-    def stack_words_into(self, target: AddressRange, stack_pointers: Mapping[CpuId, int]) -> list[int] | None:
+    def stack_words_into(
+        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
+    ) -> list[int] | None:
         if not self.has_types:
             return scan_all_stacks(self.memory, self.kallsyms, self.e820(), target, stack_pointers.values())
         tasks = read_tasks(self.memory, self.kallsyms, self.types)
-        running = current_tasks(self.memory, self.kallsyms, self.types).values()
-        stacks = list(task_stacks(tasks, running))
+        running = frozenset(current_tasks(self.memory, self.kallsyms, self.types).values())
+        stacks = list(task_stacks([task for task in tasks if not on_vcpus or task.addr in running], running))
         pointers = tuple(stack_pointers.values())
         elsewhere = [rsp for rsp in pointers if rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None]
         if elsewhere:

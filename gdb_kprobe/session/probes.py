@@ -12,8 +12,8 @@ from gdb_kprobe.kprobes.action import ASK_SIZE, MISS_SIZE, Action
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
 from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.region.counters import Counter
 from gdb_kprobe.session.context import Handler, Watch
-from gdb_kprobe.session.counters import Counter
 from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.guest_dispatch import Handling
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.model import AddressRange
+from gdb_kprobe.region.moment import Moment
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.moment import Moment
-from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.saved_jumps import savers
 from gdb_kprobe.target.protocols import Cpus
 
@@ -31,7 +31,8 @@ class Quarantine:
             return False
         inside = [self._machine.read_register(cpu, "rip") for cpu in self._machine.cpus()]
         released = self._region.slots.release(words + inside) > 0
-        if not self._region.slots.quarantined:
+        released |= self._region.release_left(words + inside) > 0
+        if not self._region.slots.quarantined and not self._region.left:
             # Whoever adds to one does it in a slot.
             released |= self._region.counters.release() > 0
         if released:

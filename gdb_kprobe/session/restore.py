@@ -9,21 +9,14 @@ from dataclasses import dataclass, replace
 from gdb_kprobe.errors import NeedsTypesError, TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.region.definitions import Definition, read_definitions
+from gdb_kprobe.region.directory import why_damaged
+from gdb_kprobe.region.header import Header, Identity, damaged, read_header
+from gdb_kprobe.region.records import Record, RecordKind, iter_records, read_records
+from gdb_kprobe.region.region import is_mapped_anywhere, links_of, unlink, why_not_mapped
 from gdb_kprobe.session.borrows import give_back
-from gdb_kprobe.session.definitions import Definition, read_definitions
 from gdb_kprobe.session.guest import Guest
-from gdb_kprobe.session.header import (
-    Header,
-    Identity,
-    Record,
-    RecordKind,
-    damaged,
-    iter_records,
-    read_header,
-    read_records,
-)
 from gdb_kprobe.session.leave import bring_out
-from gdb_kprobe.session.region import is_mapped_anywhere, links_of, unlink, why_not_mapped
 from gdb_kprobe.session.saved_jumps import HINT, saved_records, some, why, why_perhaps
 from gdb_kprobe.session.transaction import holds, write_verified
 from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
@@ -65,9 +58,9 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
         memory.write_physical(phys, bytes(8))
         return Restored(("the region held a header of an earlier boot; it was cleared, no text was touched",))
 
-    wrong_place = why_not_mapped(guest.memory, header)
-    if wrong_place:
-        raise damaged(replace(header, damage=wrong_place), phys)
+    damage = why_not_mapped(guest.memory, header) or why_damaged(memory, header)
+    if damage:
+        raise damaged(replace(header, damage=damage), phys)
 
     machine.drop_breakpoints()
     records, damaged_records = read_records(memory, header)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.session.counters import Counter
-from gdb_kprobe.session.definitions import Definitions
+from gdb_kprobe.language.spec import ProbeSpec
+from gdb_kprobe.region.counters import Counter
+from gdb_kprobe.region.definitions import Definition
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.quarantine import Quarantine
-from gdb_kprobe.session.region import Region
 
 
 class Roll:
@@ -15,7 +16,7 @@ class Roll:
 
     def __init__(self, region: Region, quarantine: Quarantine) -> None:
         self._counters = region.counters
-        self._definitions = Definitions(region.memory, region.header)
+        self._definitions = region.definitions
         self._quarantine = quarantine
 
     def enter(self, probe: Probe) -> None:
@@ -23,27 +24,23 @@ class Roll:
 
         :raises RegionError: there is no room.
         """
-        if probe.counter is None:
-            try:
-                probe.counter = self._counters.allocate()
-            except RegionError:
-                if not self._quarantine.end():
-                    raise
-                probe.counter = self._counters.allocate()
-            probe.counter.enable(probe.enabled)
-        if probe.is_the_users:
-            self._definitions.add(probe)
+        try:
+            self._enter(probe)
+        except RegionError:
+            if not self._quarantine.end():
+                raise
+            self._enter(probe)
 
     def strike(self, probe: Probe) -> None:
         """Undo that; nothing happens when it was not done. What the counter said stays counted."""
-        self._definitions.remove(probe)
+        self._definitions.remove(probe.name)
         counter = probe.take_counter()
         if counter is not None:
             self._counters.free(counter)
 
     def retire(self, probe: Probe) -> Counter | None:
         """Undo that, but do not give the counter back yet: code that leads to it stays. It counts no more."""
-        self._definitions.remove(probe)
+        self._definitions.remove(probe.name)
         counter = probe.take_counter()
         if counter is not None:
             counter.enable(False)
@@ -56,3 +53,21 @@ class Roll:
     def clear(self) -> None:
         """Forget all definitions."""
         self._definitions.clear()
+
+    def _enter(self, probe: Probe) -> None:
+        if probe.counter is None:
+            probe.counter = self._counters.allocate()
+            probe.counter.enable(probe.enabled)
+        if probe.is_the_users:
+            self._definitions.add(probe.spec, probe.strategy, probe.counter.addr, has_handler=probe.needs_host)
+
+
+def adopt(definition: Definition, spec: ProbeSpec, counter: Counter | None) -> Probe:
+    """The probe of *definition*, which *spec* is parsed from: to be added to a session, with its counts.
+
+    *counter* is where it goes on counting; ``None``: in a new one, and what the old one said is carried over.
+    """
+    probe = Probe(spec, enabled=definition.enabled, strategy=definition.strategy, counter=counter)
+    if counter is None:
+        probe.seen, probe.failures = definition.hits, definition.missed
+    return probe

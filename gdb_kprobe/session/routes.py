@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.leave import BpCode, step_off_path
 from gdb_kprobe.session.probes import Asked, Probe, Service, Site
 from gdb_kprobe.session.programs import Programs
-from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import apply, holds, verify
 from gdb_kprobe.session.traps import EntryGate, Gate, RegionGate
 from gdb_kprobe.target.protocols import Breakpoints, Cpus
@@ -158,7 +158,6 @@ class Routes:
         if old is not None and (old.action, old.plan) == (action, plan):
             return old
         handling = in_guest.make_handler(plan.insn, action, None if stepped else plan.slot.code)
-        self._region.store.reach(self._region.slots.high_water)
         if old is not None:
             self._region.slots.free(old.handling.slot)
         site.service = Service(handling, action, plan)
@@ -187,7 +186,7 @@ class Routes:
         self.asks[answer] = site.asked
 
     def _hook(self, in_guest: GuestDispatch) -> None:
-        self._region.store.add(in_guest.hook_record, self._region.slots.high_water)
+        self._region.records.add(in_guest.hook_record)
         self._hooked = True
         if self.lifted:
             verify(self._memory, [in_guest.hook])
@@ -200,7 +199,7 @@ class Routes:
             self._bring_out()
             self._take_hook_out(in_guest)
         self._hooked = False
-        self._region.store.remove(in_guest.hook.addr)
+        self._region.records.remove(in_guest.hook.addr)
 
     def _take_hook_out(self, in_guest: GuestDispatch) -> None:
         if holds(self._memory, in_guest.hook.addr, in_guest.hook.new):

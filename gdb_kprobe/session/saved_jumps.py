@@ -22,7 +22,7 @@ from gdb_kprobe.kprobes.plan import Plan, can_handle
 from gdb_kprobe.kprobes.window import JUMP_SIZE, Window
 from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
 from gdb_kprobe.model import AddressRange, Refusal, Rung, VirtAddr, offset
-from gdb_kprobe.session.header import Record, RecordKind
+from gdb_kprobe.region.records import Record, RecordKind
 from gdb_kprobe.session.transaction import holds
 from gdb_kprobe.session.windows import executed
 from gdb_kprobe.target.protocols import Memory

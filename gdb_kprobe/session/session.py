@@ -11,6 +11,8 @@ from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import Location, ProbeSpec
 from gdb_kprobe.model import Boost, CpuId, Entry, Rung, VirtAddr
+from gdb_kprobe.region.moment import Memory, Moment, check_live, was_loaded, was_reset
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
 from gdb_kprobe.session.entries import Entries
 from gdb_kprobe.session.faults import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
@@ -20,12 +22,10 @@ from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.leave import step_out
 from gdb_kprobe.session.listeners import Listener, Listeners
 from gdb_kprobe.session.module_watch import Acts, ModuleWatch, module_of
-from gdb_kprobe.session.moment import Memory, Moment, check_live, was_loaded, was_reset
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
 from gdb_kprobe.session.programs import Programs
 from gdb_kprobe.session.quarantine import Quarantine
-from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.restore import take_back
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
@@ -284,6 +284,13 @@ class Session:
         So no hit is under way that is not counted yet. vCPUs are out of it at every stop of the user's.
         """
         return self._quarantine.is_quiet()
+
+    def make_room(self) -> None:
+        """Free for use what an earlier session has left in the region, as far as nobody can come back to it."""
+        if self.region.left:
+            with self._moment.act():
+                if not self._quarantine.end():
+                    self.region.use_rest()
 
     def original_of(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
         """RIP and RSP that those of a frame stand for: in a slot, or at the gate with a hit; ``None``: in neither."""

@@ -9,24 +9,24 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from gdb_kprobe.errors import KprobeError, RefusedError
+from gdb_kprobe.errors import KprobeError, RefusedError, RegionError
 from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import Reason, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.region.records import Record
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.borrows import Borrows
 from gdb_kprobe.session.dispatch import StubDispatcher
 from gdb_kprobe.session.entries import Entries
 from gdb_kprobe.session.function_text import guest_kprobe_in
 from gdb_kprobe.session.guest import Guest, Place
-from gdb_kprobe.session.header import Record
 from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.quarantine import Quarantine
-from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.roll import Roll
 from gdb_kprobe.session.routes import Routes
 from gdb_kprobe.session.saved_jumps import HINT, is_as_saved, plan_of, savers, some, why, why_perhaps
@@ -160,7 +160,7 @@ class Sites:
         return notes, [
             site
             for site in self._table.values()
-            if site.saved and site.addr not in saved and not self._jumps.is_on_a_stack(offset(site.addr, 1))
+            if site.saved and site.addr not in saved and not self._jumps.is_behind_an_int3(offset(site.addr, 1))
         ]
 
     @staticmethod
@@ -193,7 +193,7 @@ class Sites:
             return
         site = Site(plan, armed=True, owner=self._guest.owner_of(plan.insn.addr), saved=True)
         self._region.slots.claim(record.slot)
-        self._region.store.add(record, self._region.slots.high_water)
+        self._region.records.add(record)
         self._table[site.addr] = site
         self._text.add(plan.patch)
         self._jumps.add(site)
@@ -314,13 +314,13 @@ class Sites:
         """
         site = self._table.get(place.at)
         if site is not None and site.saved:
-            counted = self._jumps.counting(place, condition, self._region.header.counters.start)
+            counted = self._jumps.counting(place, condition, self._region.header.virt)
             action = self._jumps.action(site.addr, site.probes) or Action()
             return self._joined(site, replace(action, handlers=(*action.handlers, counted)))
         if site is not None:
             return site.plan
         self._check_entry(place)
-        wish = self._jumps.preview(place, condition, self._region.header.counters.start)
+        wish = self._jumps.preview(place, condition, self._region.header.virt)
         with self._entries.explained(place):
             plan = self._plan(self._guest.place_of(place.at), False, strategy, wish)
         self._region.slots.discard(plan.slot)
@@ -358,8 +358,17 @@ class Sites:
         """Have *probe* at *place*: with those that are there already, or at a new site.
 
         :raises RefusedError: a rule says no.
+        :raises RegionError: the region is full, also without what waits in quarantine for nothing.
         :raises KprobeError: the site is of another rung than *probe* asks for, or the guest does not hold what it must.
         """
+        try:
+            self._put(probe, place)
+        except RegionError:
+            if not self._quarantine.end():
+                raise
+            self._put(probe, place)
+
+    def _put(self, probe: Probe, place: Place) -> None:
         site, strategy = self._table.get(place.at), probe.strategy
         at = self._guest.place_of(place.at)
         self._check_entry(place)
@@ -600,8 +609,9 @@ class Sites:
             borrowed = self._borrows.needed(plan.patch.range)
             marked = next((site.record for site in borrowed), None)
             record = Record(plan.patch, plan.slot, plan.rung, borrowed=marked)
-            self._region.store.add(record, self._region.slots.high_water)
-            undo.callback(self._region.store.remove, site.addr)
+            self._region.commit()
+            self._region.records.add(record)
+            undo.callback(self._region.records.remove, site.addr)
             write_verified(self._guest.memory, plan.slot.start, plan.slot_image)
             undo.callback(self._routes.tidy)
             undo.callback(self._routes.close, site)
@@ -648,7 +658,7 @@ class Sites:
         if not comes_back:
             self._dispatcher.forget(site)
         if not keep_record:
-            self._region.store.remove(site.addr)
+            self._region.records.remove(site.addr)
 
     def _watch_fixup(self, site: Site) -> None:
         """Arm a site where a fault of *site*'s instruction is fixed up: a hit there ends the one that faulted.

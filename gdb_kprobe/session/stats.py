@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.counters import SIZE, Counter
-from gdb_kprobe.session.header import Header
+from gdb_kprobe.region.counters import read_counters
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.target.protocols import PhysicalMemory
 
@@ -42,28 +40,18 @@ class Change:
     """Hits a second."""
 
 
-def read_counts(memory: PhysicalMemory, header: Header, probes: Sequence[Probe]) -> Reading:
+def read_counts(memory: PhysicalMemory, probes: Sequence[Probe]) -> Reading:
     """Read what *probes* have counted.
 
-    Those that the guest counts are read in one piece, from the first to the last: at the same moment, however many.
+    Counters that lie near to each other are read in one piece: nearly at the same moment, however many there are.
 
     :raises TargetError: the machine runs, and its memory cannot be read meanwhile.
     """
-    counters = [probe.counter for probe in probes if probe.counter is not None]
-    start = min((counter.addr for counter in counters), default=VirtAddr(0))
-    end = max((counter.addr + SIZE for counter in counters), default=0)
-    data = memory.read_physical(header.physical(start), end - start) if counters else b""
+    found = read_counters(memory, [probe.counter for probe in probes if probe.counter is not None])
     moment = time.monotonic()
-
-    def word(addr: VirtAddr) -> int:
-        return int.from_bytes(data[addr - start : addr - start + 8], "little")
-
-    def in_guest(counter: Counter | None) -> tuple[int, int]:
-        return (0, 0) if counter is None else (word(counter.addr), word(counter.missed_addr))
-
     counts: dict[str, Count] = {}
     for probe in probes:
-        hits, missed = in_guest(probe.counter)
+        hits, missed = (0, 0) if probe.counter is None else found[probe.counter.addr]
         counts[probe.name] = Count(probe.seen + hits, probe.failures + missed)
     return Reading(moment, counts)
 

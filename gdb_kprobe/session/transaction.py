@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from gdb_kprobe.errors import StaleTextError, TargetError
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.model import PhysAddr, VirtAddr
-from gdb_kprobe.target.protocols import Memory, PhysicalMemory
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.target.protocols import Memory
 
 
 def apply(memory: Memory, patches: Sequence[CodePatch]) -> None:
@@ -59,19 +59,3 @@ def write_verified(memory: Memory, addr: VirtAddr, data: bytes) -> None:
             f"wrote {data.hex(' ')} at {addr:#x}, but the guest holds {found.hex(' ')}",
             "is the page RAM? a ROM or device page cannot be probed",
         )
-
-
-def apply_physical(memory: PhysicalMemory, addr: PhysAddr, old: bytes, new: bytes) -> None:
-    """The same for one write by physical address, to memory that is nobody's text (a page-table entry).
-
-    :raises TargetError: the place holds something else than *old*, or the write did not take.
-    """
-    found = memory.read_physical(addr, len(old))
-    if found != old:
-        raise TargetError(
-            f"physical {addr:#x} holds {found.hex(' ')}, expected {old.hex(' ')}; it was not written",
-            "the guest has changed its page tables meanwhile; try again",
-        )
-    memory.write_physical(addr, new)
-    if memory.read_physical(addr, len(new)) != new:
-        raise TargetError(f"physical {addr:#x} cannot be written", "is there RAM? see 'info mtree' in QEMU's monitor")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, VirtAddr
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.jumps import Jumps
-from gdb_kprobe.session.region import Region
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.target.protocols import Breakpoints
 

@@ -9,7 +9,8 @@ import pytest
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import read_struct
 from gdb_kprobe.model import PhysAddr, VirtAddr
-from gdb_kprobe.session.header import RecordKind, iter_records, read_header
+from gdb_kprobe.region.header import read_header
+from gdb_kprobe.region.records import RecordKind, iter_records, record_cells
 from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.oracle import GuestRam, text_of
@@ -162,12 +163,13 @@ def test_a_damaged_header_is_told_of_at_the_connection_and_refused_at_the_attach
             gdb.console("disconnect")
             flip(guest, guest.reserved_base + 100)
             site = next(record for record in records if record.kind is RecordKind.SITE)
-            index = next(
-                number
-                for number in range(header.records)
-                if guest.read_ram(header.record_address(number) + 8, 8) == site.patch.addr.to_bytes(8, "little")
+            own = site.patch.addr.to_bytes(8, "little")
+            index, cell = next(
+                (index, at)
+                for index, (at, data) in enumerate(record_cells(GuestRam(guest), header))
+                if data[8:16] == own
             )
-            flip(guest, header.record_address(index) + 40)
+            flip(guest, cell + 40)
             told = gdb.console(f"kprobe restore {profile(guest)}")
             assert f"record {index} of the region is damaged: its checksum is wrong" in told
         left = [record for record, is_armed in zip(records, armed(), strict=True) if is_armed]

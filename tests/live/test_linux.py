@@ -20,12 +20,12 @@ from gdb_kprobe.linux.e820 import read_e820
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
-from gdb_kprobe.linux.mapping import find_hole, plan_mapping
+from gdb_kprobe.linux.mapping import CODE_FLAGS, find_hole, map_pages, plan_mapping
 from gdb_kprobe.linux.modules import Module, read_module_symbols, read_modules
 from gdb_kprobe.linux.state import read_state
 from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_stacks, task_stacks
 from gdb_kprobe.linux.text import read_text_facts
-from gdb_kprobe.model import AddressRange, PhysAddr, Reason, VirtAddr
+from gdb_kprobe.model import AddressRange, PhysAddr, Reason, VirtAddr, offset
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.probed import Booted
 
@@ -255,26 +255,27 @@ def test_kernel_table_is_found_from_a_vcpu_in_user_mode_under_pti(cpu: Literal["
 
 
 def test_planned_mapping_is_what_qemu_then_sees(kernel: Kernel) -> None:
-    size, code_size = 4 << 20, 1 << 20
+    size, data = 4 << 20, 1 << 20
     base = kernel.vm.reserved_base
     assert base is not None
     virt = find_hole(kernel.table, MODULE_AREA, size)
     assert virt is not None
     before = qemus_leaves(kernel.vm)
     phys, tables = PhysAddr(base), (PhysAddr(base + (8 << 20)), 1 << 16)
-    code = AddressRange(virt, VirtAddr(virt + code_size))
-    plan = plan_mapping(kernel.table, virt, phys, size, tables=tables, code=code)
+    plan = plan_mapping(kernel.table, virt, phys, size, tables=tables, data=data)
     for addr, image in plan.tables:
         kernel.ram.write_physical(addr, image)
     for link in plan.links:
         assert kernel.ram.read_physical(link.addr, 8) == link.old
         kernel.ram.write_physical(link.addr, link.new)
+    kernel.table.invalidate()
+    map_pages(kernel.table, offset(virt, data), offset(phys, data), size - data, CODE_FLAGS, tables)
     try:
         after = qemus_leaves(kernel.vm)
     finally:
         for link in plan.undo():
             kernel.ram.write_physical(link.addr, link.new)
-    expected = {virt + at: (phys + at, "---DA----" if at < code_size else "X--DA---W") for at in range(0, size, 0x1000)}
+    expected = {virt + at: (phys + at, "X--DA---W" if at < data else "---DA----") for at in range(0, size, 0x1000)}
     assert {addr: leaf for addr, leaf in after.items() if addr not in before} == expected
     assert qemus_leaves(kernel.vm) == before
 

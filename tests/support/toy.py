@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import mmap
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,15 +19,18 @@ import unicorn
 from unicorn import x86_const
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import GENERAL_REGISTERS, AddressRange, CpuId, PhysAddr, Rung, VirtAddr
+from gdb_kprobe.region.directory import Kind
+from gdb_kprobe.region.header import Header, read_header
+from gdb_kprobe.region.layout import DIRECTORY_OFFSET, FIRST_PAGE, MARK_OFFSET, MARK_SIZE
+from gdb_kprobe.region.records import Record, iter_records
+from gdb_kprobe.region.region import Region, create_mapped
 from gdb_kprobe.session.bare_guest import BareGuest
-from gdb_kprobe.session.header import Header, Record, iter_records, read_header
-from gdb_kprobe.session.moment import MARK_OFFSET, MARK_SIZE
 from gdb_kprobe.session.probes import Hit, Probe
-from gdb_kprobe.session.region import Region, create_mapped
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.protocols import Machine
@@ -512,7 +515,9 @@ class ToyGuest(BareGuest):
         found = self._machine.fixups.get(addr)
         return None if found is None else VirtAddr(found)
 
-    def stack_words_into(self, target: AddressRange, stack_pointers: Any) -> list[int] | None:
+    def stack_words_into(
+        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
+    ) -> list[int] | None:
         words: list[int] = []
         for cpu, rsp in stack_pointers.items():
             live = self._machine.load(rsp, STACKS + cpu * STACK_SIZE - rsp)
@@ -623,20 +628,23 @@ class Toy:
 
         Counters and definitions of probes are left out: nothing depends on when they are written.
         """
-        layout = self.region.header.layout
+        kinds = [(found.start, found.end, found.kind) for found in self.region.objects]
         names: list[str] = []
         for addr, data in self.machine.log:
             at = addr - REGION_PHYS
             if MARK_OFFSET <= at < MARK_OFFSET + MARK_SIZE:
                 continue  # tests/unit/session/test_moment.py
-            if 0 <= at < 0x1000:
+            kind = next((kind for start, end, kind in kinds if start <= at < end), None)
+            if 0 <= at < DIRECTORY_OFFSET:
                 names.append("header")
-            elif 0 <= at < layout.counters_start:
+            elif 0 <= at < FIRST_PAGE * 0x1000:
+                names.append("directory")
+            elif kind == Kind.RECORDS:
                 names.append("record" if any(data) else "clear record")
-            elif 0 <= at < layout.data_end:
-                continue
-            elif 0 <= at < layout.code_end:
+            elif kind == Kind.CODE:
                 names.append("slot")
+            elif kind is not None:
+                continue
             elif 0 <= at < REGION_SIZE:
                 names.append("table")
             else:
@@ -660,6 +668,7 @@ def make_toy(
     guest = ToyGuest(machine)
     by: Machine = WiredStub(machine) if wired else machine
     region = create_mapped(machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
+    _begin(region)
     session = Session(by, guest, region, machine, rungs)
     toy = Toy(machine, guest, region, session, [])
     session.listen(toy.hits.append)
@@ -669,3 +678,16 @@ def make_toy(
 
 ToyWith = Callable[..., Toy]
 """Makes a :class:`Toy` of a machine (and rungs): also a second session on the same machine."""
+
+
+def _begin(region: Region) -> None:
+    """Have all that the first probe needs room in, so that what an act writes does not depend on what was before."""
+    spec = parse_definition("p:first f_nop")
+    region.definitions.add(spec, None, region.counters.allocate().addr, has_handler=False)
+    region.definitions.remove(spec.name)
+    slot = region.slots.allocate(1)
+    assert slot is not None
+    region.slots.discard(slot)
+    region.commit()
+    region.records.add(Record(CodePatch(VirtAddr(0), b"\0", b"\0"), slot, Rung.BOOSTED))
+    region.records.remove(VirtAddr(0))

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gdb_kprobe.session.header import Layout
+from gdb_kprobe.model import PhysAddr
+from gdb_kprobe.region.directory import Kind, read_directory
+from gdb_kprobe.region.header import read_header
 from gdb_kprobe.testing import GdbCommandError, GdbMi, TextSnapshot
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam, text_of
 from kprobe_guest import GuestVm
@@ -224,9 +226,16 @@ class ResetTorture:
         spec = self._guest.spec
         if spec.reserved_base is None:
             return b""
-        layout = Layout(spec.region_mb * MIB)
-        data = self._guest.read_ram(spec.reserved_base, layout.size)
-        return data[: layout.counters_start] + data[layout.definitions_start : layout.code_end]
+        base = spec.reserved_base
+        data = bytearray(self._guest.read_ram(base, spec.region_mb * MIB))
+        ram = GuestRam(self._guest)
+        header = read_header(ram, PhysAddr(base))
+        if header is None:
+            return bytes(data)
+        for found in read_directory(ram, header):
+            if found.kind == Kind.COUNTERS:
+                data[found.start : found.end] = bytes(found.size)
+        return bytes(data[: header.layout.end])
 
     def _gdb(self) -> GdbMi:
         return GdbMi(environment(self._guest))

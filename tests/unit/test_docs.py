@@ -169,7 +169,7 @@ def test_paths_in_a_document_exist(document: str) -> None:
 
 
 def test_the_path_finder_finds_paths() -> None:
-    assert {"session/header.py", "qemu/kprobe_guest/"} <= set(paths_in("docs/internals/architecture.md"))
+    assert {"region/records.py", "qemu/kprobe_guest/"} <= set(paths_in("docs/internals/architecture.md"))
     assert {"docs/guide/installing.md", "CONTRIBUTING.md"} <= set(paths_in("README.md"))
 
 

@@ -9,7 +9,7 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.attach import add_arguments, attach, profile_of
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.model import Dispatch
-from gdb_kprobe.session.definitions import Definition
+from gdb_kprobe.region.definitions import Definition
 from gdb_kprobe.session.probes import Probe
 
 

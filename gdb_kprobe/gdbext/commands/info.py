@@ -8,6 +8,7 @@ from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.views import handler_view, plan_view, probe_view
 from gdb_kprobe.render.plan import handler, plan_body
 from gdb_kprobe.render.probes import probe_info
+from gdb_kprobe.render.region import region_use
 
 
 class Info(Command):
@@ -45,7 +46,8 @@ class Info(Command):
         write(f"#BP entry:  {api.place(guest.bp_entry)}, {how}")
         write(f"region:     {region.range.size >> 20} MiB at {region.range.start:#x} (physical {region.phys:#x})")
         write(f"counters:   {attachment.counters}")
-        write(f"slots:      {region.slots_used} of {region.slots_size} bytes in use, {region.quarantined} quarantined")
+        write(f"filled by:  {region_use(region.objects, region.free)}")
+        write(f"slots:      {region.slots_used} bytes in use, {region.quarantined} quarantined")
         armed = sum(site.is_armed for site in sites)
         write(f"probes:     {len(api.probes())}, {armed} site(s) armed, {attachment.stops} stop(s) for a hit")
 

@@ -33,12 +33,13 @@ from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks
 from gdb_kprobe.linux.text import read_text_facts
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, VirtAddr, offset
-from gdb_kprobe.session.definitions import read_definitions
+from gdb_kprobe.region.definitions import read_definitions
+from gdb_kprobe.region.header import read_header
+from gdb_kprobe.region.records import read_records
+from gdb_kprobe.region.region import links_of, why_not_mapped
 from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.header import read_header, read_records
 from gdb_kprobe.session.leftover import find_leftover
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.region import links_of, why_not_mapped
 from gdb_kprobe.session.restore import restore
 from gdb_kprobe.session.saved_jumps import plan_of
 from tests.torture.fuzz.recording import Machine, Table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import struct
 import time
 import traceback
 import zlib
@@ -18,11 +19,14 @@ from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.paging import Entry
-from gdb_kprobe.model import PAGE_SIZE, CpuId, PhysAddr
+from gdb_kprobe.model import PAGE_SIZE, CpuId, PhysAddr, offset
+from gdb_kprobe.region.directory import ENTRY_SIZE, Kind, RegionObject, read_directory
+from gdb_kprobe.region.header import MAGIC, Header, read_header
+from gdb_kprobe.region.layout import DIRECTORY_OFFSET
+from gdb_kprobe.region.records import RECORD_SIZE, Record, iter_records, sealed
+from gdb_kprobe.region.region import links_of
 from gdb_kprobe.render.text import table
-from gdb_kprobe.session.header import MAGIC, RECORD_SIZE, Header, Record, iter_records, read_header, sealed
 from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
-from gdb_kprobe.session.region import links_of
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
@@ -60,10 +64,21 @@ class Recording:
     system: str
     region: PhysAddr
     header: Header
+    objects: tuple[RegionObject, ...]
     records: Mapping[PhysAddr, Record]
     links: tuple[Entry, ...]
     reads: Mapping[str, tuple[Read, ...]]
     known: LinuxGuest
+
+    def of(self, kind: Kind) -> Iterator[RegionObject]:
+        """The region's objects of *kind*."""
+        return (found for found in self.objects if found.kind == kind)
+
+    def cells(self) -> Iterator[PhysAddr]:
+        """Where there is room for a record."""
+        for found in self.of(Kind.RECORDS):
+            for at in range(found.start, found.end - RECORD_SIZE + 1, RECORD_SIZE):
+                yield offset(self.region, at)
 
 
 def left_armed(guest: GuestVm) -> None:
@@ -114,7 +129,8 @@ def record_guest(guest: GuestVm) -> Recording:
         known.text_facts()
     # From here on there is only what was recorded.
     known.memory = Table(Replay(pages), known.memory.root, known.memory.levels)
-    return Recording(pages, registers, system, region, header, sites, links, reads, known)
+    objects = read_directory(Replay(pages), header)
+    return Recording(pages, registers, system, region, header, objects, sites, links, reads, known)
 
 
 class _Following(Replay):
@@ -316,15 +332,19 @@ class Fuzzer:
         return f"; vCPU {cpu} at {rip:#x}"
 
     def _seal(self) -> None:
-        """Have the checksums of header and records be right, as one who forges them would."""
+        """Have the checksums of header, directory and records be right, as one who forges them would."""
         memory, header = self._memory, self._recording.header
-        if not any(at in memory.changed for at in range(header.phys, header.phys + 2 * PAGE_SIZE, PAGE_SIZE)):
+        if not any(at in memory.changed for at in range(header.phys, header.phys + header.size, PAGE_SIZE)):
             return
         size = len(header.pack()) - 4
         data = memory.read_physical(header.phys, size)
         memory.change(header.phys + size, zlib.crc32(data).to_bytes(4, "little"))
-        for index in range(header.records):
-            at = header.record_address(index)
+        start = offset(header.phys, DIRECTORY_OFFSET)
+        for at in range(start, start + PAGE_SIZE - ENTRY_SIZE + 1, ENTRY_SIZE):
+            entry = memory.read_physical(PhysAddr(at), ENTRY_SIZE)
+            if any(entry):
+                memory.change(at, RegionObject(*struct.unpack_from("<HHIII", entry)).pack(header))
+        for at in self._recording.cells():
             record = memory.read_physical(at, RECORD_SIZE)
             memory.change(at, sealed(record, header.cookie) if any(record) else record)
 
@@ -351,12 +371,11 @@ class Fuzzer:
             return zeros and len(write.new) == len(MAGIC)
         if any(link.addr == write.phys for link in recording.links) and len(write.new) == 8:
             return zeros
-        if write.phys == header.physical(header.definitions.start):
+        if forged and zeros and write.phys in range(recording.region, recording.region + header.size):
+            return len(write.new) in (8, RECORD_SIZE)  # a forged directory has records and definitions anywhere in it
+        if any(write.phys == offset(recording.region, found.start) for found in recording.of(Kind.DEFINITIONS)):
             return zeros and len(write.new) == 8
-        at = write.phys - header.record_address(0)
-        return (
-            zeros and len(write.new) == RECORD_SIZE and not at % RECORD_SIZE and 0 <= at < header.records * RECORD_SIZE
-        )
+        return zeros and len(write.new) == RECORD_SIZE and write.phys in set(recording.cells())
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:

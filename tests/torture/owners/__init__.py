@@ -113,7 +113,10 @@ def numbered(seed: int, number: int, arena: Arena) -> Sequence:
 
 
 def _fails_so(arena: Arena, kind: str, some: Sequence) -> bool:
-    return _kind(arena.play(some)) == kind
+    """Whether *some*, a part of a sequence that has failed so, does it too. It may leave probes, to the next."""
+    wrong = arena.play(some)
+    arena.drop()
+    return _kind(wrong) == kind
 
 
 def _kind(wrong: str) -> str:
@@ -143,7 +146,7 @@ class Arena:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._drop()
+        self.drop()
         self._template.close()
 
     def play(self, sequence: Sequence) -> str:
@@ -166,7 +169,7 @@ class Arena:
         self._tally(match)
         if wrong:
             wrong += "\n" + "\n".join(f"    {line[:_WIDTH]}" for line in match.ours.transcript)
-            self._drop()
+            self.drop()
         return wrong
 
     def match(self) -> Match:
@@ -187,7 +190,8 @@ class Arena:
         match.ours.reasons.clear()
         match.excused.clear()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Have the next sequence played in other guests."""
         match, self._match = self._match, None
         guests, self._guests = self._guests, ExitStack()
         with guests:

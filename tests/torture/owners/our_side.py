@@ -75,8 +75,12 @@ class OurSide:
     def hides(self, addr: int) -> bool:
         """Whether the guest must refuse a kprobe of its own at *addr*.
 
-        It is that of an int3 of ours, or within the instructions that a jump of ours displaces.
+        It is that of an int3 of ours, or within the instructions that a jump of ours displaces. Which a probe
+        has may have changed when the guest was resumed, so that is asked again.
         """
+        if self._is_attached:
+            for name, found in self._listed().items():
+                self._probes[name].is_as(found)
         return any(
             probe.addr < addr < probe.addr + probe.size or (addr == probe.addr and probe.rung != "optimized")
             for probe in (*self._probes.values(), *self._staying)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
+from unicorn import UC_ARCH_X86, UC_HOOK_CODE, UC_MODE_64, Uc
 from unicorn import x86_const as uc
 
 from gdb_kprobe.actions.lower import COUNTER, ENABLE, REGIONS, lower
@@ -24,6 +24,7 @@ DISPATCHER, GATE = VirtAddr(CODE + 0x1000), VirtAddr(CODE)
 FORWARD, BACK = VirtAddr(CODE + 0x8000), VirtAddr(CODE + 0x9000)
 REGS = STACK + 0x8000
 BITS = 4
+CELL = VirtAddr(COUNTERS + 0x8000)
 KERNEL_CS, USER_CS = 0x10, 0x33
 KEPT = ("RBX", "RBP", "R12", "R13", "R14", "R15")
 REGISTERS = ("RAX", "RCX", "RDX", "RSI", "RDI", *KEPT, *(f"R{n}" for n in range(8, 12)))
@@ -38,12 +39,17 @@ class Machine:
         self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
         for base in (CODE, TABLE, COUNTERS, STACK, KERNEL):
             self.uc.mem_map(base, 0x10_0000)
-        self.uc.mem_write(DISPATCHER, code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD))
+        self.uc.mem_write(DISPATCHER, code.emit_dispatcher(DISPATCHER, CELL, FORWARD))
+        self.use(TABLE, BITS)
         self.gate = code.emit_gate(GATE, FORWARD)
         self.uc.mem_write(GATE, self.gate.code)
         self.uc.mem_write(FORWARD, b"\xf4")
         self.uc.mem_write(BACK, b"\xf4")
         self.taken: set[int] = set()
+
+    def use(self, table: VirtAddr, bits: int) -> None:
+        """Have the table of 2**bits entries at *table* searched from now on."""
+        self.uc.mem_write(CELL, code.table_word(table, bits).to_bytes(8, "little"))
 
     def enter(self, addr: int, handler: int) -> None:
         index = code.table_index(addr, BITS)
@@ -241,7 +247,7 @@ def test_whatever_an_indirect_branch_leads_to_begins_with_endbr64(machine: Machi
         found = (str(insn) for insn in iter_insns(text, start))
         return [text for text in found if text.startswith(("jmp", "call")) and "0x" not in text.split("[")[0]]
 
-    dispatcher = code.emit_dispatcher(DISPATCHER, TABLE, BITS, FORWARD)
+    dispatcher = code.emit_dispatcher(DISPATCHER, CELL, FORWARD)
     assert indirect(dispatcher, DISPATCHER) == ["jmp qword ptr [r8 + 8]"]
     assert [indirect(text, AT) for text in (handler, stopping, gate)] == [[], [], []]
 
@@ -256,3 +262,38 @@ def test_an_int3_that_the_guest_has_put_where_ours_was_is_the_guests(machine: Ma
     machine.enter(KERNEL, machine.gate.retired)
     machine.uc.mem_write(KERNEL, b"\xcc")
     assert machine.hit(KERNEL, until=FORWARD) == (FORWARD, KERNEL + 1)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 9, 16])
+def test_a_table_of_any_size_is_searched_to_its_end_and_on_from_its_start(bits: int) -> None:
+    machine, size = Machine(), 1 << bits
+    machine.use(TABLE, bits)
+    addr = next(addr for addr in range(KERNEL, KERNEL + 0xF_0000) if code.table_index(addr, bits) == size - 1)
+    other = next(at for at in range(addr + 1, KERNEL + 0xF_FFFF) if code.table_index(at, bits) == size - 1)
+    machine.uc.mem_write(TABLE + (size - 1) * code.ENTRY.size, code.ENTRY.pack(other, SLOT))
+    machine.uc.mem_write(TABLE, code.ENTRY.pack(addr, machine.gate.retired))
+    machine.uc.mem_write(addr, b"\x55")
+    assert machine.hit(addr) == (BACK, addr)
+
+
+def test_a_table_that_is_exchanged_while_it_is_searched_is_searched_to_its_end(machine: Machine) -> None:
+    """At any instruction: what was there before the exchange is found in either."""
+    larger, handler = VirtAddr(TABLE + 0x8000), code.emit_handler(AT, Action(), VirtAddr(KERNEL), SLOT)
+    machine.uc.mem_write(AT, handler.code)
+    machine.enter(KERNEL, handler.entry)
+    index = code.table_index(KERNEL, BITS + 3)
+    machine.uc.mem_write(larger + index * code.ENTRY.size, code.ENTRY.pack(KERNEL, handler.entry))
+    for at in range(16):
+        machine.use(TABLE, BITS)
+        seen = 0
+
+        def exchange(*_: object, at: int = at) -> None:
+            nonlocal seen
+            if seen == at:
+                machine.use(larger, BITS + 3)
+            seen += 1
+
+        hook = machine.uc.hook_add(UC_HOOK_CODE, exchange)
+        assert machine.hit(KERNEL) == (BACK, SLOT)
+        machine.uc.hook_del(hook)
+        assert seen > at

@@ -29,7 +29,9 @@ class SlotLife(RuleBasedStateMachine):
         slot = self.slots.allocate(size, TEXT)
         if slot is None:
             needed = -(-(size + SLOT_HEADER) // SLOT_ALIGN) * SLOT_ALIGN
-            assert self.slots.high_water + needed > AREA.end, "there was room"
+            taken = {at for slot in self.used + self.waiting for at in range(slot.start, slot.end, SLOT_ALIGN)}
+            free = "".join(" " if at in taken else "x" for at in range(AREA.start, AREA.end, SLOT_ALIGN))
+            assert "x" * (needed // SLOT_ALIGN) not in free, "there was room"
             return
         assert slot.end - slot.code >= size
         assert slot.start % SLOT_ALIGN == 0
@@ -60,7 +62,6 @@ class SlotLife(RuleBasedStateMachine):
         assert all(AREA.start <= slot.start and slot.end <= AREA.end for slot in taken)
         assert self.slots.used == sum(slot.size for slot in taken)
         assert set(self.slots.quarantined) == set(self.waiting)
-        assert all(slot.end <= self.slots.high_water <= AREA.end for slot in taken)
 
 
 TestSlotLife = SlotLife.TestCase
@@ -76,7 +77,42 @@ def test_all_freed_and_released_is_empty_and_gives_the_same_room_again(sizes: li
     assert slots.release([]) == len(first)
     assert (slots.used, slots.quarantined) == (0, ())
     again = [slot for size in sizes if (slot := slots.allocate(size, TEXT)) is not None]
-    assert set(again) == set(first)
+    assert [slot.size for slot in again] == [slot.size for slot in first]
+    whole = SlotAllocator(AREA)
+    slot = whole.allocate(AREA.size - SLOT_HEADER, TEXT)
+    assert slot is not None
+    whole.discard(slot)
+    assert whole.allocate(1, TEXT) is not None, "a large one that is free serves for a small one"
+
+
+def test_more_is_asked_for_when_it_is_needed_and_nothing_of_a_piece_is_lost() -> None:
+    pieces = [AddressRange(AREA.start, VirtAddr(AREA.start + 256)), AddressRange(VirtAddr(AREA.end - 256), AREA.end)]
+    asked: list[int] = []
+
+    def more(size: int) -> AddressRange | None:
+        asked.append(size)
+        return pieces.pop() if pieces else None
+
+    slots = SlotAllocator(AREA, more)
+    assert asked == []
+    taken = [slots.allocate(128 - SLOT_HEADER, TEXT), slots.allocate(192 - SLOT_HEADER, TEXT)]
+    assert asked == [128, 192]
+    assert [slot and slot.start for slot in taken] == [AREA.end - 256, AREA.start]
+    rest = [slots.allocate(1, TEXT) for _ in range(4)]
+    assert sum(slot is not None for slot in rest) == 3, "two at the end of one piece, one at the end of the other"
+
+
+def test_a_claimed_slot_is_not_given_out_again() -> None:
+    slots = SlotAllocator(AREA)
+    slot = Slot(VirtAddr(AREA.start - 0x1000), 64)
+    slots.claim(slot)
+    assert slots.is_claimed(AddressRange(slot.start, AREA.end))
+    slots.free(slot)
+    assert slots.release([slot.code]) == 0
+    assert slots.is_claimed(slot.range)
+    assert slots.release([]) == 1
+    assert not slots.is_claimed(slot.range)
+    assert slots.allocate(1, TEXT) != slot
 
 
 def test_a_quarantined_slot_is_not_handed_out() -> None:

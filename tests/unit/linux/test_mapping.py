@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.linux.mapping import MappingPlan, find_hole, plan_mapping, table_pages_needed
+from gdb_kprobe.linux.mapping import (
+    CODE_FLAGS,
+    DATA_FLAGS,
+    MappingPlan,
+    find_hole,
+    map_pages,
+    plan_mapping,
+    table_pages_needed,
+)
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 
@@ -14,6 +22,7 @@ MIB = 1 << 20
 AREA = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF00_0000))
 REGION = 0x1000_0000
 TABLES = 0x1800_0000
+TABLES_AT, ROOM = PhysAddr(TABLES), 0x10_0000
 
 
 @pytest.fixture
@@ -26,28 +35,36 @@ def table_of(tables: Any) -> PageTable:
     return PageTable(tables.ram, PhysAddr(tables.root), tables.levels)
 
 
-def plan(tables: Any, virt: int, size: int = 4 * MIB, *, code: int = MIB, room: int = 0x10_0000) -> MappingPlan:
+def plan(tables: Any, virt: int, size: int = 4 * MIB, *, data: int = MIB, room: int = ROOM) -> MappingPlan:
     return plan_mapping(
         table_of(tables),
         VirtAddr(virt),
         PhysAddr(REGION),
         size,
-        tables=(PhysAddr(TABLES), room),
-        code=AddressRange(VirtAddr(virt), VirtAddr(virt + code)),
+        tables=(TABLES_AT, room),
+        data=data,
     )
 
 
-def install(tables: Any, made: MappingPlan) -> None:
+def install(tables: Any, made: MappingPlan, data: int = MIB) -> None:
+    """Hang it into the tables; then fill what it leaves empty, in pieces, as code."""
     for addr, image in made.tables:
         tables.ram.write_physical(addr, image)
     for link in made.links:
         assert tables.ram.read_physical(link.addr, 8) == link.old
         tables.ram.write_physical(link.addr, link.new)
+    virt, end = made.range.start, made.range.size
+    table = table_of(tables)
+    for start, stop in ((0x20_3000, end), (data, min(0x20_3000, end))):
+        for at in range(data, end, 0x8_0000):
+            assert tables.oracle(virt + at) is None or at >= start
+        size = max(0, stop - start)
+        map_pages(table, VirtAddr(virt + start), PhysAddr(REGION + start), size, CODE_FLAGS, (TABLES_AT, ROOM))
 
 
-def assert_mapped(tables: Any, virt: int, size: int, code: int) -> None:
+def assert_mapped(tables: Any, virt: int, size: int, data: int) -> None:
     for at in range(0, size, 0x1000):
-        assert tables.oracle(virt + at) == (REGION + at, "x" if at < code else "w")
+        assert tables.oracle(virt + at) == (REGION + at, "w" if at < data else "x")
     assert tables.oracle(virt - 1) is None
     assert tables.oracle(virt + size) is None
 
@@ -124,8 +141,8 @@ def test_mapping_may_cross_the_end_of_a_pmd_table(make_tables: Any) -> None:
 
 def test_size_need_not_be_a_multiple_of_2_mib(make_tables: Any) -> None:
     tables = make_tables()
-    made = plan(tables, AREA.end - 8 * MIB, 3 * MIB + 0x1000, code=0)
-    install(tables, made)
+    made = plan(tables, AREA.end - 8 * MIB, 3 * MIB + 0x1000, data=0)
+    install(tables, made, 0)
     assert_mapped(tables, AREA.end - 8 * MIB, 3 * MIB + 0x1000, 0)
 
 
@@ -139,7 +156,10 @@ def test_no_entry_of_ours_is_global_or_for_users_or_both_writable_and_executable
             if REGION <= value & 0xF_FFFF_FFFF_F000 < REGION + 4 * MIB:
                 leaves += 1
                 assert bool(value & W) == bool(value & NX)
-    assert leaves == 1024
+    assert leaves == 256
+    for flags in (CODE_FLAGS, DATA_FLAGS):
+        assert not flags & (G | U)
+        assert bool(flags & W) == bool(flags & NX)
 
 
 def test_undo_takes_the_links_back_in_reverse(make_tables: Any) -> None:
@@ -176,3 +196,19 @@ def test_too_little_room_for_tables_is_refused_with_advice(make_tables: Any) -> 
 def test_pages_needed_are_never_fewer_than_planned(make_tables: Any, levels: int, virt: int, size: int) -> None:
     made = plan(make_tables(levels=levels), virt, size)
     assert len(made.tables) <= table_pages_needed(size, levels)
+
+
+def test_only_empty_leaves_of_our_own_tables_are_filled(make_tables: Any) -> None:
+    tables = make_tables()
+    virt = VirtAddr(AREA.end - 8 * MIB)
+    tables.map(virt + 4 * MIB, 0x9000)  # the guest's
+    made = plan(tables, virt)
+    for addr, image in made.tables:
+        tables.ram.write_physical(addr, image)
+    for link in made.links:
+        tables.ram.write_physical(link.addr, link.new)
+    for at, size, what in ((0, 0x1000, "holds 0x8"), (MIB, 4 * MIB, "PTE entry"), (8 * MIB, 0x1000, "entry")):
+        with pytest.raises(RegionError, match=f"cannot be mapped: .*{what}"):
+            map_pages(table_of(tables), VirtAddr(virt + at), PhysAddr(REGION), size, CODE_FLAGS, (TABLES_AT, ROOM))
+        assert tables.oracle(virt + MIB) is None
+        assert tables.oracle(virt + 4 * MIB) == (0x9000, "wx")

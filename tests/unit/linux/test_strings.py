@@ -75,4 +75,4 @@ def test_no_other_code_makes_text_of_bytes_of_the_guest() -> None:
                 if not node.args or (isinstance(first, ast.Constant) and isinstance(first.value, str)):
                     found.add(str(path.relative_to(root)))
     # A definition in the region is taken only where all of it is printable.
-    assert found - _OTHERS == {"session/definitions.py"}
+    assert found - _OTHERS == {"region/definitions.py"}

@@ -9,7 +9,8 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError
 from gdb_kprobe.model import CpuId, PhysAddr
-from gdb_kprobe.session.moment import MARK_OFFSET, MARK_SIZE, Memory, Moment
+from gdb_kprobe.region.layout import MARK_OFFSET, MARK_SIZE
+from gdb_kprobe.region.moment import Memory, Moment
 from tests.support.toy import Toy
 
 START = PhysAddr(0x1000)

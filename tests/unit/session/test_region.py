@@ -10,8 +10,9 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError, RegionError
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
-from gdb_kprobe.session.header import read_header
-from gdb_kprobe.session.region import create_mapped, create_premapped, links_of
+from gdb_kprobe.region.directory import Kind
+from gdb_kprobe.region.header import read_header
+from gdb_kprobe.region.region import create_mapped, create_premapped, links_of
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
 MIB = 1 << 20
@@ -23,15 +24,23 @@ PREMAPPED = VirtAddr(0xFFFF_FFFF_9000_0000)
 
 
 def test_code_is_executable_data_is_writable_and_nothing_is_both(toy: Toy) -> None:
+    toy.add("f_push")
+    toy.region.allocate(Kind.TABLE, 0x7000)
+    toy.region.slots.allocate(0x7000)
+    toy.region.commit()
     header = toy.region.header
+    mapped = {READ | WRITE: 0, READ | EXEC: 0}
     for at in range(0, SIZE, 0x1000):
         found = toy.machine.walk(header.virt + at)
-        if at < header.layout.data_end:
+        if at < header.data_end * 0x1000:
             assert found == (PHYS + at, READ | WRITE)
-        elif at < header.layout.code_end:
+        elif header.code_start * 0x1000 <= at < header.layout.end:
             assert found == (PHYS + at, READ | EXEC)
         else:
-            assert found is None, "the page tables are not mapped"
+            assert found is None, "what is not in use, and the page tables, are not mapped"
+            continue
+        mapped[found[1]] += 1
+    assert mapped == {READ | WRITE: 2 + 3 + 7, READ | EXEC: 4 + 7 + 1}
     assert toy.machine.walk(header.virt - 1) is None
     assert toy.machine.walk(header.virt + SIZE) is None
 
@@ -205,7 +214,7 @@ def test_memory_that_is_mapped_for_everything_is_taken_as_it_is(premap: Any, mac
     region = premap()
     assert (region.links, region.header.phys, region.header.identity.entry_addr) == ((), PHYS, 0)
     assert read_header(machine, PHYS) == region.header
-    assert len(machine.log) == 1
+    assert [at for at, _ in machine.log] == [PHYS + 0x1000, PHYS], "directory, header"
 
 
 @pytest.mark.parametrize(

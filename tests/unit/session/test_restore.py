@@ -10,8 +10,9 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, RegionError, TargetError
 from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
-from gdb_kprobe.session.definitions import text_of
-from gdb_kprobe.session.region import adopt_mapped
+from gdb_kprobe.region.definitions import text_of
+from gdb_kprobe.region.records import record_cells
+from gdb_kprobe.region.region import adopt
 from gdb_kprobe.session.restore import Restored, restore
 from tests.support.cut import is_cut
 from tests.support.toy import Toy, ToyMachine, ToyWith
@@ -125,9 +126,10 @@ def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Toy, toy_with
     assert done.kept == toy.header()
     assert toy.machine.load(slot.code, 1) == b"\x55"
 
-    region = adopt_mapped(toy.machine, toy.guest, done.kept)
+    region = adopt(toy.machine, toy.guest, done.kept)
     assert region.links == toy.region.links
-    assert region.slots.area.start >= slot.end
+    given = [region.slots.allocate(1000) for _ in range(100)]
+    assert not any(other is not None and other.range.overlaps(slot.range) for other in given)
     assert region.header.virt == toy.region.header.virt
     assert region.header.cookie != toy.region.header.cookie
 
@@ -285,13 +287,8 @@ class TestDamage:
         toy.add("f_push")
         toy.add("f_jmp")
         header = toy.region.header
-        index = next(n for n in range(header.records) if toy.records()[n].patch.addr == toy.addr("f_push"))
-        [at] = [
-            header.record_address(n)
-            for n in range(header.records)
-            if toy.machine.ram[header.record_address(n) + 8 :][:8] == toy.addr("f_push").to_bytes(8, "little")
-        ]
-        assert index >= 0
+        own = toy.addr("f_push").to_bytes(8, "little")
+        [at] = [at for at, data in record_cells(toy.machine, header) if data[8:16] == own]
         self.flip(toy, at + 32)  # old
         done = restore_after_kill(toy)
         assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
@@ -309,6 +306,16 @@ class TestDamage:
         assert toy.machine.log == []
         assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
 
+    def test_a_directory_that_was_written_over_is_refused(self, toy: Toy) -> None:
+        """What is in text is not known without the records."""
+        toy.add("f_push")
+        self.flip(toy, REGION_PHYS + 0x1000 + 8)
+        toy.machine.log.clear()
+        with pytest.raises(RegionError, match="checksum of an entry of the region's directory is wrong"):
+            restore_after_kill(toy)
+        assert toy.machine.log == []
+        assert toy.changed_text() == {toy.addr("f_push"): 0xCC}
+
     def test_a_damaged_header_that_nothing_maps_is_cleared(self, toy: Toy) -> None:
         """Reserved memory survives a reset: what is there is of no use."""
         for link in toy.region.links:
@@ -320,8 +327,7 @@ class TestDamage:
 
     def test_a_header_of_another_mapping_than_there_is_clears_no_page_table_entry(self, toy: Toy) -> None:
         header = toy.region.header
-        forged = replace(header, virt=VirtAddr(toy.addr("f_nop") & -0x20_0000), code_high_water=VirtAddr(0))
-        forged = replace(forged, code_high_water=forged.virt, gate=VirtAddr(0))
+        forged = replace(header, virt=VirtAddr(toy.addr("f_nop") & -0x20_0000), gate=VirtAddr(0))
         toy.machine.ram[REGION_PHYS : REGION_PHYS + len(forged.pack())] = forged.pack()
         toy.machine.log.clear()
         with pytest.raises(RegionError, match="where it says that the region is mapped, is not mapped"):

@@ -12,10 +12,10 @@ from gdb_kprobe.errors import GuestStateError, KprobeError, NeedsTypesError, Ref
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
 from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
-from gdb_kprobe.session.definitions import adopt
+from gdb_kprobe.region.region import adopt as go_on
 from gdb_kprobe.session.probes import Hit
-from gdb_kprobe.session.region import adopt_mapped
 from gdb_kprobe.session.restore import restore
+from gdb_kprobe.session.roll import adopt
 from gdb_kprobe.session.session import Session
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
@@ -121,6 +121,29 @@ def test_a_detach_is_done_where_stacks_cannot_be_read(jumping: Toy, monkeypatch:
     assert VirtAddr(jumping.addr("f_nop")) in jumping.changed_text()
 
 
+def test_a_saved_jump_goes_when_its_kprobe_is_gone_and_no_vcpu_is_on_its_way_to_it(
+    jumping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word behind the int3 that a sleeping task has on its stack is a remnant: kprobes are handled without sleep."""
+    [site] = [site for site in jumping.session.sites.all() if site.is_jump]
+    behind = site.addr + 1
+    on_their_way: set[int] = {behind}
+
+    def words(target: Any, *_: object, on_vcpus: bool = False) -> list[int]:
+        return [word for word in (on_their_way if on_vcpus else {behind}) if word in target]
+
+    monkeypatch.setattr(jumping.guest, "stack_words_into", words)
+    own(jumping, monkeypatch, saver(jumping))
+    jumping.session.settle()
+    assert site.saved
+    own(jumping, monkeypatch, GuestKprobes())
+    jumping.session.settle()
+    assert site.saved, "a vCPU has taken the int3 before"
+    on_their_way.clear()
+    jumping.session.settle()
+    assert not site.saved
+
+
 # -- probes at a jump that is saved ------------------------------------------------------------------------------------
 
 
@@ -128,8 +151,8 @@ def again(toy: Toy) -> Toy:
     """A session after the one of *toy* was killed: what it has left is restored, its saved jumps are kept."""
     found = restore(toy.machine, toy.machine, toy.guest, REGION)
     assert found.kept is not None
-    region = adopt_mapped(toy.machine, toy.guest, found.kept)
-    region.counters.keep([definition.counter for definition in found.definitions])
+    region = go_on(toy.machine, toy.guest, found.kept)
+    region.keep_counters([definition.counter for definition in found.definitions])
     session = Session(toy.session.machine, toy.guest, region, toy.machine, RUNGS)
     for record in found.saved:
         session.sites.keep_saved(record)

@@ -10,16 +10,14 @@ import pytest
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PhysAddr, VirtAddr
-from gdb_kprobe.session.counters import SIZE as COUNTER_SIZE
-from gdb_kprobe.session.counters import Counter
-from gdb_kprobe.session.header import Header, Identity
+from gdb_kprobe.region.counters import SIZE as COUNTER_SIZE
+from gdb_kprobe.region.counters import Counter
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.stats import Change, Count, Reading, changes, fastest, read_counts, sum_of
 
 SIZE = 16 << 20
 PHYS = PhysAddr(0x1000_0000)
 VIRT = VirtAddr(0xFFFF_FFFF_FE00_0000)
-HEADER = Header(SIZE, VIRT, PHYS, Identity(bytes(20), VirtAddr(0), VirtAddr(0), PhysAddr(0), 0), bytes(16), VIRT)
 
 
 class Memory:
@@ -44,32 +42,32 @@ def probe(memory: Memory, name: str, number: int | None, hits: int = 0, missed: 
     """A probe whose counter is the region's *number*th and says that; without one, the host counts."""
     made = Probe(parse_definition(f"p:{name} vfs_read"))
     if number is not None:
-        made.counter = Counter(memory, HEADER, VirtAddr(HEADER.counters.start + COUNTER_SIZE * number))
-        memory.words[HEADER.physical(made.counter.addr)] = hits
-        memory.words[HEADER.physical(made.counter.addr) + 8] = missed
+        at = COUNTER_SIZE * number
+        made.counter = Counter(memory, VirtAddr(VIRT + at), PhysAddr(PHYS + at))
+        memory.words |= {PHYS + at: hits, PHYS + at + 8: missed}
     return made
 
 
 def test_all_counters_are_one_read_in_any_order() -> None:
     memory = Memory()
     probes = [probe(memory, "c", 9, 2**63 + 5, 7), probe(memory, "a", 3, 23), probe(memory, "b", 4, 0, 2)]
-    found = read_counts(memory, HEADER, probes).counts
+    found = read_counts(memory, probes).counts
     assert found == {"c": Count(2**63 + 5, 7), "a": Count(23, 0), "b": Count(0, 2)}
-    assert memory.reads == [(HEADER.physical(HEADER.counters.start) + COUNTER_SIZE * 3, COUNTER_SIZE * 7)]
+    assert memory.reads == [(PHYS + COUNTER_SIZE * 3, COUNTER_SIZE * 7)]
 
 
 def test_what_the_host_has_counted_is_added() -> None:
     memory = Memory()
     mixed = probe(memory, "mixed", 0, 10, 1)
     mixed.seen, mixed.failures = 5, 2
-    assert read_counts(memory, HEADER, [mixed]).counts == {"mixed": Count(15, 3)}
+    assert read_counts(memory, [mixed]).counts == {"mixed": Count(15, 3)}
 
 
 def test_probes_that_the_host_counts_need_no_memory() -> None:
     memory = Memory()
     alone = probe(memory, "alone", None)
     alone.seen, alone.failures = 5, 2
-    assert read_counts(memory, HEADER, [alone]).counts == {"alone": Count(5, 2)}
+    assert read_counts(memory, [alone]).counts == {"alone": Count(5, 2)}
     assert memory.reads == []
 
 

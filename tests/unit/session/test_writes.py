@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gdb_kprobe.errors import GuestResetError, KprobeError, RegionError, StaleTextError, TargetError
-from gdb_kprobe.model import Rung
-from gdb_kprobe.session.header import HeaderStore
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.slots import Slot
+from gdb_kprobe.model import Rung, VirtAddr
+from gdb_kprobe.region.directory import Kind
+from gdb_kprobe.region.layout import FIRST_PAGE
+from gdb_kprobe.region.records import Record, Records
 from gdb_kprobe.session.session import Session
 from tests.support.toy import Toy
 
 TEXT, TEXT_PHYS = 0xFFFF_FFFF_8010_0000, 0x10_0000
+FIRST_CODE = 4 * 0x1000
+"""Bytes of the first piece of code, which is at the end."""
 
 
 def physical(addr: int) -> int:
@@ -21,17 +28,12 @@ def physical(addr: int) -> int:
 
 
 def make_region_full(toy: Toy) -> None:
-    """All records in use, as far as the allocator of records knows."""
-    store = toy.region.store
-    store.header = type(store.header)(
-        store.header.size,
-        store.header.virt,
-        store.header.phys,
-        store.header.identity,
-        store.header.cookie,
-        store.header.code_high_water,
-        store.header.layout.record_count,
-    )
+    """There is no room for another record."""
+    toy.region.allocate(Kind.TABLE, toy.region.free)
+    with contextlib.suppress(RegionError):
+        for addr in range(1 << 16):
+            toy.region.records.add(Record(CodePatch(VirtAddr(addr), b"\0", b"\0"), Slot(VirtAddr(0), 64), Rung.BOOSTED))
+    toy.machine.log.clear()
 
 
 def snapshot(toy: Toy) -> tuple[Any, ...]:
@@ -55,7 +57,7 @@ def snapshot(toy: Toy) -> tuple[Any, ...]:
 
 def test_the_record_comes_before_the_slot_and_the_text_last(toy: Toy) -> None:
     toy.add("f_push")
-    assert toy.writes() == ["record", "header", "slot", "text"]
+    assert toy.writes() == ["record", "slot", "text"]
     assert toy.machine.breakpoints
 
 
@@ -109,7 +111,7 @@ def test_the_region_tells_what_is_armed_after_every_act(toy: Toy) -> None:
     assert toy.machine.load(slot.start, 8) == toy.addr("f_push").to_bytes(8, "little")
     header = toy.header()
     assert header is not None
-    assert header.code_high_water >= slot.end
+    assert slot.start in header.code
     toy.session.detach()
     assert toy.header() is None
 
@@ -122,13 +124,13 @@ def at_site(toy: Toy) -> int:
 
 
 def at_slot(toy: Toy) -> int:
-    start: int = toy.region.header.phys + toy.region.header.layout.data_end
+    start: int = toy.region.header.phys + toy.region.header.layout.end - FIRST_CODE
     return start
 
 
 def at_record(toy: Toy) -> int:
     phys: int = toy.region.header.phys
-    return phys + 0x1000
+    return phys + (FIRST_PAGE + 2) * 0x1000  # behind the first counters, and definitions
 
 
 @pytest.mark.parametrize(
@@ -151,13 +153,13 @@ def test_an_add_whose_write_fails_leaves_nothing(toy: Toy, how: str, where: Call
 
 def test_text_that_changes_under_the_plan_is_not_written(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between reading the instruction and writing the int3 the bytes are read again."""
-    add_record = HeaderStore.add
+    add_record = Records.add
 
     def change(*args: Any) -> None:
         add_record(*args)
         toy.machine.ram[at_site(toy)] = 0x90
 
-    monkeypatch.setattr(HeaderStore, "add", change)
+    monkeypatch.setattr(Records, "add", change)
     with pytest.raises(StaleTextError, match="holds 90, expected 55; nothing was written"):
         toy.add("f_push")
     assert toy.changed_text() == {toy.addr("f_push"): 0x90}
@@ -196,7 +198,7 @@ def test_enabling_that_fails_leaves_the_probe_disabled(toy: Toy) -> None:
 def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy: Toy) -> None:
     first = toy.add("p:first f_push")
     before = snapshot(toy)
-    toy.machine.rejected.add(toy.region.slots.high_water - toy.region.header.virt + toy.region.header.phys)
+    toy.machine.rejected.add(at_slot(toy) + 64)
     with pytest.raises(TargetError, match="cannot write"):
         toy.add("p:second f_push", post=lambda hit: None)
     assert snapshot(toy) == before
@@ -218,7 +220,7 @@ def test_a_watched_fixup_goes_when_its_instruction_cannot_be_armed(toy: Toy, whe
 def test_when_all_records_are_in_use_nothing_is_written(toy: Toy, place: str) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("fixup")
     make_region_full(toy)
-    with pytest.raises(RegionError, match="records of the region are in use"):
+    with pytest.raises(RegionError, match="in a piece for records"):
         toy.add(place)
     assert (toy.changed_text(), toy.machine.breakpoints, toy.session.sites.all()) == ({}, set(), ())
 

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, field
-
 import pytest
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
-from gdb_kprobe.session.counters import Counters
-from gdb_kprobe.session.definitions import Definitions, adopt, forget_definitions, read_definitions, text_of
-from gdb_kprobe.session.header import Header, Identity
+from gdb_kprobe.model import Rung
+from gdb_kprobe.region.definitions import forget_definitions, read_definitions, text_of
+from gdb_kprobe.region.directory import Kind
 from gdb_kprobe.session.probes import Probe
-
-SIZE = 2 << 20
-PHYS = PhysAddr(0x1000_0000)
-
-
-@dataclass
-class Memory:
-    """The region's memory, which held something else before."""
-
-    data: bytearray = field(default_factory=lambda: bytearray(b"\x5a" * SIZE))
-
-    def read_physical(self, addr: PhysAddr, size: int) -> bytes:
-        assert PHYS <= addr <= addr + size <= PHYS + SIZE
-        return bytes(self.data[addr - PHYS : addr - PHYS + size])
-
-    def write_physical(self, addr: PhysAddr, data: bytes) -> None:
-        assert PHYS <= addr <= addr + len(data) <= PHYS + SIZE
-        self.data[addr - PHYS : addr - PHYS + len(data)] = data
-
-    def batch(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+from gdb_kprobe.session.roll import adopt
+from tests.unit.region.conftest import again, plain_region
 
 
 class Region:
+    """A region with the definitions of some probes."""
+
     def __init__(self) -> None:
-        identity = Identity(b"\1" * 20, VirtAddr(0), VirtAddr(0), PhysAddr(0), 0)
-        self.memory = Memory()
-        self.header = Header(SIZE, VirtAddr(0xFFFF_FFFF_C000_0000), PHYS, identity, bytes(16), VirtAddr(0))
-        self.counters = Counters(self.memory, self.header)
-        self.definitions = Definitions(self.memory, self.header)
+        self.region, self.memory = plain_region()
+        self.header = self.region.header
 
     def probe(self, text: str, strategy: Rung | None = None) -> Probe:
         probe = Probe(parse_definition(text), strategy=strategy)
-        probe.counter = self.counters.allocate()
+        probe.counter = self.region.counters.allocate()
         return probe
 
+    def add(self, probe: Probe) -> None:
+        assert probe.counter is not None
+        self.region.definitions.add(probe.spec, probe.strategy, probe.counter.addr, has_handler=probe.needs_host)
+
     def texts(self) -> list[str]:
-        return [definition.text for definition in read_definitions(self.memory, self.header)]
+        return [definition.text for definition in read_definitions(self.memory, self.region.header)]
 
 
 @pytest.mark.parametrize(
@@ -81,16 +61,16 @@ def test_counts_rung_and_whether_it_is_enabled_come_back() -> None:
     region = Region()
     first, second = region.probe("p:a vfs_read", Rung.BOOSTED), region.probe("p:b vfs_write")
     for probe in (first, second):
-        region.definitions.add(probe)
+        region.add(probe)
     first.count(hits=7, missed=2)
     assert second.counter is not None
     second.counter.enable(False)
-    one, two = read_definitions(region.memory, region.header)
+    one, two = read_definitions(region.memory, region.region.header)
     assert (one.strategy, one.hits, one.missed, one.enabled, one.had_handler) == (Rung.BOOSTED, 7, 2, True, False)
     assert (two.strategy, two.hits, two.missed, two.enabled) == (None, 0, 0, False)
     carried = adopt(one, parse_definition(one.text), None)
     assert (carried.name, carried.hits, carried.missed, carried.enabled) == ("a", 7, 2, True)
-    went_on = adopt(one, parse_definition(one.text), region.counters.at(one.counter))
+    went_on = adopt(one, parse_definition(one.text), region.region.counters.at(one.counter))
     first.count(hits=1)  # somebody who was on the way to the old counter
     assert (carried.hits, went_on.hits) == (7, 8)
 
@@ -99,55 +79,67 @@ def test_a_handler_in_python_is_noted() -> None:
     region = Region()
     probe = region.probe("p vfs_read")
     probe.pre = lambda hit: None
-    region.definitions.add(probe)
-    assert [definition.had_handler for definition in read_definitions(region.memory, region.header)] == [True]
-
-
-def test_counters_that_are_kept_are_not_given_out() -> None:
-    region = Region()
-    old = [region.counters.allocate().addr for _ in range(3)]
-    fresh = Counters(region.memory, region.header)
-    fresh.keep(old)
-    assert fresh.allocate().addr not in old
+    region.add(probe)
+    assert [definition.had_handler for definition in read_definitions(region.memory, region.region.header)] == [True]
 
 
 def test_deleted_ones_are_gone_and_make_room() -> None:
     region = Region()
     probe = region.probe("p:kept vfs_read")
-    region.definitions.add(probe)
+    region.add(probe)
     other = region.probe("p:other vfs_write")
-    for _ in range(2 * region.header.definitions.size // 32):
-        region.definitions.add(other)
-        region.definitions.remove(other)
+    free = region.region.free
+    for _ in range(10_000):
+        region.add(other)
+        region.region.definitions.remove(other.name)
     assert region.texts() == ["p:kprobes/kept vfs_read"]
-    region.definitions.remove(probe)
-    region.definitions.remove(probe)
+    assert free - region.region.free < 0x4000
+    region.region.definitions.remove(probe.name)
+    region.region.definitions.remove(probe.name)
     assert region.texts() == []
 
 
 def test_a_full_region_says_so_and_keeps_what_it_has() -> None:
     region = Region()
-    counter = region.counters.allocate()
-    probes = [Probe(parse_definition(f"p:n{number} vfs_read"), counter=counter) for number in range(10_000)]
-    added = 0
+    counter = region.region.counters.allocate()
+    specs = [parse_definition(f"p:n{number} vfs_read") for number in range(1000)]
 
     def add_all() -> None:
-        nonlocal added
-        for probe in probes:
-            region.definitions.add(probe)
-            added += 1
+        for number in range(1 << 20):
+            spec = parse_definition(f"p:n{number} vfs_read") if number >= len(specs) else specs[number]
+            region.region.definitions.add(spec, None, counter.addr, has_handler=False)
 
-    with pytest.raises(RegionError, match="no room for the definition"):
+    region.region.allocate(Kind.TABLE, region.region.free - 0x8000)
+    with pytest.raises(RegionError, match="in a piece for definitions"):
         add_all()
     texts = region.texts()
-    assert len(texts) == added > 1000
-    assert texts[-1] == f"p:kprobes/n{added - 1} vfs_read"
+    assert len(texts) > 500
+    assert texts == [f"p:kprobes/n{number} vfs_read" for number in range(len(texts))]
+    region.region.definitions.remove("n0")
+    region.region.definitions.remove("n1")
+    region.add(Probe(parse_definition("p:new vfs_read"), counter=counter))
+    assert sorted(region.texts()) == sorted([*texts[2:], "p:kprobes/new vfs_read"]), "what is freed is room"
+
+
+def test_one_that_is_longer_than_a_page_is_kept() -> None:
+    region = Region()
+    text = "p:long vfs_read " + " ".join(f"argument_of_a_long_name_{number}=%di" for number in range(128))
+    assert 3900 < len(text) < 4096
+    region.add(region.probe(text))
+    [found] = read_definitions(region.memory, region.region.header)
+    assert found.text == str(parse_definition(text))
+
+
+def test_those_of_the_session_before_are_forgotten_when_another_goes_on() -> None:
+    region = Region()
+    region.add(region.probe("p vfs_read"))
+    assert read_definitions(region.memory, again(region.memory).header) == ()
 
 
 def test_forgotten_ones_are_gone() -> None:
     region = Region()
-    region.definitions.add(region.probe("p vfs_read"))
-    forget_definitions(region.memory, region.header)
+    region.add(region.probe("p vfs_read"))
+    forget_definitions(region.memory, region.region.header)
     assert region.texts() == []
 
 
@@ -155,7 +147,7 @@ def test_forgotten_ones_are_gone() -> None:
 def test_an_entry_that_was_written_over_is_left_out(at: int, byte: int) -> None:
     region = Region()
     for name in ("a", "b"):
-        region.definitions.add(region.probe(f"p:{name} vfs_read"))
-    start = region.header.definitions.start - region.header.virt
-    region.memory.data[start + at] = byte
+        region.add(region.probe(f"p:{name} vfs_read"))
+    [chunk] = (found for found in region.region.objects if found.kind == Kind.DEFINITIONS)
+    region.memory.data[chunk.start + at] = byte
     assert region.texts() == ["p:kprobes/b vfs_read"]

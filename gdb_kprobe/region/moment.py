@@ -23,14 +23,12 @@ from enum import Enum, auto
 from typing import Final
 
 from gdb_kprobe.errors import ConnectionLostError, GuestResetError, KprobeError, TargetError
-from gdb_kprobe.model import PAGE_SIZE, PhysAddr, offset
-from gdb_kprobe.session.region import Region
+from gdb_kprobe.model import PhysAddr, offset
+from gdb_kprobe.region.layout import MARK_OFFSET, MARK_SIZE
+from gdb_kprobe.region.region import Region
 from gdb_kprobe.target.protocols import LiveMemory, PhysicalMemory
 
-_HALF: Final = 16
-MARK_SIZE: Final = 2 * _HALF
-MARK_OFFSET: Final = PAGE_SIZE - MARK_SIZE
-"""Where the mark is in the region: at the end of the header's page."""
+_HALF: Final = MARK_SIZE // 2
 
 _KEPT = 4096
 """Moments of the same sites that are remembered."""
