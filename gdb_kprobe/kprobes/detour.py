@@ -146,7 +146,8 @@ class Detour:
     def _wrap(self) -> _Wrap:
         def prepared(wrap: _Wrap) -> list[Prepared]:
             frame = wrap.frame(self.window.start)
-            return [handler.program.prepared(frame) for handler in self.action.handlers]
+            programs = dict.fromkeys(handler.program for handler in self.action.handlers)
+            return [program.prepared(frame) for program in programs]
 
         plain = prepared(_NONE)
         if any(program.reads_flags for program in plain):

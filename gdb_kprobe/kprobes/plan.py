@@ -199,11 +199,16 @@ def _prepare_slot(rung: Rung, insn: Insn, slots: SlotAllocator) -> _Prepared | R
 
 
 def _prepare_detour(detour: Detour, slots: SlotAllocator) -> _Prepared | Refusal:
-    slot = _allocate(detour.size, detour.window.range, slots)
+    # Its size does not depend on where it is; its bytes do, and most often they are right at once.
+    at = slots.likely if in_reach(slots.area, detour.window.range) else detour.window.end
+    code = detour.emit(at)
+    slot = _allocate(len(code), detour.window.range, slots)
     if isinstance(slot, Refusal):
         return slot
     try:
-        return _Prepared(slot, detour.emit(slot.code), detour.patch(slot.code), detour)
+        if slot.code != at:
+            code = detour.emit(slot.code)
+        return _Prepared(slot, code, detour.patch(slot.code), detour)
     except KprobeError:
         slots.discard(slot)
         raise

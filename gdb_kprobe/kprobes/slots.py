@@ -71,6 +71,11 @@ class SlotAllocator:
         """Bytes in slots that are in use or quarantined."""
         return sum(slot.size for slot in self._used | self._quarantine)
 
+    @property
+    def likely(self) -> VirtAddr:
+        """Where the code of the next slot is going to be, most often: not where one of its size was freed."""
+        return offset(self._next, SLOT_HEADER)
+
     def allocate(self, code_size: int, near: AddressRange | None = None) -> Slot | None:
         """Return a slot for *code_size* bytes with every byte of *near* (if any) in s32 reach of it, or ``None``."""
         size = -(-(code_size + SLOT_HEADER) // SLOT_ALIGN) * SLOT_ALIGN
