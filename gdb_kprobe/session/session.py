@@ -194,9 +194,12 @@ class Session:
             with self._moment.act():
                 if probe.counter is not None:
                     probe.counter.enable(enabled)
-                self.sites.match(site)
+                (self.sites.match if enabled else self.sites.match_fewer)(site)
         except BaseException:
             probe.enabled = before
+            if probe.counter is not None:
+                with contextlib.suppress(KprobeError, SessionOverError):
+                    probe.counter.enable(before)
             raise
 
     def switch(self, probe: Probe, enabled: bool, memory: LiveMemory) -> None:
@@ -664,7 +667,7 @@ class Session:
             try:
                 self.guest.refresh()
                 self.sites.forget_moment()
-                self.sites.match(site)
+                self.sites.match_fewer(site)
             except KprobeError as error:
                 # Its probes count, or not, as their enable words say; the next resume has another look.
                 self.notes.append(f"{self.guest.place_of(site.addr)} is handled as before for now: {error.message}")

@@ -345,12 +345,19 @@ class Sites:
 
     def _plan_in_room(self, place: Place, needs_post: bool, strategy: Rung | None, wish: Wish | Refusal) -> Plan:
         """Plan *place*; where the region is full, once more without what waits in quarantine for nothing."""
+        plan: Plan | None = None
         try:
-            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+            plan = self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+            refusal = plan.not_optimized
         except RefusedError as error:
-            if error.refusal.reason is not Reason.REGION_FULL or not self._quarantine.end():
+            refusal = error.refusal
+            if refusal.reason is not Reason.REGION_FULL or not self._quarantine.end():
                 raise
-            return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
+        if plan is not None:
+            if refusal is None or refusal.reason is not Reason.REGION_FULL or not self._quarantine.end():
+                return plan
+            self._region.slots.discard(plan.slot)
+        return self._planner.plan(place, needs_post=needs_post, strategy=strategy, wish=wish)
 
     # -- probes ---------------------------------------------------------------------------------------------------
 
@@ -408,7 +415,7 @@ class Sites:
             raise
 
     def take(self, probe: Probe) -> None:
-        """Take *probe* away; the site's text and slot go with its last probe.
+        """Take *probe* away; the site's text and slot go with its last probe. No room is needed for that.
 
         :raises KprobeError: the module that it was in is gone.
         """
@@ -416,13 +423,14 @@ class Sites:
         at = site.probes.index(probe)
         site.probes.remove(probe)
         try:
-            self.match(site)
+            self.match_fewer(site)
         except BaseException:
             site.probes.insert(at, probe)
             raise
-        if site.saved:
-            counter = self._roll.retire(probe)
-            site.retired += [] if counter is None else [counter]
+        counter = probe.counter
+        if counter is not None and (site.saved or counter.addr in _counted_in(site)):
+            self._roll.retire(probe)
+            site.retired.append(counter)
         else:
             self._roll.strike(probe)
         self._drop_unused(site)
@@ -475,7 +483,30 @@ class Sites:
             self.disarm(site)
         elif site.armed:
             self._routes.serve(site)
+        self._release_retired(site)
         self._routes.tidy()
+
+    def match_fewer(self, site: Site) -> None:
+        """As :meth:`match`, where less is wanted of *site* than before: that needs no room in the region.
+
+        Where there is none, the code stays that there is: the counters of what is not wanted any more do not count. At
+        each resume it is tried again.
+        """
+        try:
+            self.match(site)
+        except (RefusedError, RegionError) as error:
+            is_full = isinstance(error, RegionError) or error.refusal.reason is Reason.REGION_FULL
+            if not (is_full and site.armed and site.wanted):
+                raise
+
+    def _release_retired(self, site: Site) -> None:
+        """Give back the counters of probes that are gone, and that the code of *site* does not lead to any more."""
+        if not site.retired or site.saved:
+            return
+        counted = _counted_in(site)
+        for counter in [counter for counter in site.retired if counter.addr not in counted]:
+            site.retired.remove(counter)
+            self._roll.release(counter)
 
     def serve_all(self) -> list[str]:
         """Have the hits of all handled as their probes and listeners want now; returns what went wrong."""
@@ -493,6 +524,7 @@ class Sites:
             self._fit(site)
         if not site.is_jump:
             self._routes.serve(site)
+        self._release_retired(site)
 
     def match_jumps(self) -> list[str]:
         """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
@@ -500,10 +532,17 @@ class Sites:
         Returns what went wrong.
         """
         self._jumps.forget()
+        problems: list[str] = []
         for site, refusal in tuple(self._jumps.disturbed()):
             if site.is_jump and not site.saved:
-                self._lower_rung(site, refusal)
-        problems: list[str] = []
+                try:
+                    self._lower_rung(site, refusal)
+                except KprobeError as error:
+                    self.disarm(site, trapped=False)
+                    problems.append(
+                        f"{self._guest.place_of(site.addr)} is not probed any more: its jump must go ({refusal}), and "
+                        f"there can be no int3: {error.message}"
+                    )
         for site in self.armed():
             declined = site.plan.not_optimized
             if declined is not None and declined.reason.passes:
@@ -527,7 +566,13 @@ class Sites:
             if why is None:
                 return
             wish = why
-        self._replan(site, self._plan(self._guest.place_of(site.addr), False, site.strategy, wish))
+        place = self._guest.place_of(site.addr)
+        plan = self._plan(place, False, site.strategy, wish)
+        full = plan.not_optimized
+        if detour is not None and plan.detour is None and full is not None and full.reason is Reason.REGION_FULL:
+            self._region.slots.discard(plan.slot)
+            raise RefusedError(f"{place} keeps the jump that it has", full)
+        self._replan(site, plan)
 
     def _show(self, addr: VirtAddr) -> None:
         """Take away the jump that hides the instruction at *addr*; it comes back when nobody needs that any more."""
@@ -691,3 +736,8 @@ class Sites:
             watch.watchers.discard(site.addr)
             self.match(watch)
             self._drop_unused(watch)
+
+
+def _counted_in(site: Site) -> frozenset[VirtAddr]:
+    """The counters that the code of *site* leads to."""
+    return frozenset(handler.data for handler in site.handlers)
