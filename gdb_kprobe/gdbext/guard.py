@@ -75,9 +75,9 @@ def guard_connection() -> Guard | None:
         channel = GdbChannel()
         stub = QemuStub(channel)
         with uninterrupted(), channel.borrowed(stub):
-            leftover = find_leftover(stub)
             # Of a client that was killed, with or without the plugin. Ours are not inserted now.
             stub.drop_breakpoints()
+            leftover = find_leftover(stub)
             if leftover is None:
                 return None
             # gdb would step a vCPU that stands at the breakpoint over it; one that takes the int3 again comes to it.

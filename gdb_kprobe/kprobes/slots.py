@@ -61,6 +61,8 @@ class SlotAllocator:
         self.area = area
         self._more = _once(area) if more is None else more
         self._next = self._end = area.start
+        self._pieces: set[VirtAddr] = set()
+        """Where pieces begin: no slot is in two of them."""
         self._free: dict[int, list[Slot]] = {}
         self._used: set[Slot] = set()
         self._quarantine: set[Slot] = set()
@@ -99,6 +101,7 @@ class SlotAllocator:
 
     def give(self, area: AddressRange) -> None:
         """Hand out slots of *area* too, where none ever was."""
+        self._pieces.add(area.start)
         if self._next == self._end:
             self._next, self._end = area.start, area.end
         elif area.size:
@@ -135,10 +138,9 @@ class SlotAllocator:
             piece = self._more(size)
             if piece is None:
                 return self._split(size)
-            if piece.start != self._end:
-                self._put_rest_back()
-                self._next = piece.start
-            self._end = piece.end
+            self._put_rest_back()
+            self._pieces.add(piece.start)
+            self._next, self._end = piece.start, piece.end
         slot = Slot(self._next, size)
         self._next = slot.end
         return slot
@@ -157,7 +159,7 @@ class SlotAllocator:
         """The start of a free slot that is larger than *size*, free neighbours being one; the rest stays free."""
         runs: list[Slot] = []
         for slot in sorted((slot for free in self._free.values() for slot in free), key=lambda slot: slot.start):
-            if runs and runs[-1].end == slot.start:
+            if runs and runs[-1].end == slot.start and slot.start not in self._pieces:
                 runs[-1] = Slot(runs[-1].start, runs[-1].size + slot.size)
             else:
                 runs.append(slot)

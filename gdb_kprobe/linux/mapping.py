@@ -25,6 +25,7 @@ from gdb_kprobe.linux.paging import (
     shift,
 )
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
+from gdb_kprobe.target.protocols import PhysicalMemory
 
 # Accessed and dirty are set from the start, so that no CPU ever writes to our tables. No global bit: removing the
 # mapping must not leave entries in a TLB that survive a reload of CR3.
@@ -114,30 +115,47 @@ def plan_mapping(
 
 
 def map_pages(
-    table: PageTable, virt: VirtAddr, phys: PhysAddr, size: int, flags: int, tables: tuple[PhysAddr, int]
+    table: PageTable,
+    memory: PhysicalMemory,
+    virt: VirtAddr,
+    phys: PhysAddr,
+    size: int,
+    flags: int,
+    tables: tuple[PhysAddr, int],
 ) -> None:
-    """Fill the empty leaves of *virt* to *virt* + *size*, which are in our own tables, with *phys* on.
+    """Fill the leaves of *virt* to *virt* + *size*, which are in our own tables, with *phys* on.
+
+    Each is empty, or was filled so by somebody who was cut off then.
 
     No TLB flush is needed: an entry that is not present is never cached.
 
+    :param memory: where the entries are written.
     :param tables: address and size of the memory of our own tables.
-    :raises RegionError: the way to *virt* does not go by our tables, or a leaf is not empty; nothing was written.
+    :raises RegionError: the way to *virt* does not go by our tables, or a leaf holds something else; nothing was
+        written.
     """
     runs: list[tuple[PhysAddr, bytes]] = []
     at = 0
     while at < size:
         leaf = table.entries(offset(virt, at))[-1]
         count = min(size - at, (ENTRIES - (leaf.addr % PAGE_SIZE) // 8) * PAGE_SIZE) // PAGE_SIZE
-        if leaf.level != 1 or not 0 <= leaf.addr - tables[0] < tables[1] or leaf.value:
+        wanted = [phys + at + n * PAGE_SIZE | flags for n in range(count)]
+        is_ours = leaf.level == 1 and 0 <= leaf.addr - tables[0] < tables[1]
+        found = struct.unpack(f"<{count}Q", table.memory.read_physical(leaf.addr, 8 * count)) if is_ours else ()
+        wrong = [] if is_ours else [leaf]
+        wrong += [
+            Entry(1, offset(leaf.addr, 8 * n), value) for n, value in enumerate(found) if value not in (0, wanted[n])
+        ]
+        if wrong:
             raise RegionError(
-                f"{offset(virt, at):#x} cannot be mapped: its {LEVEL_NAMES[leaf.level]} entry, at physical "
-                f"{leaf.addr:#x}, holds {leaf.value:#x}",
+                f"{offset(virt, at):#x} cannot be mapped: its {LEVEL_NAMES[wrong[0].level]} entry, at physical "
+                f"{wrong[0].addr:#x}, holds {wrong[0].value:#x}",
                 "somebody has changed the region's page tables: detach, and attach again",
             )
-        runs.append((leaf.addr, struct.pack(f"<{count}Q", *(phys + at + n * PAGE_SIZE | flags for n in range(count)))))
+        runs.append((leaf.addr, struct.pack(f"<{count}Q", *wanted)))
         at += count * PAGE_SIZE
     for addr, image in runs:
-        table.memory.write_physical(addr, image)
+        memory.write_physical(addr, image)
     table.invalidate()
 
 

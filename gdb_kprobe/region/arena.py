@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from gdb_kprobe.errors import RegionError
 from gdb_kprobe.model import PAGE_SIZE
 from gdb_kprobe.region.directory import RegionObject
 
@@ -27,16 +28,16 @@ class Arena:
         :raises RegionError: there is no room.
         """
         if self._next + size > self._end:
-            self.use(self._more(size))
+            found = self._more(size)
+            self._next, self._end = found.start, found.end
         at = self._next
         self._next += size
         return at
 
-    def use(self, found: RegionObject, used: int = 0) -> None:
-        """Give out what is in *found*, an object of zeros from *used* bytes on; what is left of the last one is not."""
-        self._next, self._end = found.start + used, found.end
-
     def _more(self, size: int) -> RegionObject:
-        found = self._allocate(max(self._size, size))
+        try:
+            found = self._allocate(max(self._size, size))
+        except RegionError:
+            found = self._allocate(size)  # in an almost full region
         self._size = min(2 * self._size, _MOST)
         return found

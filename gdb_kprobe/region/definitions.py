@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.actions.lower import ENABLE
@@ -58,29 +58,30 @@ def text_of(spec: ProbeSpec) -> str:
     return f"p {spec.location}" if plain and spec.name == default_name(spec.location) else str(spec)
 
 
-@dataclass(slots=True)
-class _Chunk:
-    """One object with entries: by name of the probe, where its entry is, and what it is."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """An entry, in use or not: its offset from the region's start, and its size."""
 
-    place: RegionObject
-    entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    end: int = 0
-
-    @property
-    def live(self) -> int:
-        """Bytes of the entries in use."""
-        return sum(len(entry) for _, entry in self.entries.values())
+    at: int
+    size: int
 
 
 class Definitions:
-    """The entries of *header*'s region, in the objects that *allocate* makes, kept in step with a session's probes."""
+    """The entries of *header*'s region, in the objects that *allocate* makes, kept in step with a session's probes.
+
+    An entry is never moved: what is cut off at any moment has all the others.
+    """
 
     def __init__(self, memory: PhysicalMemory, header: Header, allocate: Callable[[int], RegionObject]) -> None:
         self._memory = memory
         self._header = header
         self._allocate = allocate
-        self._chunks: list[_Chunk] = []
-        self._of: dict[str, _Chunk] = {}
+        self._of: dict[str, _Room] = {}
+        self._free: list[_Room] = []
+        self._objects: list[RegionObject] = []
+        self._next = 0
+        self._end = 0
+        self._size = PAGE_SIZE
 
     def add(self, spec: ProbeSpec, strategy: Rung | None, counter: VirtAddr, *, has_handler: bool) -> None:
         """Note a probe before it is armed. One that is noted is not noted twice.
@@ -92,66 +93,60 @@ class Definitions:
         text = text_of(spec).encode()
         size = -(-(_ENTRY.size + len(text)) // _ALIGN) * _ALIGN
         assert size <= _MOST, "a definition that is longer is refused by its parser"
-        entry = _ENTRY.pack(size, 1, _RUNGS.index(strategy), counter - self._header.virt, has_handler) + text
-        chunk = self._with_room(size)
-        self._append(chunk, spec.name, entry.ljust(size, b"\0"))
-        self._of[spec.name] = chunk
+        room = self._room(size)
+        entry = _ENTRY.pack(room.size, 1, _RUNGS.index(strategy), counter - self._header.virt, has_handler) + text
+        entry = entry.ljust(room.size, b"\0")
+        # What says that it is one last: its size, or that it is in use.
+        self._write(room.at + _ALIGN, entry[_ALIGN:])
+        self._write(room.at, entry[:_ALIGN])
+        self._of[spec.name] = room
 
     def remove(self, name: str) -> None:
         """Forget the probe *name*; nothing happens when it is not noted."""
-        chunk = self._of.pop(name, None)
-        if chunk is not None:
-            at, _ = chunk.entries.pop(name)
-            self._write(chunk, at + 2, b"\0")
+        room = self._of.pop(name, None)
+        if room is not None:
+            self._write(room.at + 2, b"\0")
+            self._free.append(room)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all. Those that come then are written to objects of their own."""
+        for found in self._objects:
+            self._write(found.start, bytes(_ALIGN))
         self._of.clear()
-        for chunk in self._chunks:
-            chunk.entries.clear()
-            chunk.end = 0
-            self._write(chunk, 0, bytes(_ALIGN))
+        self._free.clear()
+        self._objects.clear()
+        self._next = self._end = 0
 
-    def _with_room(self, size: int) -> _Chunk:
+    def _room(self, size: int) -> _Room:
         """:raises RegionError: there is none."""
-        for chunk in reversed(self._chunks):
-            if chunk.end + size <= chunk.place.size:
-                return chunk
-        for chunk in self._chunks:
-            # Not for a few bytes each time.
-            if chunk.live + size <= chunk.place.size // 2:
-                self._compact(chunk)
-                return chunk
-        largest = max((chunk.place.size for chunk in self._chunks), default=PAGE_SIZE // 2)
+        fitting = min((room for room in self._free if room.size >= size), key=lambda room: room.size, default=None)
+        if fitting is None or (fitting.size > 2 * size and self._next + size <= self._end):
+            if self._next + size > self._end:
+                fitting = self._more(size, fitting)
+            if fitting is None:
+                self._next += size
+                return _Room(self._next - size, size)
+        self._free.remove(fitting)
+        return fitting
+
+    def _more(self, size: int, fitting: _Room | None) -> _Room | None:
+        """Another object; *fitting* where that cannot be.
+
+        :raises RegionError: there is no room.
+        """
+        if fitting is not None:
+            return fitting
         try:
-            self._chunks.append(_Chunk(self._allocate(max(size, min(2 * largest, 16 * PAGE_SIZE)))))
+            found = self._allocate(max(size, self._size))
         except RegionError:
-            for chunk in self._chunks:
-                if chunk.live + size <= chunk.place.size:
-                    self._compact(chunk)
-                    return chunk
-            raise
-        return self._chunks[-1]
+            found = self._allocate(size)  # in an almost full region
+        self._objects.append(found)
+        self._next, self._end = found.start, found.end
+        self._size = min(2 * self._size, 16 * PAGE_SIZE)
+        return None
 
-    def _append(self, chunk: _Chunk, name: str, entry: bytes) -> None:
-        # The end first, and the size last: cut off in between, the old end is the end.
-        if chunk.end + len(entry) < chunk.place.size:
-            self._write(chunk, chunk.end + len(entry), bytes(_ALIGN))
-        self._write(chunk, chunk.end + _ALIGN, entry[_ALIGN:])
-        self._write(chunk, chunk.end, entry[:_ALIGN])
-        chunk.entries[name] = chunk.end, entry
-        chunk.end += len(entry)
-
-    def _compact(self, chunk: _Chunk) -> None:
-        """Write those that are in use anew, from the start."""
-        entries = {name: entry for name, (_, entry) in chunk.entries.items()}
-        chunk.entries.clear()
-        chunk.end = 0
-        for name, entry in entries.items():
-            self._append(chunk, name, entry)
-
-    def _write(self, chunk: _Chunk, at: int, data: bytes) -> None:
-        self._memory.write_physical(offset(self._header.phys, chunk.place.start + at), data)
+    def _write(self, at: int, data: bytes) -> None:
+        self._memory.write_physical(offset(self._header.phys, at), data)
 
 
 def read_definitions(memory: PhysicalMemory, header: Header) -> tuple[Definition, ...]:

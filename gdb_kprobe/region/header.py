@@ -25,7 +25,7 @@ _HEADER = struct.Struct("<8sIIQQQ20sIQQ16sQQIIQQQ")
 _CHECKSUM = struct.Struct("<I")
 """CRC-32 of the header, behind it."""
 _HEADER_SIZE = _HEADER.size + _CHECKSUM.size
-_LARGEST = 1 << 30
+_LARGEST = 1 << 31
 _LARGEST_ENTRY_TEXT = 16 << 20
 _MOST_ORDER = 10
 _PHYSICAL_BITS = 52

@@ -7,7 +7,6 @@ for the other: a processor may have the translation that it had.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
 from enum import Enum, auto
 
 from gdb_kprobe.errors import RegionError
@@ -74,10 +73,6 @@ class Pages:
             f"the region's directory has pages {start} to {start + count - 1} twice, or outside of what is mapped",
             "the guest has written over it: reset the guest, or restore its text with 'gdb-kprobe restore'",
         )
-
-    def runs(self, zone: Zone) -> Iterable[tuple[int, int]]:
-        """First page and number of pages of each run of *zone* that is mapped and not given out."""
-        return tuple(self._free[zone])
 
     def _grow(self, zone: Zone, count: int) -> int | None:
         """Take what lies at the border, free pages there included."""

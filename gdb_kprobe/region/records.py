@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -128,12 +128,28 @@ class Records:
         self._at: dict[VirtAddr, PhysAddr] = {}
         self._free: list[PhysAddr] = []
 
+    def take_over(self, kept: Iterable[Record]) -> None:
+        """Go on with the records of the session before: those *kept* stay, all others are cleared."""
+        wanted = {record.patch.addr: record for record in kept}
+        cookie = self._store.header.cookie
+        for at, data in record_cells(self._memory, self._store.header):
+            if not any(data):
+                continue  # it may be the rest of an object that is given out yet
+            found = next((record for record in wanted.values() if record.pack(cookie) == data), None)
+            if found is None:
+                self._memory.write_physical(at, bytes(RECORD_SIZE))
+                self._free.append(at)
+            else:
+                self._at[found.patch.addr] = at
+
     def add(self, record: Record) -> None:
-        """Write *record*, before its site is patched.
+        """Write *record*, before its site is patched. That of the same place is replaced.
 
         :raises RegionError: there is no room.
         """
-        at = self._free.pop() if self._free else offset(self._store.header.phys, self._arena.take(RECORD_SIZE))
+        at = self._at.get(record.patch.addr)
+        if at is None:
+            at = self._free.pop() if self._free else offset(self._store.header.phys, self._arena.take(RECORD_SIZE))
         self._at[record.patch.addr] = at
         self._memory.write_physical(at, record.pack(self._store.header.cookie))
 

@@ -21,10 +21,10 @@ from gdb_kprobe.region.arena import Arena
 from gdb_kprobe.region.counters import Counters
 from gdb_kprobe.region.definitions import Definitions
 from gdb_kprobe.region.directory import VERSIONS, Directory, Kind, RegionObject
-from gdb_kprobe.region.header import Header, HeaderStore, Identity
+from gdb_kprobe.region.header import NO_ENTRY_TEXT, NOWHERE, Header, HeaderStore, Identity
 from gdb_kprobe.region.layout import FIRST_PAGE, Layout
 from gdb_kprobe.region.pages import Pages, Zone
-from gdb_kprobe.region.records import Records
+from gdb_kprobe.region.records import Record, Records
 from gdb_kprobe.target.protocols import Cpus, Machine, PhysicalMemory
 
 COOKIE_SIZE: Final = 16
@@ -57,19 +57,34 @@ class Region:
     """A region in use, with what gives out its memory."""
 
     def __init__(
-        self, memory: PhysicalMemory, table: PageTable, header: Header, links: tuple[Entry, ...], pages: Pages
+        self,
+        memory: PhysicalMemory,
+        direct: PhysicalMemory,
+        table: PageTable,
+        header: Header,
+        links: tuple[Entry, ...],
+        pages: Pages,
     ) -> None:
-        """*links* are the entries of the guest's page tables that map it; none: the guest has mapped it itself."""
+        """*links* are the entries of the guest's page tables that map it; none: the guest has mapped it itself.
+
+        :param direct: the same memory, where each write is made at once, also in a batch of *memory*'s: what says where
+            what is must be there in its order, should gdb be killed.
+        """
         self.memory = memory
+        self._direct = direct
         self.table = table
         self.links = links
         self.giving_back: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None
         """Brings the guest that has lent the memory to where it can take it back; gives what has it do so."""
         self.left: tuple[RegionObject, ...] = ()
-        """What an earlier session has made, and somebody may still come back to."""
+        """What earlier sessions have made, and somebody may still come back to."""
+        self.changes = 0
+        """How often it was changed what is where in it."""
+        self._shared: tuple[RegionObject, ...] = ()
+        """Code of :attr:`left` in which there are slots of this session, too."""
         self._pages = pages
-        self._store = HeaderStore(memory, header)
-        self._directory = Directory(memory, self._store)
+        self._store = HeaderStore(direct, header)
+        self._directory = Directory(direct, self._store)
         self._planned: list[tuple[int, int]] = []
         """Pages that slots may be in, and that are not written down yet: to plan changes nothing in the guest."""
         self._code_piece = _CODE_PIECE
@@ -113,8 +128,6 @@ class Region:
 
         :raises RegionError: there is no room.
         """
-        if self._directory.is_almost_full and kind is not Kind.DIRECTORY:
-            self.allocate(Kind.DIRECTORY, PAGE_SIZE)
         count = -(-size // PAGE_SIZE)
         first = self._pages.allocate(Zone.CODE if kind is Kind.CODE else Zone.DATA, count)
         if first is None:
@@ -123,10 +136,15 @@ class Region:
                 "reserve a larger region (region.size in the profile), or delete probes; 'kprobe info' says what "
                 "fills it",
             )
-        return self._write_down(kind, first, count)
+        try:
+            return self._write_down(kind, first, count)
+        except BaseException:
+            self._pages.release(Zone.CODE if kind is Kind.CODE else Zone.DATA, first, count)
+            raise
 
     def remove(self, known: RegionObject) -> None:
         """Give *known* back: nobody comes to it any more."""
+        self.changes += 1
         self._directory.remove(known)
         self._pages.release(known.zone, *known.pages)
 
@@ -144,36 +162,35 @@ class Region:
         self._store.change(entry_text=entry_text, gate=gate)
 
     def release_left(self, pointers: Sequence[int]) -> int:
-        """Give back what an earlier session has made, and none of *pointers* leads into; returns how many objects.
+        """Give back what earlier sessions have made, and none of *pointers* leads into; returns how many objects.
 
-        Data of that session may be in use as long as code of it is.
+        Data of theirs may be in use as long as code of theirs is.
         """
-        code = [known for known in self.left if known.kind == Kind.CODE]
-        for known in code:
+        before = len(self.left)
+        for known in [known for known in self.left if known.kind == Kind.CODE and known not in self._shared]:
             area = known.range(self.header.virt)
             if not any(word in area for word in pointers) and not self.slots.is_claimed(area):
-                self.remove(known)
-                self.left = tuple(other for other in self.left if other != known)
-        released = len(code) - sum(known.kind == Kind.CODE for known in self.left)
-        if released and released == len(code):
+                self._leave(known)
+        if not any(known.kind == Kind.CODE for known in self.left):
             for known in self.left:
-                self.remove(known)
-            released += len(self.left)
-            self.left = ()
-        return released
+                self._leave(known)
+        return before - len(self.left)
+
+    def _leave(self, known: RegionObject) -> None:
+        self.remove(known)
+        self.left = tuple(other for other in self.left if other != known)
 
     def use_rest(self) -> None:
         """Use what an earlier session has not used of its pieces of code: it is all zeros.
 
         For guests of which it is never known that nobody is in the rest.
         """
-        for known in [known for known in self.left if known.kind == Kind.CODE]:
+        for known in [known for known in self.left if known.kind == Kind.CODE and known not in self._shared]:
             data = self.memory.read_physical(offset(self.header.phys, known.start), known.size)
             used = -(-len(data.rstrip(b"\0")) // SLOT_ALIGN) * SLOT_ALIGN
             area = known.range(self.header.virt)
             self.slots.give(AddressRange(offset(area.start, used), area.end))
-            self._directory.hand_over(known, self.header.owner)
-            self.left = tuple(other for other in self.left if other != known)
+            self._shared += (known,)
 
     # -- its life -----------------------------------------------------------------------------------------------
 
@@ -182,8 +199,8 @@ class Region:
         self._directory.create()
         self._store.create()
 
-    def go_on(self) -> None:
-        """Take over what the directory has: records and definitions are forgotten, the rest stays as it is.
+    def go_on(self, saved: Iterable[Record]) -> None:
+        """Take over what the directory has: of the records those that are *saved*, no definitions, all the rest.
 
         :raises RegionError: the directory cannot be one of ours.
         """
@@ -196,11 +213,12 @@ class Region:
                     f"the region has {known.name} of version {known.version} in memory for {zone.name.lower()}",
                     "detach with the gdb_kprobe that made it, or reset the guest",
                 )
-        self._store.change(owner=self.header.owner + 1, cookie=secrets.token_bytes(COOKIE_SIZE))
-        self._store.create()
-        for known in (*self._directory.of(Kind.RECORDS), *self._directory.of(Kind.DEFINITIONS)):
+        self.records.take_over(saved)
+        # The dispatcher of the session before is not this one's: its gate may be a slot one day.
+        self._store.change(owner=self.header.owner + 1, gate=NOWHERE, entry_text=NO_ENTRY_TEXT)
+        for known in self._directory.of(Kind.DEFINITIONS):
             self.remove(known)
-        kept = (Kind.DIRECTORY, Kind.COUNTERS)
+        kept = (Kind.DIRECTORY, Kind.RECORDS, Kind.COUNTERS)
         self.left = tuple(known for known in self._directory if known.kind not in kept)
 
     def keep_counters(self, in_use: Sequence[VirtAddr]) -> None:
@@ -261,6 +279,9 @@ class Region:
 
         :raises RegionError: the page tables are not what they were.
         """
+        self.changes += 1
+        if self._directory.is_almost_full and kind is not Kind.DIRECTORY:
+            self.allocate(Kind.DIRECTORY, PAGE_SIZE)
         pages, header = self._pages, self.header
         self._map(header.data_end, pages.data_end, DATA_FLAGS)
         self._map(pages.code_start, header.code_start, CODE_FLAGS)
@@ -275,7 +296,8 @@ class Region:
             header = self.header
             tables = offset(header.phys, header.layout.end), header.size - header.layout.end
             at = first * PAGE_SIZE
-            map_pages(self.table, offset(header.virt, at), offset(header.phys, at), end * PAGE_SIZE - at, flags, tables)
+            virt, phys = offset(header.virt, at), offset(header.phys, at)
+            map_pages(self.table, self._direct, virt, phys, end * PAGE_SIZE - at, flags, tables)
 
     def _clear(self, new: RegionObject) -> None:
         """The memory may hold anything; most often it is zero already, which is told faster than written."""
@@ -283,7 +305,7 @@ class Region:
         found = self.memory.read_physical(start, new.size)
         for at in range(0, new.size, PAGE_SIZE):
             if any(found[at : at + PAGE_SIZE]):
-                self.memory.write_physical(offset(start, at), bytes(PAGE_SIZE))
+                self._direct.write_physical(offset(start, at), bytes(PAGE_SIZE))
 
 
 def unlink(memory: PhysicalMemory, machine: Cpus, links: Iterable[Entry]) -> None:
@@ -363,6 +385,7 @@ def why_not_mapped(table: PageTable, header: Header) -> str:
 
 def create_mapped(
     memory: PhysicalMemory,
+    direct: PhysicalMemory,
     guest: Booted,
     phys: PhysAddr,
     size: int,
@@ -391,7 +414,7 @@ def create_mapped(
         memory.write_physical(addr, image)
     links = tuple(Entry(0, link.addr, int.from_bytes(link.new, "little")) for link in plan.links)
     # The header before the links: what is cut off in between can still be recognized, and taken away.
-    region = _start(memory, guest, virt, phys, size, links, lent)
+    region = _start(memory, direct, guest, virt, phys, size, links, lent)
     with contextlib.ExitStack() as undo:
         for link in plan.links:
             _exchange(memory, link.addr, link.old, link.new)
@@ -402,19 +425,25 @@ def create_mapped(
     return region
 
 
-def adopt(memory: PhysicalMemory, guest: Booted, header: Header) -> Region:
+def adopt(
+    memory: PhysicalMemory, direct: PhysicalMemory, guest: Booted, header: Header, saved: Iterable[Record] = ()
+) -> Region:
     """Go on with the region that *header* describes; what there was is not given out again while somebody is in it.
+
+    :param saved: the records that stay: of jumps that kprobes of the guest's own have saved.
 
     :raises RegionError: its directory cannot be one of ours.
     """
     links = links_of(guest.memory, header.virt, header.phys, header.size) if header.identity.entry_addr else ()
     pages = Pages(FIRST_PAGE, header.layout.pages, header.data_end, header.code_start)
-    region = Region(memory, guest.memory, header, links, pages)
-    region.go_on()
+    region = Region(memory, direct, guest.memory, header, links, pages)
+    region.go_on(saved)
     return region
 
 
-def create_premapped(memory: PhysicalMemory, guest: Booted, virt: VirtAddr, size: int) -> Region:
+def create_premapped(
+    memory: PhysicalMemory, direct: PhysicalMemory, guest: Booted, virt: VirtAddr, size: int
+) -> Region:
     """Start an empty region in memory that the guest has mapped itself.
 
     :raises RegionError: it is not mapped, not contiguous, or not writable and executable.
@@ -432,11 +461,12 @@ def create_premapped(memory: PhysicalMemory, guest: Booted, virt: VirtAddr, size
                 f"the premapped region {virt:#x} (+{size:#x}) is {what} at {page:#x}",
                 "a premapped region must be one piece, mapped for writing and executing",
             )
-    return _start(memory, guest, virt, first.phys, size, ())
+    return _start(memory, direct, guest, virt, first.phys, size, ())
 
 
 def _start(
     memory: PhysicalMemory,
+    direct: PhysicalMemory,
     guest: Booted,
     virt: VirtAddr,
     phys: PhysAddr,
@@ -449,7 +479,7 @@ def _start(
     pages = Pages(FIRST_PAGE, Layout(size).pages)
     cookie = secrets.token_bytes(COOKIE_SIZE)
     header = Header(size, virt, phys, identity, cookie, code_start=pages.code_start, lent=lent)
-    region = Region(memory, guest.memory, header, links, pages)
+    region = Region(memory, direct, guest.memory, header, links, pages)
     region.create()
     return region
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
-from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestResetError, GuestStateError, RegionError
+from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestResetError, GuestStateError, KprobeError, RegionError
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr, Rung
 from gdb_kprobe.region.counters import Counter
@@ -22,6 +22,7 @@ from gdb_kprobe.session.guest_dispatch import GuestDispatch
 from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.session.leftover import find_header
 from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
+from gdb_kprobe.session.quarantine import make_room
 from gdb_kprobe.session.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.ivshmem import find_bar
@@ -77,7 +78,8 @@ def attach(
     """Attach to the stopped *machine* as *profile* describes it; one of the processes *pids* may be its QEMU.
 
     :raises GuestStateError: the guest's software is not up, or cannot dispatch as asked for.
-    :raises RegionError: the region cannot be used as described; nothing was written.
+    :raises RegionError: the region cannot be used as described. Nothing was written but what restores an earlier
+        session's text.
     """
     started = time.monotonic()
     check_event_delivery(machine)
@@ -89,10 +91,12 @@ def attach(
     messages: list[str] = []
     with contextlib.ExitStack() as undo:
         region, found = _put_region(machine, memory, guest, profile.region, messages)
-        undo.callback(_take_away, region, machine)
+        if found.kept is None:
+            undo.callback(_take_away, region, machine)
         if isinstance(guest, LinuxGuest):
             guest.region = region.header.range
         left = _left(found, region)
+        make_room(machine, guest, region)
         in_guest = _put_dispatcher(guest, region, dispatch, messages)
         policy = profile.policy
         rungs = policy.rungs
@@ -113,7 +117,6 @@ def attach(
         )
         for record in found.saved:
             session.sites.keep_saved(record)
-        session.make_room()
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
 
@@ -136,7 +139,7 @@ _CR4_FRED: Final = 1 << 32
 
 
 def _take_away(region: Region, machine: Machine) -> None:
-    """Nothing was armed. What cannot be given back to the guest now stays for the next attach."""
+    """It is new, and nothing was armed. What cannot be given back to the guest now stays for the next attach."""
     with contextlib.suppress(GuestStateError, GuestResetError):
         region.unmap(machine)
 
@@ -188,11 +191,11 @@ def _put_region(
     """The region in its place, and what a session before has left in it."""
     if config.source is RegionSource.PREMAPPED:
         assert config.virtual is not None, "the profile's reader asks for it"
-        found = restore(machine, memory, guest, guest.memory.translate(config.virtual))
+        found = restore(machine, memory, guest, guest.memory.translate(config.virtual), premapped=True)
         if found.kept is not None:
-            region = adopt(memory, guest, found.kept)
+            region = adopt(memory, machine, guest, found.kept, found.saved)
         else:
-            region = create_premapped(memory, guest, config.virtual, config.size)
+            region = create_premapped(memory, machine, guest, config.virtual, config.size)
     elif config.source is RegionSource.BORROWED:
         assert isinstance(guest, LinuxGuest), "the profile's reader asks for it"
         found, region = _borrowed(machine, memory, guest, config, messages)
@@ -200,9 +203,9 @@ def _put_region(
         phys = _physical(machine, guest, config)
         found = restore(machine, memory, guest, phys)
         if found.kept is not None:
-            region = adopt(memory, guest, found.kept)
+            region = adopt(memory, machine, guest, found.kept, found.saved)
         else:
-            region = create_mapped(memory, guest, phys, config.size, config.virtual, MODULES)
+            region = create_mapped(memory, machine, guest, phys, config.size, config.virtual, MODULES)
     messages += found.messages
     return region, found
 
@@ -216,7 +219,7 @@ def _borrowed(
     is_ours = header is not None and is_of_this_boot(memory, guest, header)
     found = Restored() if header is None else restore(machine, memory, guest, header.phys)
     if found.kept is not None:
-        region = adopt(memory, guest, found.kept)
+        region = adopt(memory, machine, guest, found.kept, found.saved)
         lent = Lent(found.kept.phys, found.kept.size, found.kept.lent)
     else:
         if header is not None and header.lent and is_ours:
@@ -231,8 +234,10 @@ def _borrowed(
                     f"{lent.size >> 20} MiB"
                 )
         try:
-            region = create_mapped(memory, guest, lent.start, lent.size, config.virtual, MODULES, lent=lent.order)
-        except RegionError:
+            region = create_mapped(
+                memory, machine, guest, lent.start, lent.size, config.virtual, MODULES, lent=lent.order
+            )
+        except KprobeError:
             with contextlib.suppress(GuestStateError, GuestResetError), giving_back(machine, guest, lent) as give_back:
                 give_back()
             raise

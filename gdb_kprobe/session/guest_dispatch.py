@@ -6,7 +6,7 @@ call of ``exc_int3`` in the #BP entry calls the dispatcher instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -117,6 +117,11 @@ class GuestDispatch:
         made = emit(handler.code)
         self._write(handler, insn.addr, made.code)
         return Handling(handler, made.entry, made.answer, made.code[made.entry - handler.code :])
+
+    @property
+    def known(self) -> Collection[VirtAddr]:
+        """The addresses in the table: a vCPU may be on its way from an int3 at each, also from one that is gone."""
+        return self._handlers.keys()
 
     def serve(self, addr: VirtAddr, entry: VirtAddr) -> None:
         """Have hits at *addr* go to the handler whose *entry* this is from now on.

@@ -349,11 +349,16 @@ class LinuxGuest:
             return scan_all_stacks(self.memory, self.kallsyms, self.e820(), target, stack_pointers.values())
         tasks = read_tasks(self.memory, self.kallsyms, self.types)
         running = frozenset(current_tasks(self.memory, self.kallsyms, self.types).values())
-        stacks = list(task_stacks([task for task in tasks if not on_vcpus or task.addr in running], running))
         pointers = tuple(stack_pointers.values())
         elsewhere = [rsp for rsp in pointers if rsp >= _KERNEL_HALF and task_on_stack(tasks, rsp) is None]
+        # In a switch of tasks a CPU is on the stack of the next one, which is not the current one yet.
+        running |= {task.addr for task in tasks if any(rsp in task.stack for rsp in pointers)}
+        stacks = list(task_stacks([task for task in tasks if not on_vcpus or task.addr in running], running))
         if elsewhere:
-            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.types), elsewhere)
+            of_cpus = cpu_stacks(self.memory, self.kallsyms, self.types)
+            if not all(any(rsp in stack.used for stack in of_cpus) for rsp in elsewhere):
+                return None  # a task that ends is on no list any more, and still on its stack
+            stacks += live_stacks(of_cpus, elsewhere)
         words = []
         for stack in stacks:
             # What lies below a vCPU's stack pointer is dead; of exception stacks there are several in a range.

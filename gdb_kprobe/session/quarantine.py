@@ -22,16 +22,16 @@ class Quarantine:
 
     def is_quiet(self) -> bool:
         """No word on any kernel stack points into the region, as far as is known. The vCPUs themselves may be in it."""
-        return self._stack_words() == []
+        return ways_back(self._machine, self._guest, self._region) == []
 
     def end(self) -> bool:
         """Free for use what nobody can come back to; whether there was any."""
-        words = self._stack_words()
+        words = ways_back(self._machine, self._guest, self._region)
         if words is None:
             return False
-        inside = [self._machine.read_register(cpu, "rip") for cpu in self._machine.cpus()]
-        released = self._region.slots.release(words + inside) > 0
-        released |= self._region.release_left(words + inside) > 0
+        words += _positions(self._machine)
+        released = self._region.slots.release(words) > 0
+        released |= self._region.release_left(words) > 0
         if not self._region.slots.quarantined and not self._region.left:
             # Whoever adds to one does it in a slot.
             released |= self._region.counters.release() > 0
@@ -41,23 +41,45 @@ class Quarantine:
 
     def is_clear(self, code: AddressRange) -> bool:
         """Whether nobody is in *code*, which is in the region, or comes back to it, a kprobe of the guest's apart."""
-        words = self._words()
-        inside = [self._machine.read_register(cpu, "rip") for cpu in self._machine.cpus()]
-        return words is not None and not any(word in code for word in words + inside)
+        words = _words(self._machine, self._guest, self._region)
+        return words is not None and not any(word in code for word in words + _positions(self._machine))
 
-    def _stack_words(self) -> list[int] | None:
-        """Where somebody comes back to in the region; also a kprobe of the guest's own that has saved a jump there."""
-        words = self._words()
-        kprobes = self._guest.own_kprobes()
-        if words is None or kprobes.unread is not None:
-            return None
-        saved = savers(kprobes, self._region.header.code)
-        return words + [kprobe.leads_to for kprobe in saved if kprobe.leads_to is not None]
 
-    def _words(self) -> list[int] | None:
-        """All words on stacks that point into the region; ``None`` when stacks cannot be found, or not be read."""
-        pointers = {cpu: self._machine.read_register(cpu, "rsp") for cpu in self._machine.cpus()}
-        try:
-            return self._guest.stack_words_into(self._region.header.range, pointers)
-        except (UnmappedError, GuestStateError):
-            return None
+def make_room(machine: Cpus, guest: Guest, region: Region) -> None:
+    """Free for use what earlier sessions have left in *region*, as far as nobody can come back to it.
+
+    Before this session puts anything there. Of a guest in which that is never known, what they have not used is used.
+    """
+    if not region.left:
+        return
+    words = ways_back(machine, guest, region)
+    if words is None:
+        region.use_rest()
+    else:
+        region.release_left(words + _positions(machine))
+
+
+def ways_back(machine: Cpus, guest: Guest, region: Region) -> list[int] | None:
+    """Where somebody comes back to in *region*; also a kprobe of the guest's own that has saved a jump there.
+
+    ``None``: that is not known.
+    """
+    words = _words(machine, guest, region)
+    kprobes = guest.own_kprobes()
+    if words is None or kprobes.unread is not None:
+        return None
+    saved = savers(kprobes, region.header.code)
+    return words + [kprobe.leads_to for kprobe in saved if kprobe.leads_to is not None]
+
+
+def _positions(machine: Cpus) -> list[int]:
+    return [machine.read_register(cpu, "rip") for cpu in machine.cpus()]
+
+
+def _words(machine: Cpus, guest: Guest, region: Region) -> list[int] | None:
+    """All words on stacks that point into the region; ``None`` when stacks cannot be found, or not be read."""
+    pointers = {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()}
+    try:
+        return guest.stack_words_into(region.header.range, pointers)
+    except (UnmappedError, GuestStateError):
+        return None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gdb_kprobe.errors import NeedsTypesError, TargetError, UnmappedError
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError, TargetError, UnmappedError
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.region.definitions import Definition, read_definitions
@@ -37,11 +37,14 @@ class Restored:
     saved: tuple[Record, ...] = ()
 
 
-def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr) -> Restored:
+def restore(
+    machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAddr, *, premapped: bool = False
+) -> Restored:
     """Restore what the header at *phys* records, if it is of this boot; clear it if it is of an earlier one.
 
     A record that is damaged is told of, and the mapping stays then: something in text may still lead to it.
 
+    :param premapped: the guest maps that memory itself, always.
     :raises TargetError: text could not be written; it names the sites that are left.
     :raises RegionError: the header is damaged, so that it is not known what is in text; nothing was written.
     """
@@ -49,7 +52,7 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     if header is None:
         return Restored()
     if header.damage:
-        if is_mapped_anywhere(guest.memory, phys):
+        if premapped or is_mapped_anywhere(guest.memory, phys):
             raise damaged(header, phys)
         memory.write_physical(phys, bytes(8))
         return Restored((f"the region held a damaged header ({header.damage}) that is of no use to this boot; it was "
@@ -90,10 +93,11 @@ def restore(machine: Machine, memory: PhysicalMemory, guest: Guest, phys: PhysAd
     elif sites:
         messages.insert(0, "an earlier session ended without a detach, while the guest was stopped with its own text")
     if not header.identity.entry_addr:
-        # Mapped by the guest itself: there is nothing to unmap, but what is in the slots stays there.
-        memory.write_physical(phys, bytes(8))
+        # Mapped by the guest itself: there is nothing to unmap, and what is in the slots stays there.
         return Restored(tuple(messages), header, len(sites), definitions, saved)
-    words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
+    words: list[int] | None = None
+    with contextlib.suppress(UnmappedError, GuestStateError):  # then it is not known who is where
+        words = guest.stack_words_into(header.range, {cpu: machine.read_register(cpu, "rsp") for cpu in machine.cpus()})
     if words is None or words:
         messages.append("a task is still inside the old region: its mapping is kept")
     if words is None or words or saved or damaged_records:

@@ -6,7 +6,7 @@ text is restored :meth:`Routes.close`; whatever is served in between follows its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
@@ -22,7 +22,7 @@ from gdb_kprobe.target.protocols import Breakpoints, Cpus
 
 
 class Routes:
-    """The routes of the sites in *sites*, the session's own table.
+    """The routes of the sites of a session.
 
     *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
     session's way to have no vCPU between an int3 and its slot.
@@ -35,7 +35,6 @@ class Routes:
         region: Region,
         breakpoints: Breakpoints,
         bp_entry: VirtAddr,
-        sites: Mapping[VirtAddr, Site],
         bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
         programs: Programs,
@@ -49,7 +48,6 @@ class Routes:
         self._memory = memory
         self._region = region
         self._breakpoints = breakpoints
-        self._sites = sites
         self._bring_out = bring_out
         self._open: set[VirtAddr] = set()
         self._stopping: set[VirtAddr] = set()
@@ -136,7 +134,7 @@ class Routes:
         """Step *cpu* off the #BP path, if it is there because of us; ``False`` when it came to the gate."""
         if self.in_guest is None:
             return True
-        code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self._sites)
+        code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self.in_guest.known)
         return step_off_path(self._machine, cpu, code)
 
     @property

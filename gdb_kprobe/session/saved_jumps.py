@@ -12,6 +12,7 @@ that is in text. None of them is changed then, until all can be read.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -82,14 +83,15 @@ def plan_of(memory: Memory, record: Record) -> Plan | None:
     """
     start = record.patch.addr
     try:
-        text = record.patch.old + memory.read(offset(start, len(record.patch.old)), MAX_LENGTH)
-        end = 0
+        text, end = record.patch.old, 0
+        with contextlib.suppress(UnmappedError):  # most often the window ends with what was displaced
+            text += memory.read(offset(start, len(text)), MAX_LENGTH)
         while end < JUMP_SIZE:
             end += decode(text[end:], offset(start, end)).length
         insns = executed(start, text[:end])
         window = Window(start, offset(start, end), tuple(insn.addr for insn in insns[1:]))
         family = can_handle(insns[0])
-    except (DecodeError, UnmappedError):
+    except DecodeError:
         return None
     if isinstance(family, Refusal):
         return None

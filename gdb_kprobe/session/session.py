@@ -98,7 +98,6 @@ class Session:
             region,
             breakpoints,
             guest.bp_entry,
-            table,
             self._bring_out,
             in_guest,
             programs,
@@ -108,7 +107,7 @@ class Session:
         self._roll = Roll(region, self._quarantine)
         self._moment.change()
         jumps_ = Jumps(machine, guest, breakpoints, table, programs, jumps and Rung.OPTIMIZED in rungs)
-        ways = Ways(guest.memory, region, breakpoints, jumps_)
+        ways = Ways(guest.memory, region, self._moment, breakpoints, jumps_)
         self._dispatcher = StubDispatcher(
             machine, guest, table, self._routes.asks, self._tell, ways.to, self._routes.gate, interruptible
         )
@@ -288,13 +287,6 @@ class Session:
         """
         return self._quarantine.is_quiet()
 
-    def make_room(self) -> None:
-        """Free for use what an earlier session has left in the region, as far as nobody can come back to it."""
-        if self.region.left:
-            with self._moment.act():
-                if not self._quarantine.end():
-                    self.region.use_rest()
-
     def original_of(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
         """RIP and RSP that those of a frame stand for: in a slot, or at the gate with a hit; ``None``: in neither."""
         original = self.sites.original_of(rip)
@@ -389,13 +381,13 @@ class Session:
 
     def _lower(self) -> list[str]:
         with self._moment.act(changes=False):
-            before = self.sites.shape()
+            before = self.sites.shape(), self.region.changes
             self.modules.update()
             problems = self.sites.serve_all()
             problems += self.sites.match_jumps()
             rebuilt = self._routes.lower()
             problems += self.sites.write_patches(self._moment.is_lost, self._check_breakpoints)
-            if rebuilt or self.sites.shape() != before:
+            if rebuilt or (self.sites.shape(), self.region.changes) != before:
                 self._moment.change()
         return problems
 

@@ -188,11 +188,11 @@ class Sites:
 
     def keep_saved(self, record: Record) -> None:
         """Have the jump of *record*, which another session has left because a kprobe of the guest's has saved it."""
+        self._region.slots.claim(record.slot)
         plan = plan_of(self._guest.memory, record)
         if plan is None:
-            return
+            return  # the record stays, and with it the region
         site = Site(plan, armed=True, owner=self._guest.owner_of(plan.insn.addr), saved=True)
-        self._region.slots.claim(record.slot)
         self._region.records.add(record)
         self._table[site.addr] = site
         self._text.add(plan.patch)

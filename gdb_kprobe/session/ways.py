@@ -5,6 +5,7 @@ from __future__ import annotations
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, VirtAddr
+from gdb_kprobe.region.moment import Moment
 from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.transaction import write_verified
@@ -16,8 +17,11 @@ _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows
 class Ways:
     """One jump in the region for each vCPU that ever needs one; they stay for the session."""
 
-    def __init__(self, memory: PageTable, region: Region, breakpoints: Breakpoints, jumps: Jumps) -> None:
+    def __init__(
+        self, memory: PageTable, region: Region, moment: Moment, breakpoints: Breakpoints, jumps: Jumps
+    ) -> None:
         self._jumps = jumps
+        self._moment = moment
         self._memory = memory
         self._region = region
         self._breakpoints = breakpoints
@@ -42,5 +46,7 @@ class Ways:
             if slot is None:
                 return addr
             self._slots[cpu] = slot
+            with self._moment.act():
+                self._region.commit()
         write_verified(self._memory, slot.start, slot.image(addr, _JMP_QWORD + addr.to_bytes(8, "little")))
         return slot.code

@@ -269,7 +269,7 @@ def test_planned_mapping_is_what_qemu_then_sees(kernel: Kernel) -> None:
         assert kernel.ram.read_physical(link.addr, 8) == link.old
         kernel.ram.write_physical(link.addr, link.new)
     kernel.table.invalidate()
-    map_pages(kernel.table, offset(virt, data), offset(phys, data), size - data, CODE_FLAGS, tables)
+    map_pages(kernel.table, kernel.ram, offset(virt, data), offset(phys, data), size - data, CODE_FLAGS, tables)
     try:
         after = qemus_leaves(kernel.vm)
     finally:

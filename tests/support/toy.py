@@ -667,7 +667,7 @@ def make_toy(
     """A session on *machine*; *wired*: by packets, under KVM's rules."""
     guest = ToyGuest(machine)
     by: Machine = WiredStub(machine) if wired else machine
-    region = create_mapped(machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
+    region = create_mapped(machine, machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
     _begin(region)
     session = Session(by, guest, region, machine, rungs)
     toy = Toy(machine, guest, region, session, [])

@@ -166,3 +166,16 @@ def test_a_slot_says_whose_it_is_and_ends_in_int3() -> None:
     image = slot.image(VirtAddr(0xFFFF_FFFF_8100_0000), b"\x90\xc3")
     assert image == bytes.fromhex("00000081ffffffff 90c3") + INT3 * 54
     assert slot.code == AREA.start + 8
+
+
+def test_no_slot_is_in_two_pieces() -> None:
+    """Whether somebody is in a piece is asked of each by itself."""
+    border = VirtAddr(AREA.start + 1024)
+    pieces = [AddressRange(border, AREA.end), AddressRange(AREA.start, border)]
+    slots = SlotAllocator(AREA, lambda size: pieces.pop() if pieces else None)
+    taken = list(iter(lambda: slots.allocate(1, TEXT), None))
+    for slot in taken:
+        slots.discard(slot)
+    large = [slot for slot in (slots.allocate(900, TEXT) for _ in range(4)) if slot is not None]
+    assert len(large) == 4
+    assert not any(slot.start < border < slot.end for slot in large)

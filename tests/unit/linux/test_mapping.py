@@ -59,7 +59,9 @@ def install(tables: Any, made: MappingPlan, data: int = MIB) -> None:
         for at in range(data, end, 0x8_0000):
             assert tables.oracle(virt + at) is None or at >= start
         size = max(0, stop - start)
-        map_pages(table, VirtAddr(virt + start), PhysAddr(REGION + start), size, CODE_FLAGS, (TABLES_AT, ROOM))
+        map_pages(
+            table, table.memory, VirtAddr(virt + start), PhysAddr(REGION + start), size, CODE_FLAGS, (TABLES_AT, ROOM)
+        )
 
 
 def assert_mapped(tables: Any, virt: int, size: int, data: int) -> None:
@@ -209,6 +211,25 @@ def test_only_empty_leaves_of_our_own_tables_are_filled(make_tables: Any) -> Non
         tables.ram.write_physical(link.addr, link.new)
     for at, size, what in ((0, 0x1000, "holds 0x8"), (MIB, 4 * MIB, "PTE entry"), (8 * MIB, 0x1000, "entry")):
         with pytest.raises(RegionError, match=f"cannot be mapped: .*{what}"):
-            map_pages(table_of(tables), VirtAddr(virt + at), PhysAddr(REGION), size, CODE_FLAGS, (TABLES_AT, ROOM))
+            map_pages(
+                table_of(tables), tables.ram, VirtAddr(virt + at), PhysAddr(REGION), size, CODE_FLAGS, (TABLES_AT, ROOM)
+            )
         assert tables.oracle(virt + MIB) is None
         assert tables.oracle(virt + 4 * MIB) == (0x9000, "wx")
+
+
+def test_what_was_filled_so_before_a_cut_is_filled_again_and_another_leaf_in_between_is_not(make_tables: Any) -> None:
+    tables = make_tables()
+    virt = VirtAddr(AREA.end - 8 * MIB)
+    made = plan(tables, virt)
+    for addr, image in made.tables:
+        tables.ram.write_physical(addr, image)
+    for link in made.links:
+        tables.ram.write_physical(link.addr, link.new)
+    at, phys, room = VirtAddr(virt + MIB), PhysAddr(REGION + MIB), (TABLES_AT, ROOM)
+    map_pages(table_of(tables), tables.ram, at, phys, 0x3000, CODE_FLAGS, room)
+    map_pages(table_of(tables), tables.ram, at, phys, 0x5000, CODE_FLAGS, room)
+    assert tables.oracle(at + 0x4000) == (phys + 0x4000, "x")
+    with pytest.raises(RegionError, match="cannot be mapped"):
+        map_pages(table_of(tables), tables.ram, at, phys, 0x7000, DATA_FLAGS, room)
+    assert tables.oracle(at + 0x6000) is None

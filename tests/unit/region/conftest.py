@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,6 +15,7 @@ from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.region.header import Header, Identity
 from gdb_kprobe.region.layout import FIRST_PAGE, Layout
 from gdb_kprobe.region.pages import Pages
+from gdb_kprobe.region.records import Record
 from gdb_kprobe.region.region import Region
 
 MIB = 1 << 20
@@ -57,18 +59,18 @@ def plain_region(size: int = 2 * MIB) -> tuple[Region, Ram]:
     identity = Identity(bytes(20), VirtAddr(1), VirtAddr(2), PhysAddr(0), 0)
     pages = Pages(FIRST_PAGE, Layout(size).pages)
     header = Header(size, VIRT, PHYS, identity, bytes(16), code_start=pages.code_start)
-    region = Region(ram, cast(PageTable, _NoTable()), header, (), pages)
+    region = Region(ram, ram, cast(PageTable, _NoTable()), header, (), pages)
     region.create()
     return region, ram
 
 
-def again(ram: Ram) -> Region:
-    """The region of another session, from what memory alone says."""
+def again(ram: Ram, saved: Iterable[Record] = ()) -> Region:
+    """The region of another session, from what memory alone says; the records *saved* stay."""
     header = Header.unpack(bytes(ram.data[:0x1000]))
     assert header is not None
     pages = Pages(FIRST_PAGE, header.layout.pages, header.data_end, header.code_start)
-    region = Region(ram, cast(PageTable, _NoTable()), header, (), pages)
-    region.go_on()
+    region = Region(ram, ram, cast(PageTable, _NoTable()), header, (), pages)
+    region.go_on(saved)
     return region
 
 

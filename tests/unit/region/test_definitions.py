@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gdb_kprobe.errors import RegionError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import Rung
+from gdb_kprobe.model import PhysAddr, Rung
 from gdb_kprobe.region.definitions import forget_definitions, read_definitions, text_of
 from gdb_kprobe.region.directory import Kind
 from gdb_kprobe.session.probes import Probe
@@ -151,3 +153,32 @@ def test_an_entry_that_was_written_over_is_left_out(at: int, byte: int) -> None:
     [chunk] = (found for found in region.region.objects if found.kind == Kind.DEFINITIONS)
     region.memory.data[chunk.start + at] = byte
     assert region.texts() == ["p:kprobes/b vfs_read"]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 11), st.integers(0, 40)), max_size=40))
+def test_cut_off_at_any_write_all_others_are_there(acts: list[tuple[bool, int, int]]) -> None:
+    """Probes come and go, with definitions of all lengths; after each write memory alone is asked."""
+    region = Region()
+    counter = region.region.counters.allocate()
+    there: dict[str, str] = {}
+    changing = ""
+    memory = region.memory
+    plain = memory.write_physical
+
+    def write(addr: PhysAddr, data: bytes) -> None:
+        plain(addr, data)
+        assert set(there.values()) - {changing} <= set(region.texts()) <= set(there.values()) | {changing}
+
+    memory.write_physical = write  # type: ignore[method-assign]  # each write is a moment to look at
+    for is_new, number, length in acts:
+        name = f"n{number}"
+        if is_new and name not in there:
+            spec = parse_definition(f"p:{name} vfs_read " + " ".join(f"a{index}=%di" for index in range(length)))
+            changing = text_of(spec)
+            region.region.definitions.add(spec, None, counter.addr, has_handler=False)
+            there[name] = changing
+        elif name in there:
+            changing = there[name]
+            region.region.definitions.remove(name)
+            del there[name]
+    assert sorted(region.texts()) == sorted(there.values())

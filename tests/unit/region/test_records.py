@@ -212,3 +212,16 @@ def test_a_record_of_another_region_is_none(made: tuple[Region, Ram]) -> None:
     region.records.add(record_at(1))
     ram.write_physical(PhysAddr(cells(region)[0]), record_at(1).pack(b"another region's"))
     assert told(ram, region) == []
+
+
+def test_another_session_keeps_the_records_that_stay_and_no_others(made: tuple[Region, Ram]) -> None:
+    region, ram = made
+    for addr in range(100):
+        region.records.add(record_at(addr))
+    later = again(ram, [record_at(7), record_at(60)])
+    assert told(ram, later) == [7, 60]
+    later.records.add(record_at(7))
+    later.records.add(record_at(200))
+    assert told(ram, later) == [7, 60, 200]
+    later.records.remove(VirtAddr(60))
+    assert told(ram, again(ram, [record_at(7), record_at(200)])) == [7, 200]

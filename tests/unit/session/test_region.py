@@ -68,7 +68,7 @@ def test_the_links_are_found_again_from_the_guests_tables(toy: Toy) -> None:
 def test_a_wish_is_granted(machine: ToyMachine, toy: Toy) -> None:
     toy.session.detach()
     virt = VirtAddr(0xFFFF_FFFF_C040_0000)
-    region = create_mapped(machine, toy.guest, PHYS, SIZE, virt, WINDOW)
+    region = create_mapped(machine, machine, toy.guest, PHYS, SIZE, virt, WINDOW)
     assert region.header.virt == virt
     found = machine.walk(virt)
     assert found is not None
@@ -82,7 +82,7 @@ def test_a_place_that_is_taken_is_refused_and_nothing_is_written(machine: ToyMac
     machine.log.clear()
     toy.guest.refresh()
     with pytest.raises(RegionError, match=f"{virt:#x} is taken in the guest"):
-        create_mapped(machine, toy.guest, PHYS, SIZE, virt, WINDOW)
+        create_mapped(machine, machine, toy.guest, PHYS, SIZE, virt, WINDOW)
     assert machine.log == []
 
 
@@ -93,7 +93,7 @@ def test_a_window_without_room_is_refused_and_nothing_is_written(machine: ToyMac
     machine.log.clear()
     toy.guest.refresh()
     with pytest.raises(RegionError, match="no 2 MiB of empty 2 MiB slots"):
-        create_mapped(machine, toy.guest, PHYS, SIZE, None, window)
+        create_mapped(machine, machine, toy.guest, PHYS, SIZE, None, window)
     assert machine.log == []
 
 
@@ -205,7 +205,7 @@ def premap(machine: ToyMachine, toy: Toy) -> Any:
                 machine.map(PREMAPPED + at, phys, flags)
         toy.guest.refresh()
         machine.log.clear()
-        return create_premapped(machine, toy.guest, PREMAPPED, SIZE)
+        return create_premapped(machine, machine, toy.guest, PREMAPPED, SIZE)
 
     return make
 

@@ -126,12 +126,12 @@ def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Toy, toy_with
     assert done.kept == toy.header()
     assert toy.machine.load(slot.code, 1) == b"\x55"
 
-    region = adopt(toy.machine, toy.guest, done.kept)
+    region = adopt(toy.machine, toy.machine, toy.guest, done.kept)
     assert region.links == toy.region.links
     given = [region.slots.allocate(1000) for _ in range(100)]
     assert not any(other is not None and other.range.overlaps(slot.range) for other in given)
     assert region.header.virt == toy.region.header.virt
-    assert region.header.cookie != toy.region.header.cookie
+    assert region.header.owner == toy.region.header.owner + 1
 
 
 # -- killed at any moment -----------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def again(toy: Toy) -> Toy:
     """A session after the one of *toy* was killed: what it has left is restored, its saved jumps are kept."""
     found = restore(toy.machine, toy.machine, toy.guest, REGION)
     assert found.kept is not None
-    region = go_on(toy.machine, toy.guest, found.kept)
+    region = go_on(toy.machine, toy.machine, toy.guest, found.kept)
     region.keep_counters([definition.counter for definition in found.definitions])
     session = Session(toy.session.machine, toy.guest, region, toy.machine, RUNGS)
     for record in found.saved:
