@@ -159,6 +159,8 @@ class Surveyor:
     def _verdicts(self, piece: Piece, found: list[_Found], tail: int) -> tuple[list[Rung | Reason], Reason]:
         """The best rung with an int3 of each instruction, or why it is refused; and what the int3 behind them are."""
         padding, behind = self._padding(found, tail)
+        if any(found[-1][0] >= addr >= found[padding][0] for addr in piece.fixups if padding < len(found)):
+            padding, behind = len(found), Reason.FOREIGN_INT3
         marks = _marks(found, piece.sites) if piece.sites else {}
         near = AddressRange(piece.addr, VirtAddr(piece.addr + len(piece.code)))
         out_of_reach = not in_reach(self._area, near)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from gdb_kprobe.linux.bounds import guest_range
@@ -137,6 +137,11 @@ class TextFacts:
     forbidden: ForbiddenRanges
     tables: TextTables
     bp_path: tuple[AddressRange, ...] = ()
+    fixups: array[int] = field(init=False, repr=False, compare=False)
+    """Where the kernel goes on after faults, sorted."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fixups", array("Q", sorted(set(self.tables.ex_fixups))))
 
     def is_live_text(self, addr: int) -> bool:
         """Say whether *addr* is in the core kernel's text or in that of a live module (init text is neither)."""

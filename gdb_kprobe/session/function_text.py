@@ -94,6 +94,9 @@ class FunctionText:
             last += 1
         if following is not None or self.error is not None:
             return first, last, False
+        start, end = self._insns[first].addr, self._insns[last].end
+        if self._guest.piece_at(start, self._guest.memory.read(start, end - start)).fixups:
+            return first, last, False  # a fault is fixed up there
         return first, last, begins_padding(self._insns[first - 1] if first else None, self._insns[first])
 
     def _at(self, index: int) -> Insn | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,8 +82,12 @@ def piece_at(facts: TextFacts, kprobes: GuestKprobes, addr: VirtAddr, code: byte
         return Piece(addr, code, rule=rule.reason)
     sites += [(site.addr, site.size, site.reason) for site in facts.sites_in(window)]
     sites += [(kprobe.addr, kprobe.size, Reason.GUEST_KPROBE) for kprobe in kprobes.within(window)]
-    table = facts.tables.ex_table
-    return Piece(addr, code, None, sites, table[bisect_left(table, addr) : bisect_left(table, window.end)])
+    return Piece(addr, code, None, sites, _within(facts.tables.ex_table, window), _within(facts.fixups, window))
+
+
+def _within(addrs: array[int], window: AddressRange) -> array[int]:
+    """Those of the sorted *addrs* that are in *window*."""
+    return addrs[bisect_left(addrs, window.start) : bisect_left(addrs, window.end)]
 
 
 def read_references(snapshot: Snapshot) -> CodeReferences:

@@ -59,6 +59,15 @@ def test_each_instruction_is_counted_once(code: str, expected: dict[Rung | Reaso
     assert survey.instructions == sum(expected.values())
 
 
+def test_where_faults_are_fixed_up_is_code_and_no_padding() -> None:
+    """``ASM_CLAC`` in front of ``bad_get_user`` is a nop for a CPU without SMAP (arch/x86/lib/getuser.S)."""
+    code = "c3 0f1f00"
+    assert counts(counted(code)) == {BOOSTED: 1, Reason.PADDING: 1}
+    assert counts(counted(code, fixups=[ADDR + 1])) == {BOOSTED: 2}
+    assert counts(counted(code, fixups=[ADDR + 4])) == {BOOSTED: 1, Reason.PADDING: 1}, "of the next function"
+
+
+
 def test_a_rule_takes_all_and_a_site_what_it_touches() -> None:
     assert counts(counted("55 c3 cccc", rule=Reason.NOINSTR)) == {Reason.NOINSTR: 4}
     # A site of 5 bytes at the return: what a static call without a target is.
