@@ -67,7 +67,6 @@ def test_where_faults_are_fixed_up_is_code_and_no_padding() -> None:
     assert counts(counted(code, fixups=[ADDR + 4])) == {BOOSTED: 1, Reason.PADDING: 1}, "of the next function"
 
 
-
 def test_a_rule_takes_all_and_a_site_what_it_touches() -> None:
     assert counts(counted("55 c3 cccc", rule=Reason.NOINSTR)) == {Reason.NOINSTR: 4}
     # A site of 5 bytes at the return: what a static call without a target is.
