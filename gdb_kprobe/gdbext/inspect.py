@@ -82,6 +82,17 @@ def place(where: str | int) -> Place:
     return inspect.place_of(plugin.the_plugin().need_link().session, where)
 
 
+def original(addr: int) -> Place | None:
+    """The place that *addr*, in the code of probes, stands for; ``None``: there is no code of ours.
+
+    For a fault in displaced code: the guest's oops names the region. The guest must be stopped.
+    """
+    link = plugin.the_plugin().need_link()
+    with link.stopped():
+        found = link.session.sites.original_of(addr)
+        return None if found is None else link.session.guest.place_of(found)
+
+
 def function(where: str | int) -> FunctionInfo:
     """The function around *where* (:func:`place`): its instructions, and the guest's own patches of it.
 

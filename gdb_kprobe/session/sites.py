@@ -13,6 +13,7 @@ from gdb_kprobe.errors import KprobeError, RefusedError, RegionError
 from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.slots import SLOT_HEADER
 from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import Reason, Refusal, Rung, VirtAddr, offset
@@ -102,17 +103,26 @@ class Sites:
         return site
 
     def original_of(self, addr: int) -> VirtAddr | None:
-        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots."""
+        """The instruction that a vCPU at *addr* in a slot is at, or has just executed; ``None`` outside of slots.
+
+        In a detour that of the displaced instructions; in front of them, where the programs are, the probed one.
+        """
         if addr not in self._region.header.code:
             return None
         for site in self._table.values():
             insn = site.plan.insn
             if addr in site.plan.slot.range:
-                at_it = addr == site.plan.slot.code or insn.is_branch or site.is_jump
-                return insn.addr if at_it else insn.end
+                if site.plan.detour is not None:
+                    original = site.plan.detour.code(site.plan.slot.code).displaced.original(VirtAddr(addr))
+                    return insn.addr if original is None else original
+                return insn.addr if addr == site.plan.slot.code or insn.is_branch else insn.end
             if site.service is not None and addr in site.service.handling.slot.range:
                 return insn.addr
-        return None
+        # One that no probe has any more says by itself what it was made for.
+        freed = next((slot for slot in self._region.slots.quarantined if addr in slot.range), None)
+        if freed is None:
+            return None
+        return VirtAddr(int.from_bytes(self._guest.memory.read(freed.start, SLOT_HEADER), "little"))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ class Displaced:
     code: bytes
     ways: tuple[tuple[VirtAddr, VirtAddr], ...]
 
+    def original(self, addr: VirtAddr) -> VirtAddr | None:
+        """The instruction whose copy *addr* is in; ``None``: it is in front of the first."""
+        return next((original for original, copy in reversed(self.ways) if copy <= addr), None)
+
     def way(self, addr: VirtAddr) -> VirtAddr | None:
         """Where the copy of the instruction at *addr* is; ``None`` if there is none."""
         return next((copy for original, copy in self.ways if original == addr), None)

@@ -7,6 +7,7 @@ import pytest
 from gdb_kprobe.linux.ftrace import NOP
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError
+from gdb_kprobe.x86.decode import iter_insns
 from kprobe_guest import GuestSpec
 from tests.support.kernel_events import Way, events
 from tests.support.probed import Boot, Probed
@@ -126,3 +127,27 @@ def test_wrong_arguments(probed: Boot, command: str, said: str, hint: str) -> No
         gdb.console("kprobe detach")
     assert said in str(caught.value)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["optimized", "boosted", "single-step"])
+def test_an_address_in_the_code_of_a_probe_names_what_it_stands_for(probed: Boot, strategy: str) -> None:
+    """The oops of a guest that has died in displaced code names the region."""
+    guest = probed(GuestSpec())
+    with guest.gdb() as gdb:
+        guest.add(gdb, "p:one __x64_sys_getpriority", strategy)
+        gdb.console("python from gdb_kprobe.gdbext import api")
+        told = gdb.console("python print(*(hex(n) for s in api.sites() for n in (s.addr, s.slot.start, s.slot.size)))")
+        addr, start, size = (int(word, 16) for word in told.split())
+        kernel = guest.snapshot.guest
+        code = bytes.fromhex(gdb.console(f"python print(api.read({start}, {size}).hex())").strip())
+        insns = iter_insns(guest.snapshot.original(VirtAddr(addr), 32), VirtAddr(addr))
+        displaced = [next(insns), next(insns)] if strategy == "optimized" else [next(insns)]
+        for insn in displaced:
+            at = start + code.index(insn.raw, 8)
+            told = gdb.console(f"kprobe check {at:#x}")
+            assert f"{at:#x} is in the code of a probe. It stands for {kernel.place_of(insn.addr)} " in told
+            assert f"{insn.addr:#x}" in told.splitlines()[1]
+        gdb.console("kprobe delete all")
+        told = gdb.console(f"kprobe check {start + 8:#x}")
+        assert f"stands for {kernel.place_of(VirtAddr(addr))} " in told, "a task may still be there"
+        gdb.console("kprobe detach")

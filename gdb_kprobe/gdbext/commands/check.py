@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -28,9 +29,10 @@ class Check(Command):
     kprobe check --all [--json FILE]
 
     One place in full: its instruction, each rung with the reason or the code that would be in the slot, what the
-    guest's tables say of it, and what the guest's own kprobes would say. With --all every instruction of the guest's
-    text is classified, and the table by rung and reason shown; it takes half a minute, and Ctrl-C ends it. Nothing in
-    the guest is changed.
+    guest's tables say of it, and what the guest's own kprobes would say. Of an address in the code of a probe, where a
+    guest has died that faults in a displaced instruction, the place that the code stands for. With --all every
+    instruction of the guest's text is classified, and the table by rung and reason shown; it takes half a minute, and
+    Ctrl-C ends it. Nothing in the guest is changed.
 
     Example:
       kprobe check vfs_read+5"""
@@ -60,6 +62,12 @@ def _parser() -> ArgumentParser:
 
 
 def _one(place: str) -> None:
+    if place.startswith("0x"):
+        with contextlib.suppress(ValueError):
+            original = api.original(int(place, 16))
+            if original is not None:
+                write(f"{place} is in the code of a probe. It stands for {original} ({original.addr:#x}):")
+                place = f"{original.addr:#x}"
     write(check(check_view(api.check(place))))
 
 
