@@ -137,7 +137,7 @@ def test_banner_and_slide_are_the_guests_own(vm: GuestVm) -> None:
     notes = bytes.fromhex(vm.check_output("od -An -v -tx1 /sys/kernel/notes").replace("\n", ""))
     kernel = open_kernel(vm)
     vm.cont()
-    assert read_string(kernel.table, kernel.core.address("linux_banner")).strip() == version
+    assert read_string(kernel.table, kernel.core.address("linux_banner")).removesuffix(r"\x0a") == version
     assert kernel.image.base == kernel.core.address("_text")
     assert kernel.image.slide == kernel.core.address("_text") - 0xFFFF_FFFF_8100_0000
     section = kernel.core.section("__start_notes", "__stop_notes")
