@@ -355,10 +355,7 @@ class LinuxGuest:
         running |= {task.addr for task in tasks if any(rsp in task.stack for rsp in pointers)}
         stacks = list(task_stacks([task for task in tasks if not on_vcpus or task.addr in running], running))
         if elsewhere:
-            of_cpus = cpu_stacks(self.memory, self.kallsyms, self.types)
-            if not all(any(rsp in stack.used for stack in of_cpus) for rsp in elsewhere):
-                return None  # a task that ends is on no list any more, and still on its stack
-            stacks += live_stacks(of_cpus, elsewhere)
+            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.types), elsewhere)
         words = []
         for stack in stacks:
             # What lies below a vCPU's stack pointer is dead; of exception stacks there are several in a range.
