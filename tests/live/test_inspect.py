@@ -172,9 +172,12 @@ def test_guest_and_region_are_what_the_guest_and_qemu_say(probed: Boot, kernel: 
         assert guest.snapshot.original(VirtAddr(start), len(code)) == code
         assert [guest.snapshot.original(VirtAddr(at), 5) for at in ftrace] == [NOP5]
 
-        virt, end, phys, used = ask(gdb, "(lambda r: [r.range.start, r.range.end, r.phys, r.slots_used])(api.region())")
+        virt, code, phys, used = ask(
+            gdb, "(lambda r: [r.range.start, r.code.start, r.phys, r.slots_used])(api.region())"
+        )
         assert vm.hmp(f"gva2gpa {virt:#x}").strip() == f"gpa: {phys:#x}"
-        assert vm.hmp(f"gva2gpa {end - 0x20_0000:#x}").strip() == f"gpa: {phys + (end - virt) - 0x20_0000:#x}"
+        assert vm.hmp(f"gva2gpa {code:#x}").strip() == f"gpa: {phys + code - virt:#x}"
+        assert vm.hmp(f"gva2gpa {code - 0x1000:#x}").strip() == "Unmapped", "what is not in use is not mapped"
         assert used > 0
         assert ask(gdb, "api.is_quiet()") is True
         gdb.cont()
