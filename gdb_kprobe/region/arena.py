@@ -27,12 +27,20 @@ class Arena:
 
         :raises RegionError: there is no room.
         """
-        if self._next + size > self._end:
+        if not self.has_room(size):
             found = self._more(size)
             self._next, self._end = found.start, found.end
         at = self._next
         self._next += size
         return at
+
+    def has_room(self, size: int) -> bool:
+        """Whether *size* bytes can be taken without another object."""
+        return self._next + size <= self._end
+
+    def leave(self) -> None:
+        """Take nothing more from the objects there are: what is taken next is in another one."""
+        self._next = self._end = 0
 
     def _more(self, size: int) -> RegionObject:
         try:

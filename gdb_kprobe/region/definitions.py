@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.actions.lower import ENABLE
-from gdb_kprobe.errors import RegionError
 from gdb_kprobe.language.spec import DEFAULT_GROUP, ProbeSpec, default_name
 from gdb_kprobe.linux.strings import is_printable
-from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
+from gdb_kprobe.model import Rung, VirtAddr, offset
+from gdb_kprobe.region.arena import Arena
 from gdb_kprobe.region.counters import SIZE
 from gdb_kprobe.region.directory import Kind, RegionObject, objects_of
 from gdb_kprobe.region.header import Header
@@ -76,12 +76,10 @@ class Definitions:
         self._memory = memory
         self._header = header
         self._allocate = allocate
+        self._arena = Arena(self._more)
         self._of: dict[str, _Room] = {}
         self._free: list[_Room] = []
         self._objects: list[RegionObject] = []
-        self._next = 0
-        self._end = 0
-        self._size = PAGE_SIZE
 
     def add(self, spec: ProbeSpec, strategy: Rung | None, counter: VirtAddr, *, has_handler: bool) -> None:
         """Note a probe before it is armed. One that is noted is not noted twice.
@@ -115,35 +113,20 @@ class Definitions:
         self._of.clear()
         self._free.clear()
         self._objects.clear()
-        self._next = self._end = 0
+        self._arena.leave()
 
     def _room(self, size: int) -> _Room:
         """:raises RegionError: there is none."""
         fitting = min((room for room in self._free if room.size >= size), key=lambda room: room.size, default=None)
-        if fitting is None or (fitting.size > 2 * size and self._next + size <= self._end):
-            if self._next + size > self._end:
-                fitting = self._more(size, fitting)
-            if fitting is None:
-                self._next += size
-                return _Room(self._next - size, size)
+        if fitting is None or (fitting.size > 2 * size and self._arena.has_room(size)):
+            return _Room(self._arena.take(size), size)
         self._free.remove(fitting)
         return fitting
 
-    def _more(self, size: int, fitting: _Room | None) -> _Room | None:
-        """Another object; *fitting* where that cannot be.
-
-        :raises RegionError: there is no room.
-        """
-        if fitting is not None:
-            return fitting
-        try:
-            found = self._allocate(max(size, self._size))
-        except RegionError:
-            found = self._allocate(size)  # in an almost full region
+    def _more(self, size: int) -> RegionObject:
+        found = self._allocate(size)
         self._objects.append(found)
-        self._next, self._end = found.start, found.end
-        self._size = min(2 * self._size, 16 * PAGE_SIZE)
-        return None
+        return found
 
     def _write(self, at: int, data: bytes) -> None:
         self._memory.write_physical(offset(self._header.phys, at), data)

@@ -170,12 +170,11 @@ class Directory:
         del self._at[index]
         self._free.append(index)
 
-    def hand_over(self, known: RegionObject, owner: int) -> RegionObject:
+    def hand_over(self, known: RegionObject, owner: int) -> None:
         """Have *known* belong to *owner*."""
         index = self._index(known)
         self._at[index] = replace(known, owner=owner)
         self._write(index, self._at[index].pack(self._store.header))
-        return self._at[index]
 
     def _index(self, known: RegionObject) -> int:
         return next(index for index, other in self._at.items() if other == known)

@@ -129,7 +129,8 @@ class Region:
         :raises RegionError: there is no room.
         """
         count = -(-size // PAGE_SIZE)
-        first = self._pages.allocate(Zone.CODE if kind is Kind.CODE else Zone.DATA, count)
+        zone = Zone.CODE if kind is Kind.CODE else Zone.DATA
+        first = self._pages.allocate(zone, count)
         if first is None:
             raise RegionError(
                 f"the region has no {count * PAGE_SIZE >> 10} KiB left in a piece for {kind.name.lower()}",
@@ -139,7 +140,7 @@ class Region:
         try:
             return self._write_down(kind, first, count)
         except BaseException:
-            self._pages.release(Zone.CODE if kind is Kind.CODE else Zone.DATA, first, count)
+            self._pages.release(zone, first, count)
             raise
 
     def remove(self, known: RegionObject) -> None:
