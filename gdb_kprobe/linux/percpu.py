@@ -14,21 +14,27 @@ _MOST_CPUS = 8192
 """NR_CPUS_RANGE_END with CONFIG_MAXSMP, arch/x86/Kconfig."""
 
 
-def possible_cpus(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[int, ...]:
+def possible_cpus(memory: Memory, kallsyms: Kallsyms, types: Types | None) -> tuple[int, ...]:
     """Return the numbers of the CPUs in ``cpu_possible_mask``.
 
+    :param types: without them the mask is taken for as long as its symbol is.
     :raises GuestStateError: this kernel lacks the mask.
     """
-    size = types.size_of("cpumask")
+    mask = kallsyms.address("__cpu_possible_mask")
+    if types is None:
+        [symbol, *_] = kallsyms.lookup("__cpu_possible_mask")
+        size = min(kallsyms.size(symbol), _MOST_CPUS // 8)
+    else:
+        size = types.size_of("cpumask")
     if size > _MOST_CPUS // 8:
         raise damaged(f"struct cpumask has {size} bytes")
-    bits = int.from_bytes(memory.read(kallsyms.address("__cpu_possible_mask"), size), "little")
+    bits = int.from_bytes(memory.read(mask, size), "little")
     if not bits:
         raise damaged("there is no CPU in __cpu_possible_mask")
     return tuple(cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1)
 
 
-def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, types: Types) -> dict[int, int]:
+def per_cpu_offsets(memory: Memory, kallsyms: Kallsyms, types: Types | None) -> dict[int, int]:
     """Return what to add to a per-CPU symbol's address (modulo 2**64), for each possible CPU.
 
     :raises GuestStateError: this kernel lacks the table.

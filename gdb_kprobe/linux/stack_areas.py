@@ -8,13 +8,17 @@ is more than all stacks: what is found there may be no stack, or a dead part of 
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterable
 from typing import Final
 
+from gdb_kprobe.errors import GuestStateError, UnmappedError
+from gdb_kprobe.linux.bounds import guest_range
 from gdb_kprobe.linux.e820 import E820Table
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.paging import PageTable
+from gdb_kprobe.linux.percpu import per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import read_pointer
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 
@@ -23,6 +27,11 @@ _VMALLOC: Final = {4: (0xFFFF_C900_0000_0000, 32 << 40), 5: (0xFFA0_0000_0000_00
 _CPU_ENTRY_AREA: Final = AddressRange(VirtAddr(0xFFFF_FE00_0000_0000), VirtAddr(0xFFFF_FE80_0000_0000))
 _OF_VMAP_STACK: Final = "cached_stacks"
 """A variable of kernel/fork.c that there is with CONFIG_VMAP_STACK alone."""
+_CACHED: Final = 2
+"""``NR_CACHED_STACKS``: what a CPU keeps of stacks that their tasks have left, each by its ``struct vm_struct``."""
+_VM_STRUCT: Final = struct.Struct("<8xQQ")
+"""Its ``addr``, and its ``size`` with the page that guards it (include/linux/vmalloc.h)."""
+_GUARD: Final = 0x1000
 _INIT_STACKS: Final = (("__start_init_stack", "__end_init_stack"), ("__start_init_task", "__end_init_task"))
 """Since v6.10, and before (include/asm-generic/vmlinux.lds.h)."""
 _MOST: Final = 256 << 20
@@ -53,13 +62,36 @@ def scan_all_stacks(
         runs += _writable(table, _CPU_ENTRY_AREA)
     if not all(any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
         return None
+    left = _left_by_their_tasks(table, kallsyms)
     words: list[int] = []
     for run in runs:
+        if run in left:
+            continue
         floor = min((rsp for rsp in pointers if rsp in run), default=0)
         for index, word in enumerate(array("Q", table.read(run.start, run.size))):
             if wanted.start <= word < wanted.end and run.start + 8 * index >= floor:
                 words.append(word)
     return words
+
+
+def _left_by_their_tasks(table: PageTable, kallsyms: Kallsyms) -> set[AddressRange]:
+    """The stacks that CPUs keep for the next task to come; whole ones, for else it is not known what they are.
+
+    Nobody is on them (kernel/fork.c, ``try_release_thread_stack_to_cache``: the task's last switch is over), and the
+    next task finds them cleared (``alloc_thread_stack_node``).
+    """
+    cached = kallsyms.find(_OF_VMAP_STACK)
+    assert cached is not None
+    found = set()
+    try:
+        for offset in per_cpu_offsets(table, kallsyms, None).values():
+            for pointer in struct.unpack(f"<{_CACHED}Q", table.read(per_cpu_ptr(cached, offset), 8 * _CACHED)):
+                if pointer:
+                    addr, size = _VM_STRUCT.unpack(table.read(VirtAddr(pointer), _VM_STRUCT.size))
+                    found.add(guest_range("a stack that no task has", addr, addr + size - _GUARD))
+    except (UnmappedError, GuestStateError):
+        return set()
+    return found
 
 
 def _writable(table: PageTable, window: AddressRange) -> list[AddressRange]:

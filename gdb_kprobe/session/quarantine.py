@@ -20,9 +20,17 @@ class Quarantine:
         self._region = region
         self._moment = moment
 
-    def is_quiet(self) -> bool:
-        """No word on any kernel stack points into the region, as far as is known. The vCPUs themselves may be in it."""
-        return ways_back(self._machine, self._guest, self._region) == []
+    def why_not_quiet(self) -> str | None:
+        """Why the region must stay: who may come back to it; ``None`` when nobody does, as far as is known.
+
+        The vCPUs themselves may be in it.
+        """
+        words = ways_back(self._machine, self._guest, self._region)
+        if words is None:
+            return "whether a task comes back to it cannot be read"
+        if words:
+            return f"{len(words)} word(s) on kernel stacks, or in kprobes of the guest's own, lead into it"
+        return None
 
     def end(self) -> bool:
         """Free for use what nobody can come back to; whether there was any."""

@@ -285,7 +285,7 @@ class Session:
 
         So no hit is under way that is not counted yet. vCPUs are out of it at every stop of the user's.
         """
-        return self._quarantine.is_quiet()
+        return self._quarantine.why_not_quiet() is None
 
     def original_of(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
         """RIP and RSP that those of a frame stand for: in a slot, or at the gate with a hit; ``None``: in neither."""
@@ -435,7 +435,10 @@ class Session:
             probe.take_counter()
         unmapped = False
         try:
-            unmapped = not problems and self._unmap_if_unused()
+            if not problems and (why := self._unmap_if_unused()) is None:
+                unmapped = True
+            elif not problems:
+                notes += (f"the region stays mapped, for {why}: the next attach takes it over",)
         except (KprobeError, GuestResetError) as error:
             problems.append(f"the region is not taken away: {error.message}")
         return Detached(restored, unmapped, tuple(problems), notes=notes)
@@ -629,9 +632,11 @@ class Session:
                 self._dispatcher.undo_trap(cpu)
             step_out(self.machine, cpu, self.region.header.code)
 
-    def _unmap_if_unused(self) -> bool:
-        if not self.is_quiet:
-            return False
+    def _unmap_if_unused(self) -> str | None:
+        """Why it is not, where it is not."""
+        why = self._quarantine.why_not_quiet()
+        if why is not None:
+            return why
 
         def about_to() -> None:
             if self._moment.look() is not Memory.NOW:
@@ -639,7 +644,7 @@ class Session:
             self._moment.end()  # it may be somebody else's memory in a moment
 
         self.region.unmap(self.machine, about_to)
-        return True
+        return None
 
     def _drop_failed(self) -> None:
         """Disable the probes whose handler raised; their sites get their text back."""

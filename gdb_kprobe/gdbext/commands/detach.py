@@ -16,7 +16,7 @@ class Detach(Command):
 
     The text of every probe is restored and verified, the region unmapped; then gdb disconnects and the guest runs.
     With --stay gdb stays connected, the guest stopped.
-    A task that was preempted inside one of our slots keeps the region mapped (nothing else); that is said.
+    A stack that leads into one of our slots (a task was preempted there) keeps the region mapped: a note says so.
 
     Example:
       kprobe detach"""

@@ -297,6 +297,30 @@ def test_all_that_may_be_alive_on_a_stack_is_found(
     assert {word - TEXT for word in words} == found
 
 
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [(0x3000, {0x900, 0x910, 0xA00}), (0x4000, None), (0x800, None), ((1 << 64) - 1, None)],
+    ids=["its own", "another's", "less than its guard", "beyond all memory"],
+)
+def test_what_no_task_is_on_is_not_searched(
+    stacks: tuple[PageTable, dict[int, int]], ram: Any, size: int, found: set[int] | None
+) -> None:
+    """The first stack is one that CPU 1, of the CPUs 1 and 2, keeps for the next task, if its size is right."""
+    table, _ = stacks
+    mask, offsets, area = 0x100, 0x200, 0x300
+    per_cpu = {"__cpu_possible_mask": DATA + mask, "__per_cpu_offset": DATA + offsets, "cached_stacks": 0x1000}
+    page = 0xA0_0000
+    ram.set_quad(page + mask, 0b110)
+    for cpu, copy in ((0, 0xDEAD_0000), (1, 0x400), (2, 0x500)):
+        ram.set_quad(page + offsets + 8 * cpu, (DATA + copy - 0x1000) % (1 << 64))
+    ram.set_quad(page + 0x408, DATA + area)
+    ram.set_quad(page + area + 8, VMALLOC)
+    ram.set_quad(page + area + 16, size)
+    words = scan_all_stacks(table, symbols(**per_cpu, behind=DATA + mask + 8), RAM, WANTED, ())
+    assert words is not None
+    assert {word - TEXT for word in words} == (found or {0x800, 0x850, 0x900, 0x910, 0xA00})
+
+
 def test_a_device_is_not_read(stacks: tuple[PageTable, dict[int, int]], ram: Any) -> None:
     ram.reads.clear()
     scan_all_stacks(stacks[0], symbols(), RAM, WANTED, ())

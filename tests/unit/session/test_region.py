@@ -118,6 +118,8 @@ def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Toy) -> None:
     toy.machine.set_quad(toy.machine.registers[1]["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, code)
     done = toy.session.detach()
     assert (done.restored, done.unmapped, done.problems) == (1, False, ())
+    [note] = done.notes
+    assert note.startswith("the region stays mapped, for 1 word(s) on kernel stacks")
     assert toy.changed_text() == {}
     assert toy.machine.load(code, 1) == b"\x55"
 
