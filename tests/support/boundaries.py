@@ -26,7 +26,8 @@ def kprobe_arm(addresses):
         except Exception as error:
             failed[addr] = f"{type(error).__name__}: {error}"
         else:
-            armed[addr] = str(api.site(probe).rung)
+            site = api.site(probe)
+            armed[addr] = str(site.rung), site.addr
     print(json.dumps([armed, refused, failed]))
 
 def kprobe_counts():
@@ -38,11 +39,15 @@ _TIMEOUT = 120
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """What became of the addresses that were to be probed: the rung of each, the reason of its refusal, or an error."""
+    """What became of the addresses that were to be probed: the rung of each, the reason of its refusal, or an error.
+
+    *sites* are where the text was changed: of a probe on a landing pad that is behind the pad.
+    """
 
     rungs: Mapping[VirtAddr, Rung]
     refused: Mapping[VirtAddr, str]
     failed: Mapping[VirtAddr, str]
+    sites: frozenset[VirtAddr]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,10 @@ def arm(gdb: GdbMi, addresses: Iterable[VirtAddr], strategy: str) -> Armed:
     gdb.console(f"set kprobe strategy {strategy}")
     armed, refused, failed = json.loads(gdb.console(f"python kprobe_arm({list(addresses)})", _TIMEOUT))
     return Armed(
-        {VirtAddr(int(addr)): Rung(rung) for addr, rung in armed.items()},
+        {VirtAddr(int(addr)): Rung(rung) for addr, (rung, _) in armed.items()},
         {VirtAddr(int(addr)): reason for addr, reason in refused.items()},
         {VirtAddr(int(addr)): error for addr, error in failed.items()},
+        frozenset(VirtAddr(site) for _, site in armed.values()),
     )
 
 

@@ -126,7 +126,7 @@ class BoundaryCheck:
         armed = boundaries.arm(gdb, sorted(addresses, key=lambda addr: addr not in fixups), strategy)
         self.touched.update(addr + byte for addr in armed.rungs for byte in range(JUMP_SIZE))
         # An instruction that has no int3 is in one block with the next one, which has no line of its own then.
-        alone = not armed.refused and not armed.failed and len(addresses) == len(function.insns)
+        alone = armed.sites == {insn.addr for insn in function.insns}
         self._log.open(one_instruction=not alone)
         gdb.cont()
         self.work(function.part, self.guest.spec.vcpus)

@@ -32,7 +32,10 @@ def function() -> Function:
 
 
 ARMED = Armed(
-    {PUSH: Rung.BOOSTED, JE: Rung.BOOSTED, POP: Rung.BOOSTED, RET: Rung.BOOSTED}, {NOP: "jump label site"}, {}
+    {PUSH: Rung.BOOSTED, JE: Rung.BOOSTED, POP: Rung.BOOSTED, RET: Rung.BOOSTED},
+    {NOP: "jump label site"},
+    {},
+    frozenset({PUSH, JE, POP, RET}),
 )
 COUNTED = {PUSH: Counts(5, 0), JE: Counts(5, 0), POP: Counts(5, 0), RET: Counts(5, 0)}
 EXECUTED: Counter[int] = Counter({PUSH: 5, JE: 5, NOP: 2, POP: 5, RET: 5})
@@ -58,7 +61,7 @@ def test_a_miss_is_told() -> None:
 
 
 def test_an_error_is_told() -> None:
-    armed = Armed(ARMED.rungs, {}, {NOP: "RecursionError: too deep"})
+    armed = Armed(ARMED.rungs, {}, {NOP: "RecursionError: too deep"}, ARMED.sites)
     assert list(differences(function(), armed, EXECUTED, COUNTED)) == [
         "f+0x3 90 nop: cannot be probed: RecursionError: too deep"
     ]
