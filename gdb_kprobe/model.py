@@ -241,14 +241,14 @@ class Reason(StrEnum):
     """The call of a tracer of the guest's own is where the nop was. The hint has the instruction behind it."""
 
     @property
-    def passes(self) -> bool:
+    def is_transient(self) -> bool:
         """It may not hold any more at the next stop: what was refused for it is tried again."""
         return self in _PASSING
 
     @property
     def may_pass(self) -> bool:
         """It may not hold any more when the probes of the place are others."""
-        return self.passes or self is Reason.NEEDS_HOST
+        return self.is_transient or self is Reason.NEEDS_HOST
 
 
 _PASSING = frozenset(

@@ -29,7 +29,7 @@ ENABLE: Final = 16
 COUNTER_SIZE: Final = 24
 
 REGIONS: Final = {COUNTER: COUNTER_SIZE}
-"""The declaration that :func:`gdb_kprobe.bpf.check.check` wants."""
+"""The declaration that :func:`gdb_kprobe.bpf.verifier.check` wants."""
 
 
 def lower(condition: Condition | None, verdict: Verdict = Verdict.CONTINUE) -> Program:

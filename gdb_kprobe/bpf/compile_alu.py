@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdb_kprobe.bpf.check import Step
 from gdb_kprobe.bpf.frame import SCRATCH
 from gdb_kprobe.bpf.insn import SRC_X, AluOp, BpfInsn, InsnClass
-from gdb_kprobe.bpf.places import Operand, Place, Places
+from gdb_kprobe.bpf.operands import Operand, Operands, RmOperand
+from gdb_kprobe.bpf.verifier import Step
 from gdb_kprobe.x86.assemble import Label, fits_s32
 from gdb_kprobe.x86.emit import Cc, Gp, Op, Shift
 
@@ -15,60 +15,60 @@ GROUP: Final = {AluOp.ADD: Op.ADD, AluOp.SUB: Op.SUB, AluOp.AND: Op.AND, AluOp.O
 _SHIFTS: Final = {AluOp.LSH: Shift.SHL, AluOp.RSH: Shift.SHR, AluOp.ARSH: Shift.SAR}
 
 
-def alu(places: Places, insn: BpfInsn, step: Step, dst: Gp) -> None:
+def alu(operands: Operands, insn: BpfInsn, step: Step, dst: Gp) -> None:
     """*insn*, whose result is not known, with the result in *dst*."""
     op = AluOp(insn.op & 0xF0)
     width = 8 if insn.cls is InsnClass.ALU64 else 4
-    out = places.out
+    out = operands.out
     if op is AluOp.MOV:
-        _mov(places, insn, step, dst, width)
+        _mov(operands, insn, step, dst, width)
         return
-    target = places.operand(insn.dst, step)
+    target = operands.operand(insn.dst, step)
     if op is AluOp.END:
-        places.into(dst, target)
-        _swap(places, insn, dst)
+        operands.into(dst, target)
+        _swap(operands, insn, dst)
         return
     if op is AluOp.NEG:
-        places.start(dst, target, width)
+        operands.start(dst, target, width)
         out.neg(dst, width)
         return
-    source = places.second(insn, step)
+    source = operands.second(insn, step)
     if op in (AluOp.DIV, AluOp.MOD):
-        _divide(places, insn, target, source, dst, width)
+        _divide(operands, insn, target, source, dst, width)
         return
     if op in _SHIFTS:
-        _shift(places, _SHIFTS[op], target, source, dst, width)
+        _shift(operands, _SHIFTS[op], target, source, dst, width)
         return
     if isinstance(source, int) and (width == 4 or fits_s32(source)):
-        places.start(dst, target, width)
+        operands.start(dst, target, width)
         if op is AluOp.MUL:
             out.imul_imm(dst, dst, source, width)
         else:
             out.alu_imm(GROUP[op], dst, source, width)
         return
-    rm = places.as_rm(source, width)
-    places.start(dst, target, width)
+    rm = operands.as_rm(source, width)
+    operands.start(dst, target, width)
     if op is AluOp.MUL:
         out.imul(dst, rm, width)
     else:
         out.alu(GROUP[op], dst, rm, width)
 
 
-def _mov(places: Places, insn: BpfInsn, step: Step, dst: Gp, width: int) -> None:
-    source = places.operand(insn.src, step)
+def _mov(operands: Operands, insn: BpfInsn, step: Step, dst: Gp, width: int) -> None:
+    source = operands.operand(insn.src, step)
     if not insn.off:
-        places.into(dst, source, width)
+        operands.into(dst, source, width)
         return
     narrow = insn.off // 8
-    if isinstance(source, Place) and source.width >= narrow:
-        places.out.movsx(dst, source.rm, narrow, width)
+    if isinstance(source, RmOperand) and source.width >= narrow:
+        operands.out.movsx(dst, source.rm, narrow, width)
     else:
-        places.into(dst, source)
-        places.out.movsx(dst, dst, narrow, width)
+        operands.into(dst, source)
+        operands.out.movsx(dst, dst, narrow, width)
 
 
-def _swap(places: Places, insn: BpfInsn, register: Gp) -> None:
-    out = places.out
+def _swap(operands: Operands, insn: BpfInsn, register: Gp) -> None:
+    out = operands.out
     if insn.cls is InsnClass.ALU and not insn.op & SRC_X:  # to little endian: only the width is cut
         if insn.imm == 16:
             out.movzx(register, register, 2)
@@ -81,23 +81,23 @@ def _swap(places: Places, insn: BpfInsn, register: Gp) -> None:
         out.bswap(register, insn.imm // 8)
 
 
-def _shift(places: Places, kind: Shift, target: Operand, source: Operand, dst: Gp, width: int) -> None:
+def _shift(operands: Operands, kind: Shift, target: Operand, source: Operand, dst: Gp, width: int) -> None:
     """The count is taken modulo the width by the CPU as by eBPF. A count that is no constant must be in cl."""
-    out = places.out
+    out = operands.out
     if isinstance(source, int):
         if count := source & (8 * width - 1):
-            places.start(dst, target, width)
+            operands.start(dst, target, width)
             out.shift_imm(kind, dst, count, width)
         else:
-            places.into(dst, target, width)
+            operands.into(dst, target, width)
         return
     if source.rm is Gp.RCX and dst is not Gp.RCX:
-        places.start(dst, target, width)
+        operands.start(dst, target, width)
         out.shift_cl(kind, dst, width)
         return
-    shifted = places.scratch() if dst is Gp.RCX else dst
-    places.start(shifted, target, width)
-    keep = places.scratch() if dst is not Gp.RCX and places.mapping.index(Gp.RCX) in places.live else None
+    shifted = operands.scratch() if dst is Gp.RCX else dst
+    operands.start(shifted, target, width)
+    keep = operands.scratch() if dst is not Gp.RCX and operands.mapping.index(Gp.RCX) in operands.live else None
     if keep is not None:
         out.mov(keep, Gp.RCX, 8)
     if source.rm is not Gp.RCX:
@@ -112,18 +112,18 @@ def _shift(places: Places, kind: Shift, target: Operand, source: Operand, dst: G
         out.mov(dst, shifted, 8)
 
 
-def _divide(places: Places, insn: BpfInsn, target: Operand, source: Operand, dst: Gp, width: int) -> None:
+def _divide(operands: Operands, insn: BpfInsn, target: Operand, source: Operand, dst: Gp, width: int) -> None:
     """Total, as the RFC has it: a quotient by 0 is 0, a remainder by 0 the dividend; by -1 nothing overflows."""
-    out = places.out
+    out = operands.out
     modulo, signed = insn.op & 0xF0 == AluOp.MOD, bool(insn.off)
     # The operands may be in the scratch registers: the dividend in the first, the divisor in the first or second.
     high, low, divisor = SCRATCH
-    places.into(divisor, source, width)
-    save_low = dst is not Gp.RAX and 0 in places.live
-    save_high = dst is not Gp.RDX and 3 in places.live
+    operands.into(divisor, source, width)
+    save_low = dst is not Gp.RAX and 0 in operands.live
+    save_high = dst is not Gp.RDX and 3 in operands.live
     if save_low:
         out.mov(low, Gp.RAX, 8)
-    places.into(Gp.RAX, target, width)
+    operands.into(Gp.RAX, target, width)
     if save_high:
         out.mov(high, Gp.RDX, 8)
     zero, done = Label("division by zero"), Label("divided")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from gdb_kprobe.bpf.check import Step
 from gdb_kprobe.bpf.insn import BpfInsn, InsnClass, JmpOp
-from gdb_kprobe.bpf.places import Place, Places
+from gdb_kprobe.bpf.operands import Operands, RmOperand
 from gdb_kprobe.bpf.value import holds, to_signed
+from gdb_kprobe.bpf.verifier import Step
 from gdb_kprobe.x86.assemble import fits_s32
 from gdb_kprobe.x86.emit import Cc, Gp, Op
 
@@ -21,12 +21,12 @@ _MIRRORED: Final = {
 }  # fmt: skip
 
 
-def compare(places: Places, insn: BpfInsn, step: Step) -> Cc | bool:
+def compare(operands: Operands, insn: BpfInsn, step: Step) -> Cc | bool:
     """Set the flags, and return the condition on which to jump; a bool if that is certain in this frame."""
     op = JmpOp(insn.op & 0xF0)
     width = 8 if insn.cls is InsnClass.JMP else 4
     condition = _CONDITIONS[op]
-    left, right = places.operand(insn.dst, step), places.second(insn, step)
+    left, right = operands.operand(insn.dst, step), operands.second(insn, step)
     if isinstance(left, int):
         if isinstance(right, int):
             return holds(op, left, right, 8 * width)
@@ -34,23 +34,23 @@ def compare(places: Places, insn: BpfInsn, step: Step) -> Cc | bool:
         condition = _MIRRORED.get(condition, condition)
     if isinstance(right, int):
         if op is JmpOp.JSET:
-            return _test_constant(places, left, right, width)
-        return _compare_constant(places, left, right, width, condition)
-    first, second = places.as_rm(left, width), places.as_rm(right, width)
+            return _test_constant(operands, left, right, width)
+        return _compare_constant(operands, left, right, width, condition)
+    first, second = operands.as_rm(left, width), operands.as_rm(right, width)
     if op is JmpOp.JSET:
         if isinstance(second, Gp):
-            places.out.test(first, second, width)
+            operands.out.test(first, second, width)
         else:
-            places.out.test(second, places.as_register(Place(first, width, False), width), width)
+            operands.out.test(second, operands.as_register(RmOperand(first, width, False), width), width)
     elif isinstance(first, Gp):
-        places.out.alu(Op.CMP, first, second, width)
+        operands.out.alu(Op.CMP, first, second, width)
     else:
-        other = places.as_register(Place(second, width, False), width)
-        places.out.alu_store(Op.CMP, first, other, width)
+        other = operands.as_register(RmOperand(second, width, False), width)
+        operands.out.alu_store(Op.CMP, first, other, width)
     return condition
 
 
-def _compare_constant(places: Places, left: Place, constant: int, width: int, condition: Cc) -> Cc:
+def _compare_constant(operands: Operands, left: RmOperand, constant: int, width: int, condition: Cc) -> Cc:
     constant &= (1 << 8 * width) - 1
     if left.width < width:
         low = constant & (1 << 8 * left.width) - 1
@@ -58,24 +58,24 @@ def _compare_constant(places: Places, left: Place, constant: int, width: int, co
         if extended == constant:  # then the narrow values compare as the extended ones do
             condition = condition if left.signed else _UNSIGNED.get(condition, condition)
             width, constant = left.width, low
-    rm = left.rm if left.width >= width else places.as_rm(left, width)
+    rm = left.rm if left.width >= width else operands.as_rm(left, width)
     if constant == 0 and isinstance(rm, Gp):
-        places.out.test(rm, rm, width)
+        operands.out.test(rm, rm, width)
     elif width < 8 or fits_s32(constant):
-        places.out.alu_imm(Op.CMP, rm, constant, width)
+        operands.out.alu_imm(Op.CMP, rm, constant, width)
     else:
-        register = places.scratch()
-        places.out.mov_imm(register, constant)
-        places.out.alu_store(Op.CMP, rm, register, width)
+        register = operands.scratch()
+        operands.out.mov_imm(register, constant)
+        operands.out.alu_store(Op.CMP, rm, register, width)
     return condition
 
 
-def _test_constant(places: Places, left: Place, mask: int, width: int) -> Cc | bool:
+def _test_constant(operands: Operands, left: RmOperand, mask: int, width: int) -> Cc | bool:
     mask &= (1 << 8 * width) - 1
     if left.width < width:
         low = mask & (1 << 8 * left.width) - 1
         if left.signed and low != mask:
-            left = Place(places.as_rm(left, width), width, False)
+            left = RmOperand(operands.as_rm(left, width), width, False)
         else:
             mask = low
     if mask == 0:
@@ -83,9 +83,9 @@ def _test_constant(places: Places, left: Place, mask: int, width: int) -> Cc | b
     widths = (1, 4, 8) if isinstance(left.rm, Gp) else (1, 2, 4, 8)
     narrow = next(w for w in widths if mask < 1 << 8 * w)
     if narrow < 8 or fits_s32(mask):
-        places.out.test_imm(left.rm, mask, narrow)
+        operands.out.test_imm(left.rm, mask, narrow)
     else:
-        register = places.scratch()
-        places.out.mov_imm(register, mask)
-        places.out.test(left.rm, register, 8)
+        register = operands.scratch()
+        operands.out.mov_imm(register, mask)
+        operands.out.test(left.rm, register, 8)
     return Cc.NE

@@ -5,7 +5,7 @@ Constants, fields of the context and pointers are operands where they are used, 
 are left out; a load from memory becomes an operand of the one instruction that uses it. So a counter is one ``lock
 inc``, and a filter is a ``cmp`` and a jump.
 
-Passes: what is known where (:mod:`gdb_kprobe.bpf.check`) → which instructions are needed (``Needed``) → emission
+Passes: what is known where (:mod:`gdb_kprobe.bpf.verifier`) → which instructions are needed (``Needed``) → emission
 (``_Compiler``). Which x86 registers must be saved is found by emitting until the set no longer grows: a register that
 is saved is read from its place on the stack from then on.
 
@@ -24,15 +24,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from gdb_kprobe.bpf.check import CheckedProgram, Step
 from gdb_kprobe.bpf.compile_alu import alu
 from gdb_kprobe.bpf.compile_atomic import atomic
 from gdb_kprobe.bpf.compile_compare import compare
 from gdb_kprobe.bpf.frame import ARGUMENTS, CALLEE_SAVED, Frame, InHandler, free
 from gdb_kprobe.bpf.insn import BpfInsn, InsnClass, JmpOp, Size
-from gdb_kprobe.bpf.needed import Needed, is_atomic, is_exit, is_jump, is_pure
-from gdb_kprobe.bpf.places import Place, Places, stack_size
+from gdb_kprobe.bpf.liveness import Needed, is_atomic, is_exit, is_jump, is_pure
+from gdb_kprobe.bpf.operands import Operands, RmOperand, stack_size
 from gdb_kprobe.bpf.value import MASK64, Number, Scalar
+from gdb_kprobe.bpf.verifier import CheckedProgram, Step
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.assemble import Assembler, Label, fits_s32
 from gdb_kprobe.x86.emit import Cc, Emitter, Gp, Mem, Op
@@ -79,9 +79,9 @@ def prepare(checked: CheckedProgram, frame: Frame, decides: bool = False) -> Pre
     saves: tuple[Gp, ...] = ()
     while True:
         out = Emitter(Assembler(anywhere))
-        places = Places(out, checked, frame, saves, dict.fromkeys(checked.regions, anywhere))
+        operands = Operands(out, checked, frame, saves, dict.fromkeys(checked.regions, anywhere))
         said = Label("said") if decides else None
-        _Compiler(out, checked, needed, places, dict.fromkeys(checked.helpers, anywhere), said).emit()
+        _Compiler(out, checked, needed, operands, dict.fromkeys(checked.helpers, anywhere), said).emit()
         written = frozenset(out.written)
         must = written - free(frame) - set(saves)
         if not must:
@@ -91,8 +91,8 @@ def prepare(checked: CheckedProgram, frame: Frame, decides: bool = False) -> Pre
                 saves=saves,
                 clobbers=written - set(saves),
                 clobbers_flags=out.writes_flags,
-                reads_flags=places.reads_flags,
-                reads_ip=places.reads_ip,
+                reads_flags=operands.reads_flags,
+                reads_ip=operands.reads_ip,
                 decides=decides,
                 needed=needed,
             )
@@ -118,8 +118,8 @@ def emit(
     assert saved or not prepared.reads_flags, "the program reads the flags: the detour must save them"
     assert prepared.decides is (said is not None), "a verdict leads somewhere"
     out = Emitter(asm)
-    places = Places(out, prepared.checked, frame, prepared.saves, regions)
-    _Compiler(out, prepared.checked, prepared.needed, places, helpers or {}, said).emit()
+    operands = Operands(out, prepared.checked, frame, prepared.saves, regions)
+    _Compiler(out, prepared.checked, prepared.needed, operands, helpers or {}, said).emit()
 
 
 class _Compiler:
@@ -130,7 +130,7 @@ class _Compiler:
         out: Emitter,
         checked: CheckedProgram,
         needed: Needed,
-        places: Places,
+        operands: Operands,
         helpers: Mapping[int, VirtAddr],
         said: Label | None,
     ) -> None:
@@ -138,7 +138,7 @@ class _Compiler:
         self.said = said
         self.checked = checked
         self.needed = needed
-        self.places = places
+        self.operands = operands
         self.helpers = helpers
         self.labels: dict[int, Label] = {}
         self.end = Label("end")
@@ -146,12 +146,12 @@ class _Compiler:
         """The instruction that was emitted last goes on elsewhere, always."""
         self.leave = said
         """Where another verdict than 0 leads: through the restoring of registers, if there is any."""
-        if said is not None and (places.saves or places.stack):
+        if said is not None and (operands.saves or operands.stack):
             self.leave = Label("leave")
 
     def emit(self) -> None:
-        out, stack = self.out, self.places.stack
-        for register in self.places.saves:
+        out, stack = self.out, self.operands.stack
+        for register in self.operands.saves:
             out.push(register)
         if stack:
             out.lea(Gp.RSP, Mem(Gp.RSP, -stack))
@@ -181,9 +181,9 @@ class _Compiler:
         self._restore()
 
     def _restore(self) -> None:
-        if stack := self.places.stack:
+        if stack := self.operands.stack:
             self.out.lea(Gp.RSP, Mem(Gp.RSP, stack))
-        for register in reversed(self.places.saves):
+        for register in reversed(self.operands.saves):
             self.out.pop(register)
 
     def _way_out(self, index: int) -> Label | None:
@@ -253,20 +253,20 @@ class _Compiler:
     def _insn(self, index: int, step: Step, plain: int | None) -> None:
         """*plain* is the jump that this conditional one jumps over."""
         insn = self.checked.program[index]
-        self.places.begin(self.needed.live_after[index], self._fused(index))
+        self.operands.begin(self.needed.live_after[index], self._fused(index))
         if is_pure(insn):
-            dst = self.places.mapping[insn.dst]
+            dst = self.operands.mapping[insn.dst]
             value = step.after.registers[insn.dst]
             if not isinstance(value, Scalar):
-                self.places.into(dst, self.places.known(value, insn.dst))
+                self.operands.into(dst, self.operands.known(value, insn.dst))
             elif insn.cls is InsnClass.LDX:
-                self.places.into(dst, self.places.loaded(insn, step))
+                self.operands.into(dst, self.operands.loaded(insn, step))
             else:
-                alu(self.places, insn, step, dst)
+                alu(self.operands, insn, step, dst)
         elif is_jump(insn):
             self._jump(index, insn, step, plain)
         elif is_atomic(insn):
-            atomic(self.places, insn, step)
+            atomic(self.operands, insn, step)
         else:
             self._store(insn, step)
 
@@ -280,14 +280,14 @@ class _Compiler:
 
     def _store(self, insn: BpfInsn, step: Step) -> None:
         width = Size(insn.op & 0x18).width
-        memory = self.places.memory(step.before.registers[insn.dst], insn.off)
-        value = self.places.operand(insn.src, step) if insn.cls is InsnClass.STX else insn.imm & MASK64
+        memory = self.operands.memory(step.before.registers[insn.dst], insn.off)
+        value = self.operands.operand(insn.src, step) if insn.cls is InsnClass.STX else insn.imm & MASK64
         if isinstance(value, int) and (width < 8 or fits_s32(value)):
             self.out.store_imm(memory, value, width)
-        elif isinstance(value, Place) and value.width >= width and isinstance(value.rm, Gp):
+        elif isinstance(value, RmOperand) and value.width >= width and isinstance(value.rm, Gp):
             self.out.store(memory, value.rm, width)
         else:
-            self.out.store(memory, self.places.as_register(value, 8), width)
+            self.out.store(memory, self.operands.as_register(value, 8), width)
 
     def _jump(self, index: int, insn: BpfInsn, step: Step, plain: int | None) -> None:
         if insn.op & 0xF0 == JmpOp.CALL:
@@ -306,7 +306,7 @@ class _Compiler:
             label = self._label(jump.successors[0]) if way_out is None else way_out
         else:
             label = self._label(step.successors[1])
-        condition = compare(self.places, insn, step)
+        condition = compare(self.operands, insn, step)
         if isinstance(condition, bool):
             if condition is (plain is None):
                 self.out.jmp(label)
@@ -318,11 +318,11 @@ class _Compiler:
         assert self.leave is not None
         way = self._way_out(index)
         if way is None:
-            verdict = self.places.operand(0, step)
+            verdict = self.operands.operand(0, step)
             if isinstance(verdict, int):
                 way = self.leave if verdict else self.end
             else:
-                self.out.alu_imm(Op.CMP, self.places.as_rm(verdict, 8), 0, 8)
+                self.out.alu_imm(Op.CMP, self.operands.as_rm(verdict, 8), 0, 8)
                 self.out.jcc(Cc.NE, self.leave)
                 way = self.end
         if way is self.end:
@@ -334,13 +334,13 @@ class _Compiler:
     def _call(self, insn: BpfInsn, step: Step) -> None:
         """What a C function may change counts as changed. The stack is as deep as it is: the kernel aligns to 8."""
         arguments = self.checked.helpers[insn.imm].arguments
-        in_handler = isinstance(self.places.frame, InHandler)
+        in_handler = isinstance(self.operands.frame, InHandler)
         if in_handler:
             self.out.push(Gp.RDI)  # no argument is read from the stack there
         # The first argument last: the fields of the context are read through rdi.
         for number in reversed(range(1, arguments + 1)):
-            self.places.begin(self.places.live, None)
-            self.places.into(ARGUMENTS[number - 1], self.places.operand(number, step))
+            self.operands.begin(self.operands.live, None)
+            self.operands.into(ARGUMENTS[number - 1], self.operands.operand(number, step))
         self.out.asm.call_rel32(self.helpers[insn.imm])
         self.out.written |= set(Gp) - CALLEE_SAVED - {Gp.RSP}
         self.out.writes_flags = True

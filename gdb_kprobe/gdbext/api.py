@@ -12,9 +12,9 @@
     for site in kprobe.sites():  # what is patched; and guest(), region(), function(), read(), ...
         print(site.place, site.rung, site.patched.hex())
 
-A handler gets a :class:`~gdb_kprobe.session.context.HitContext`. It may read and write registers and memory, skip the
-instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hit.stop()``, or return ``True``). What
-it raises is shown, its probe is disabled, and the guest goes on.
+A handler gets a :class:`~gdb_kprobe.session.hit_context.HitContext`. It may read and write registers and memory, skip
+the instruction (``hit.regs.ip = ...``, ``hit.skip()``), or stop to the prompt (``hit.stop()``, or return ``True``).
+What it raises is shown, its probe is disabled, and the guest goes on.
 
 Every function raises a :class:`~gdb_kprobe.errors.ReportedError`: a ``KprobeError`` for what cannot be done, and a
 ``SessionOverError`` when the gdbstub does not answer (``ConnectionLostError``), or the guest is another one
@@ -49,13 +49,13 @@ from gdb_kprobe.gdbext.inspect import (
 )
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.gdbext.until import Until
+from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
 from gdb_kprobe.language.spec import Location, default_name
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
-from gdb_kprobe.session.context import Handler, HitContext
-from gdb_kprobe.session.guest import Place
+from gdb_kprobe.session.hit_context import Handler, HitContext
 from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
 from gdb_kprobe.session.probes import Hit, Probe, State
 from gdb_kprobe.session.session import Detached

@@ -14,7 +14,7 @@ from gdb_kprobe.errors import RegionError, ReportedError
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu
 from gdb_kprobe.gdbext.signals import uninterrupted
-from gdb_kprobe.session.leftover import Leftover, find_leftover
+from gdb_kprobe.session.recovery.orphans import Leftover, find_leftover
 from gdb_kprobe.session.rescue import cut, rescue_leftover
 from gdb_kprobe.target.stub import QemuStub
 

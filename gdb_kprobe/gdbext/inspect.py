@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.guest.guest import Place
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session import inspect
 from gdb_kprobe.session.check import Examination, examine
-from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.probes import Probe, State
 
 

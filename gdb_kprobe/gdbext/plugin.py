@@ -30,12 +30,12 @@ from gdb_kprobe.gdbext.signals import InterruptWatch, sigint_takers, uninterrupt
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, CpuId, Dispatch, PhysAddr, VirtAddr
 from gdb_kprobe.session.attach import Attached, attach
-from gdb_kprobe.session.leftover import find_leftover
+from gdb_kprobe.session.hits.stepping import Step
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.recovery.orphans import find_leftover
 from gdb_kprobe.session.rescue import ENDED, cut, rescue
-from gdb_kprobe.session.roll import adopt
 from gdb_kprobe.session.session import Detached, Session
-from gdb_kprobe.session.stepping import Step
+from gdb_kprobe.session.sites.probe_store import adopt
 from gdb_kprobe.target.process_memory import find_process_memory
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import is_served
@@ -164,18 +164,18 @@ class Link:
             try:
                 self.session.settle()
             except KprobeError:
-                self.session.lift()
+                self.session.disarm_all()
                 raise
-            self.session.lift()
+            self.session.disarm_all()
             # gdb may have read our bytes for its own purposes while it stopped.
             gdb.execute("maintenance flush dcache", to_string=True)
 
-    def lower(self) -> tuple[str, ...]:
+    def arm_all(self) -> tuple[str, ...]:
         """The machine is about to run for the user. gdb calls its threads running already."""
         self.stub.forget()
         with self.channel.within_gdb():
             try:
-                return self.session.lower()
+                return self.session.arm_all()
             finally:
                 with contextlib.suppress(TargetError, ConnectionLostError):
                     self.stub.forget()
@@ -246,7 +246,7 @@ class Plugin:
             with link.stopped():
                 link.attached = attach(link.stub, profile, link.breakpoints, link.handed_over, dispatch, link.peers())
                 link.open_data_plane()
-                link.session.lift()
+                link.session.disarm_all()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:
                     self._guard.leftover.restore(link.stub)
         except BaseException:
@@ -377,7 +377,7 @@ class Plugin:
             if link.breakpoints.any_inserted:
                 link.watchdog.tell(State.WATCHED)
             try:
-                for problem in link.lower():
+                for problem in link.arm_all():
                     gdb.write(f"kprobe: {problem}\n", gdb.STDERR)
             except ReportedError as error:
                 gdb.write(f"kprobe: no probe is armed: {error}\n", gdb.STDERR)
@@ -480,7 +480,7 @@ class Plugin:
         except ReportedError as error:
             if not isinstance(error, GuestStateError):
                 gdb.write(f"kprobe: {error}\n", gdb.STDERR)
-                link.watchdog.tell(State.STOPPED)  # the text is lifted all the same
+                link.watchdog.tell(State.STOPPED)  # no int3 is in the text all the same
         finally:
             _tell_failures(link.session)
             self._settling = False

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gdb_kprobe.bpf.insn import text
 from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.render.check import CheckView, TrialView
@@ -21,7 +22,6 @@ from gdb_kprobe.render.views import (
     ProbeView,
 )
 from gdb_kprobe.session.check import Examination
-from gdb_kprobe.session.guest import Place
 from gdb_kprobe.session.probes import Hit, Probe, Site
 from gdb_kprobe.session.stats import Change, Reading, changes, fastest, sum_of
 from gdb_kprobe.x86.decode import DecodeError, iter_insns

@@ -12,8 +12,8 @@ from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
 from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
 from gdb_kprobe.gdbext.signals import uninterrupted
-from gdb_kprobe.session.bare_guest import open_bare
-from gdb_kprobe.session.linux_guest import open_linux
+from gdb_kprobe.guest.bare import open_bare
+from gdb_kprobe.guest.linux import open_linux
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.stub import QemuStub
 

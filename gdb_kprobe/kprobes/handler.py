@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gdb_kprobe.bpf.check import CheckedProgram
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.jit import Prepared, emit, prepare
+from gdb_kprobe.bpf.verifier import CheckedProgram
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.assemble import Assembler, Label
 

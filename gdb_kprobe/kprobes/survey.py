@@ -1,7 +1,7 @@
 """Every instruction of a piece of text, by the best rung it can have or by the reason why it has none. Pure: bytes.
 
-What the bytes alone decide is found out once for each instruction that is different (:mod:`gdb_kprobe.kprobes.forms`);
-what the place decides (sites, padding, neighbours, reach) is put on top.
+What the bytes alone decide is found out once for each instruction that is different
+(:mod:`gdb_kprobe.kprobes.insn_info`); what the place decides (sites, padding, neighbours, reach) is put on top.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Final
 
-from gdb_kprobe.kprobes.forms import Form, Forms
+from gdb_kprobe.kprobes.insn_info import InsnInfo, InsnInfos
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.landing import landing_pad_size
 from gdb_kprobe.kprobes.padding import begins_padding
@@ -31,7 +31,7 @@ from gdb_kprobe.kprobes.window import (
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.x86.decode import Insn, decode
-from gdb_kprobe.x86.shadow import parted
+from gdb_kprobe.x86.shadow import splits_shadow
 
 _ZEROS = b"\0\0"
 
@@ -111,7 +111,7 @@ class Survey:
         }
 
 
-_Found = tuple[int, Form | None]
+_Found = tuple[int, InsnInfo | None]
 
 
 class Surveyor:
@@ -136,7 +136,7 @@ class Surveyor:
         self._rules = rules
         self._by_kernel_rules = by_kernel_rules
         self._references = references
-        self._forms = Forms(rules)
+        self._infos = InsnInfos(rules)
 
     def count(self, piece: Piece) -> None:
         """Count all instructions of *piece*."""
@@ -149,10 +149,10 @@ class Surveyor:
         refused[behind] += tail
         if self._references is not None:
             self._count_jumps(self._references, piece, found, tail, verdicts)
-        for verdict, (addr, form) in zip(verdicts, found, strict=True):
+        for verdict, (addr, info) in zip(verdicts, found, strict=True):
             if isinstance(verdict, Rung):
-                assert form is not None
-                self._count_rung(verdict, form, addr, in_extable=addr in piece.extable)
+                assert info is not None
+                self._count_rung(verdict, info, addr, in_extable=addr in piece.extable)
             else:
                 refused[verdict] += 1
 
@@ -166,49 +166,49 @@ class Surveyor:
         out_of_reach = not in_reach(self._area, near)
         parted_at = _parted_at(found)
         verdicts: list[Rung | Reason] = []
-        for index, (addr, form) in enumerate(found):
+        for index, (addr, info) in enumerate(found):
             if index in marks:
                 verdicts.append(marks[index])
-            elif form is None:
+            elif info is None:
                 verdicts.append(Reason.UNDECODABLE)
             elif index >= padding:
                 verdicts.append(Reason.PADDING)
-            elif form.refused is not None:
-                verdicts.append(form.refused.reason)
+            elif info.refused is not None:
+                verdicts.append(info.refused.reason)
             elif index in parted_at:
                 verdicts.append(Reason.INTERRUPT_SHADOW)
             elif out_of_reach:
                 verdicts.append(Reason.OUT_OF_REACH)
             else:
-                verdicts.append(self._rung(form, addr, piece.extable))
+                verdicts.append(self._rung(info, addr, piece.extable))
         return verdicts, behind
 
-    def _rung(self, form: Form, addr: int, extable: Collection[int]) -> Rung | Reason:
-        if self._why_not_boosted(form, addr, in_extable=addr in extable) is None:
+    def _rung(self, info: InsnInfo, addr: int, extable: Collection[int]) -> Rung | Reason:
+        if self._why_not_boosted(info, addr, in_extable=addr in extable) is None:
             return Rung.BOOSTED
-        if form.insn.is_halt:
+        if info.insn.is_halt:
             return Reason.HALTS
-        if not self._reaches(form, addr):
+        if not self._reaches(info, addr):
             return Reason.OUT_OF_REACH
         return Rung.SINGLE_STEP
 
-    def _why_not_boosted(self, form: Form, addr: int, *, in_extable: bool) -> Reason | None:
+    def _why_not_boosted(self, info: InsnInfo, addr: int, *, in_extable: bool) -> Reason | None:
         if in_extable:
             return Reason.EX_TABLE
-        if self._by_kernel_rules and not form.kernel_boosts:
+        if self._by_kernel_rules and not info.kernel_boosts:
             return Reason.KERNEL_BOOST
-        return None if self._reaches(form, addr) else Reason.OUT_OF_REACH
+        return None if self._reaches(info, addr) else Reason.OUT_OF_REACH
 
-    def _reaches(self, form: Form, addr: int) -> bool:
-        return form.reach is None or reaches(self._area, addr + form.reach)
+    def _reaches(self, info: InsnInfo, addr: int) -> bool:
+        return info.reach is None or reaches(self._area, addr + info.reach)
 
-    def _count_rung(self, rung: Rung, form: Form, addr: int, *, in_extable: bool) -> None:
+    def _count_rung(self, rung: Rung, info: InsnInfo, addr: int, *, in_extable: bool) -> None:
         survey = self.survey
         survey.rungs[rung] += 1
-        survey.kernel_probes += form.kernel_probes
-        survey.kernel_boosts += form.kernel_boosts and not in_extable
+        survey.kernel_probes += info.kernel_probes
+        survey.kernel_boosts += info.kernel_boosts and not in_extable
         if rung is Rung.SINGLE_STEP:
-            why = self._why_not_boosted(form, addr, in_extable=in_extable)
+            why = self._why_not_boosted(info, addr, in_extable=in_extable)
             assert why is not None
             survey.not_boosted[why] += 1
 
@@ -225,7 +225,7 @@ class Surveyor:
         assert jumps is not None
         function = make_function(piece, self._known(piece, found, tail))
         by_kernel = kernel_optimizes_in(function, references, self._rules)
-        for index in range(min(len(verdicts), len(function.forms))):
+        for index in range(min(len(verdicts), len(function.infos))):
             if not isinstance(verdicts[index], Rung):
                 continue
             window = can_optimize(function, index, lambda: references, self._area)
@@ -260,10 +260,10 @@ class Surveyor:
             assert isinstance(window, Refusal)
             jumps.entries_refused[window.reason] += 1
 
-    def _known(self, piece: Piece, found: list[_Found], tail: int) -> list[tuple[int, Form]]:
+    def _known(self, piece: Piece, found: list[_Found], tail: int) -> list[tuple[int, InsnInfo]]:
         """The instructions up to the first place that is none, with the int3 behind them."""
-        known = [(addr, form) for addr, form in takewhile(lambda one: one[1] is not None, found) if form is not None]
-        fill = self._forms.of(INT3)
+        known = [(addr, info) for addr, info in takewhile(lambda one: one[1] is not None, found) if info is not None]
+        fill = self._infos.of(INT3)
         if tail and len(known) == len(found) and fill is not None:
             first = piece.addr + len(piece.code) - tail
             known += [(first + index, fill) for index in range(tail)]
@@ -277,12 +277,12 @@ class Surveyor:
         code, addr = piece.code, piece.addr
         # A site may be in what looks like padding: then all is decoded.
         end = len(code) if piece.sites else len(code.rstrip(INT3))
-        known, at = self._forms.read(addr, code, end)
+        known, at = self._infos.read(addr, code, end)
         found: list[_Found] = [*known]
         if at >= end:
             return found, len(code) - at
         if not any(code[at:]):
-            found.append((addr + at, self._forms.of(_ZEROS)))  # an odd number of zeros
+            found.append((addr + at, self._infos.of(_ZEROS)))  # an odd number of zeros
             return found, 0
         found += [(addr + rest, None) for rest in range(at, len(code))]
         return found, 0
@@ -290,12 +290,12 @@ class Surveyor:
     def _padding(self, found: list[_Found], tail: int) -> tuple[int, Reason]:
         """The index of the first instruction of the padding at the end, and what the int3 behind them are."""
         first = len(found)
-        while first and (form := found[first - 1][1]) is not None and form.is_fill:
+        while first and (info := found[first - 1][1]) is not None and info.is_fill:
             first -= 1
         before = found[first - 1][1] if first else None
         if first < len(found):
-            form = found[first][1]
-            begin = None if form is None else form.insn
+            info = found[first][1]
+            begin = None if info is None else info.insn
         else:
             begin = _int3() if tail else None
         if begin is None or (first and before is None):
@@ -312,10 +312,10 @@ def _int3() -> Insn:
 def _parted_at(found: list[_Found]) -> set[int]:
     """The instructions, by index, that must not be parted from the one behind or in front of them."""
     indexes: set[int] = set()
-    for index, (_, form) in enumerate(found[:-1]):
-        if form is not None and form.masks:
+    for index, (_, info) in enumerate(found[:-1]):
+        if info is not None and info.masks:
             behind = found[index + 1][1]
-            if behind is not None and parted(None, form.insn, behind.insn) is not None:
+            if behind is not None and splits_shadow(None, info.insn, behind.insn) is not None:
                 indexes.update((index, index + 1))
     return indexes
 
@@ -329,7 +329,7 @@ def _marked(found: list[_Found], site: tuple[int, int, Reason]) -> Iterator[tupl
     start, size, reason = site
     index = max(bisect_right(found, start, key=lambda one: one[0]) - 1, 0)
     while index < len(found) and found[index][0] < start + size:
-        addr, form = found[index]
-        if addr + (form.insn.length if form is not None else 1) > start:
+        addr, info = found[index]
+        if addr + (info.insn.length if info is not None else 1) > start:
             yield index, reason
         index += 1

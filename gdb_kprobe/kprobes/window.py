@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from gdb_kprobe.kprobes.forms import Form, Forms
+from gdb_kprobe.kprobes.insn_info import InsnInfo, InsnInfos
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.landing import landing_pad_size
 from gdb_kprobe.kprobes.piece import Piece
@@ -22,7 +22,7 @@ from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.families import Unhandled
-from gdb_kprobe.x86.shadow import parted
+from gdb_kprobe.x86.shadow import splits_shadow
 
 JUMP_SIZE: Final = 5
 _FTRACE_NOP: Final = bytes.fromhex("0f1f440000")
@@ -33,13 +33,13 @@ FTRACE_NOP_SIZE: Final = len(_FTRACE_NOP)
 class Function:
     """The text of one symbol, up to the next symbol, and what the guest says of it.
 
-    *addrs* and *forms* are its instructions, as far as it can be decoded; *end* is where the symbol ends. *sites* are
+    *addrs* and *infos* are its instructions, as far as it can be decoded; *end* is where the symbol ends. *sites* are
     (address, bytes, reason) of what the guest patches or knows by address, *extable* what may fault, *ftrace* the
     5-byte nop of the guest's ftrace.
     """
 
     addrs: Sequence[int]
-    forms: Sequence[Form]
+    infos: Sequence[InsnInfo]
     end: int
     sites: Sequence[tuple[int, int, Reason]] = ()
     extable: Collection[int] = ()
@@ -52,7 +52,7 @@ class Function:
     @property
     def is_whole(self) -> bool:
         """All of it could be decoded."""
-        return bool(self.addrs) and self.addrs[-1] + self.forms[-1].length == self.end
+        return bool(self.addrs) and self.addrs[-1] + self.infos[-1].length == self.end
 
     def sites_in(self, start: int, end: int) -> Iterator[tuple[int, Reason]]:
         """The sites that share a byte with *start* to *end*: address and reason, in their order."""
@@ -60,7 +60,7 @@ class Function:
             return iter(())
         return ((site, why) for site, size, why in self.sites if site < end and start < site + size)
 
-    def settled(self, addr: int) -> Insn | None:
+    def stable_insn(self, addr: int) -> Insn | None:
         """The instruction at *addr*, of which only the bytes count; ``None`` where it is not known for good.
 
         That is where the guest may change the text, and where a fault has another way to go on.
@@ -68,36 +68,36 @@ class Function:
         index = bisect_left(self.addrs, addr)
         if index == len(self.addrs) or self.addrs[index] != addr or addr in self.extable:
             return None
-        form = self.forms[index]
-        return None if any(True for _ in self.sites_in(addr, addr + form.length)) else form.insn
+        info = self.infos[index]
+        return None if any(True for _ in self.sites_in(addr, addr + info.length)) else info.insn
 
     @cached_property
     def jump_targets(self) -> list[int]:
         """Where its own direct jumps go."""
-        pairs = zip(self.addrs, self.forms, strict=True)
+        pairs = zip(self.addrs, self.infos, strict=True)
         return sorted(
-            addr + form.reach
-            for addr, form in pairs
-            if form.reach is not None and form.insn.encoding.relative and not form.is_call
+            addr + info.reach
+            for addr, info in pairs
+            if info.reach is not None and info.insn.encoding.relative and not info.is_call
         )
 
 
-def make_function(piece: Piece, known: Sequence[tuple[int, Form]]) -> Function:
+def make_function(piece: Piece, known: Sequence[tuple[int, InsnInfo]]) -> Function:
     """The function that *piece* is, of which *known* are the instructions up to the first place that is none."""
     code, at = piece.code, 0
     if known:
-        addr, form = known[-1]
-        at = addr + form.length - piece.addr
+        addr, info = known[-1]
+        at = addr + info.length - piece.addr
     # Zeros behind a module's text are padding, two bytes an instruction.
     end = at if code[at:] == b"\0" else len(code)
-    addrs, forms = [addr for addr, _ in known], [form for _, form in known]
-    return Function(addrs, forms, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
+    addrs, infos = [addr for addr, _ in known], [info for _, info in known]
+    return Function(addrs, infos, piece.addr + end, piece.sites, piece.extable, _ftrace_nop(piece))
 
 
-def read_up_to(piece: Piece, addr: int, end: VirtAddr, forms: Forms) -> Function:
+def read_up_to(piece: Piece, addr: int, end: VirtAddr, infos: InsnInfos) -> Function:
     """Decode *piece*, of a function that ends at *end*, up to *addr*."""
-    found, _ = forms.read(piece.addr, piece.code, min(addr - piece.addr, len(piece.code)))
-    addrs, known = [addr for addr, _ in found], [form for _, form in found]
+    found, _ = infos.read(piece.addr, piece.code, min(addr - piece.addr, len(piece.code)))
+    addrs, known = [addr for addr, _ in found], [info for _, info in found]
     return Function(addrs, known, end, piece.sites, piece.extable, _ftrace_nop(piece))
 
 
@@ -142,29 +142,29 @@ def can_optimize(
     :param references: what goes where in all text, or ``None``; asked only for a window of several instructions.
     :param area: where the detours are, or may be.
     """
-    addrs, forms = function.addrs, function.forms
+    addrs, infos = function.addrs, function.infos
     start = addrs[index]
     jump_end = start + JUMP_SIZE
     at, last = start, index
     over: int | None = None  # where execution leaves the window for good: behind a call, a jump, a return
     returns: int | None = None
     while at < jump_end:
-        if last >= len(forms):
+        if last >= len(infos):
             return _no(Reason.WINDOW_OUTSIDE, start, f"{function.end - start} bytes are left of it")
-        form = forms[last]
-        if returns is not None and not form.is_nop:
-            return _no(Reason.WINDOW_CALL, start, f"to {returns:#x}, where {form.insn} is")
-        if over is not None and not form.is_fill:
-            return _no(Reason.WINDOW_UNREACHED, start, f"{form.insn} at {at:#x}")
+        info = infos[last]
+        if returns is not None and not info.is_nop:
+            return _no(Reason.WINDOW_CALL, start, f"to {returns:#x}, where {info.insn} is")
+        if over is not None and not info.is_fill:
+            return _no(Reason.WINDOW_UNREACHED, start, f"{info.insn} at {at:#x}")
         if over is None or returns is not None:
-            refusal = _refused(function, form, at, start, area)
+            refusal = _refused(function, info, at, start, area)
             if refusal is not None:
                 return refusal
-        at += form.length
+        at += info.length
         last += 1
-        if over is None and (form.is_call or form.leaves):
+        if over is None and (info.is_call or info.leaves):
             over = at
-            if form.is_call and at < jump_end:
+            if info.is_call and at < jump_end:
                 returns = at
     for site, reason in function.sites_in(start, at):
         return _no(reason, start, f"at {site:#x}")
@@ -176,7 +176,7 @@ def can_optimize(
             return _no(Reason.WINDOW_TARGET, start)
         if known.is_unresolved(function.range):
             return _no(Reason.INDIRECT_JUMP, start)
-    shadow = _parted(forms, index, last)
+    shadow = _parted(infos, index, last)
     if shadow is not None:
         return _no(shadow.reason, start, shadow.detail)
     if not in_reach(area, AddressRange(VirtAddr(start), VirtAddr(at))):
@@ -194,25 +194,25 @@ def _no(reason: Reason, addr: int, detail: str = "") -> Refusal:
     return Refusal(reason, VirtAddr(addr), detail)
 
 
-def _refused(function: Function, form: Form, at: int, start: int, area: AddressRange) -> Refusal | None:
+def _refused(function: Function, info: InsnInfo, at: int, start: int, area: AddressRange) -> Refusal | None:
     """Why the instruction at *at*, which is to be executed elsewhere, cannot be."""
-    if form.refused is not None:
-        return _no(form.refused.reason, start, form.refused.detail)
+    if info.refused is not None:
+        return _no(info.refused.reason, start, info.refused.detail)
     if at in function.extable:
         return _no(Reason.EX_TABLE, start, f"a fault must be seen at {at:#x}")
-    if form.reach is not None and not reaches(area, at + form.reach):
-        return _no(Reason.OUT_OF_REACH, start, f"{form.insn} at {at:#x}")
+    if info.reach is not None and not reaches(area, at + info.reach):
+        return _no(Reason.OUT_OF_REACH, start, f"{info.insn} at {at:#x}")
     return None
 
 
-def _parted(forms: Sequence[Form], index: int, last: int) -> Unhandled | None:
+def _parted(infos: Sequence[InsnInfo], index: int, last: int) -> Unhandled | None:
     """Whether the window's start or end comes between two instructions that belong together."""
-    if index and forms[index - 1].masks:
-        found = parted(None, forms[index - 1].insn, forms[index].insn)
+    if index and infos[index - 1].masks:
+        found = splits_shadow(None, infos[index - 1].insn, infos[index].insn)
         if found is not None:
             return found
-    if last < len(forms) and forms[last - 1].masks:
-        return parted(None, forms[last - 1].insn, forms[last].insn)
+    if last < len(infos) and infos[last - 1].masks:
+        return splits_shadow(None, infos[last - 1].insn, infos[last].insn)
     return None
 
 
@@ -232,19 +232,19 @@ def kernel_optimizes_in(function: Function, references: References, rules: Rules
 
 
 def kernel_optimizes(function: Function, index: int) -> bool:
-    """What the rest of the kernel's rules says of the instruction *index*; its forms know the rules.
+    """What the rest of the kernel's rules says of the instruction *index*; its infos know the rules.
 
     They are ``can_optimize``, ``copy_optimized_instructions`` and ``arch_prepare_optimized_kprobe`` of
     arch/x86/kernel/kprobes/opt.c; a probe on a nop of ftrace is not optimized there.
     """
-    forms, start = function.forms, function.addrs[index]
-    if not forms[index].kernel_probes:
+    infos, start = function.infos, function.addrs[index]
+    if not infos[index].kernel_probes:
         return False
     at, last = start, index
     while at < start + JUMP_SIZE:
-        if last >= len(forms) or not forms[last].kernel_can_boost:
+        if last >= len(infos) or not infos[last].kernel_can_boost:
             return False
-        at += forms[last].length
+        at += infos[last].length
         last += 1
     if _has_ftrace_nop(function, start, at):
         return False

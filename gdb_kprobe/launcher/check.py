@@ -7,12 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from gdb_kprobe.guest.linux import MODULES, open_linux
+from gdb_kprobe.guest.survey import survey
+from gdb_kprobe.guest.symbol_text import read_references
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.model import Boost
 from gdb_kprobe.render.check import survey as render_survey
-from gdb_kprobe.session.linux_guest import MODULES, open_linux
-from gdb_kprobe.session.pieces import read_references
-from gdb_kprobe.session.survey import survey
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub

@@ -24,7 +24,7 @@ FIRST_PAGE: Final = 2
 
 MARK_SIZE: Final = 32
 MARK_OFFSET: Final = PAGE_SIZE - MARK_SIZE
-"""Where the mark is (:mod:`gdb_kprobe.region.moment`)."""
+"""Where the mark is (:mod:`gdb_kprobe.region.generation`)."""
 
 TABLE_CELL: Final = MARK_OFFSET - 8
 """Where the dispatcher in the guest reads which table it is to search; see

@@ -12,19 +12,19 @@ from typing import Final
 from gdb_kprobe.config.profile import KernelKind, Profile, RegionConfig, RegionSource, SharedMemory
 from gdb_kprobe.config.symbols import load_symbols
 from gdb_kprobe.errors import NEEDS_TYPES_HINT, GuestResetError, GuestStateError, KprobeError, RegionError
+from gdb_kprobe.guest.bare import BareGuest, open_bare
+from gdb_kprobe.guest.linux import MODULES, LinuxGuest, open_linux
+from gdb_kprobe.guest.pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.model import Dispatch, PhysAddr, Rung
 from gdb_kprobe.region.counters import Counter
 from gdb_kprobe.region.definitions import Definition
 from gdb_kprobe.region.region import Region, adopt, create_mapped, create_premapped
-from gdb_kprobe.session.bare_guest import BareGuest, open_bare
-from gdb_kprobe.session.guest_dispatch import GuestDispatch
-from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
-from gdb_kprobe.session.leftover import find_header
-from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.quarantine import make_room
-from gdb_kprobe.session.restore import Restored, is_of_this_boot, restore
+from gdb_kprobe.session.hits.in_guest import GuestDispatch
+from gdb_kprobe.session.recovery.orphans import find_header
+from gdb_kprobe.session.recovery.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.session.sites.quarantine import make_room
 from gdb_kprobe.target.ivshmem import find_bar
 from gdb_kprobe.target.protocols import Breakpoints, Cpus, Machine, PhysicalMemory
 from gdb_kprobe.target.ram import RamView, SharedRam

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.guest.function_text import FunctionText
+from gdb_kprobe.guest.guest import Guest, Place
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.kernel_rules import Rules, boost_refusal, probe_refusal
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Trial, can_handle, try_rungs
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAddr
-from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.guest import Guest, Place
-from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.session.planner import Planner
+from gdb_kprobe.session.sites.planner import Planner
 from gdb_kprobe.x86.decode import Insn
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdb_kprobe.guest.function_text import FunctionText
+from gdb_kprobe.guest.guest import Place
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Refusal, Rung, VirtAddr, offset
 from gdb_kprobe.region.directory import RegionObject
 from gdb_kprobe.region.layout import FIRST_PAGE
-from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.guest import Place
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.x86.decode import Insn

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import KprobeError, NameTakenError
+from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.kprobes import handler as compiled
 from gdb_kprobe.kprobes.action import ASK_SIZE, MISS_SIZE, Action
 from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
 from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.region.counters import Counter
-from gdb_kprobe.session.context import Handler, Watch
-from gdb_kprobe.session.guest import Place
-from gdb_kprobe.session.guest_dispatch import Handling
+from gdb_kprobe.session.hit_context import Handler, Watch
 
 
 class State(StrEnum):
@@ -131,6 +131,17 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Handling:
+    """A handler that was written to *slot*; see :class:`~gdb_kprobe.kprobes.guest_dispatch.HandlerCode`."""
+
+    slot: Slot
+    entry: VirtAddr
+    answer: VirtAddr | None
+    code: bytes
+    """From the entry on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """How the dispatcher in the guest serves a site: the handler, and what it was made for."""
 
@@ -153,7 +164,8 @@ class Site:
     watchers: set[VirtAddr] = field(default_factory=set)
     """Sites whose :attr:`fixup` this one is."""
     saved: bool = False
-    """A kprobe of the guest's own has saved its jump, which must not change (:mod:`gdb_kprobe.session.saved_jumps`)."""
+    """A kprobe of the guest's own has saved its jump, which must not change
+    (:mod:`gdb_kprobe.session.sites.saved_jumps`)."""
     retired: list[Counter] = field(default_factory=list)
     """Counters of probes that are gone, to which its jump still leads."""
     faults: bool = False

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 
 from gdb_kprobe.errors import GuestResetError, ReportedError, TargetError
-from gdb_kprobe.session.leftover import Leftover
+from gdb_kprobe.session.recovery.orphans import Leftover
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub

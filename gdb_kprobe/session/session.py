@@ -7,32 +7,32 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError, SessionOverError
+from gdb_kprobe.guest.fault_entries import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
+from gdb_kprobe.guest.guest import Guest, Place
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import Location, ProbeSpec
 from gdb_kprobe.model import Boost, CpuId, Entry, Rung, VirtAddr
-from gdb_kprobe.region.moment import Memory, Moment, check_live, was_loaded, was_reset
+from gdb_kprobe.region.generation import Generation, MemoryState, check_live, was_loaded, was_reset
 from gdb_kprobe.region.region import Region
-from gdb_kprobe.session.dispatch import Outcome, StubDispatcher
-from gdb_kprobe.session.entries import Entries
-from gdb_kprobe.session.faults import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
-from gdb_kprobe.session.guest import Guest, Place
-from gdb_kprobe.session.guest_dispatch import GuestDispatch
-from gdb_kprobe.session.jumps import Jumps
-from gdb_kprobe.session.leave import step_out
+from gdb_kprobe.session.hits.evacuate import step_out
+from gdb_kprobe.session.hits.in_guest import GuestDispatch
+from gdb_kprobe.session.hits.int3_dispatch import Int3Dispatch
+from gdb_kprobe.session.hits.programs import Programs
+from gdb_kprobe.session.hits.stepping import Step, Stepping
+from gdb_kprobe.session.hits.stop_points import Read
+from gdb_kprobe.session.hits.stub import Outcome, StubDispatcher
 from gdb_kprobe.session.listeners import Listener, Listeners
-from gdb_kprobe.session.module_watch import Acts, ModuleWatch, module_of
-from gdb_kprobe.session.planner import Planner
 from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
-from gdb_kprobe.session.programs import Programs
-from gdb_kprobe.session.quarantine import Quarantine
-from gdb_kprobe.session.restore import take_back
-from gdb_kprobe.session.roll import Roll
-from gdb_kprobe.session.routes import Routes
-from gdb_kprobe.session.sites import Sites
-from gdb_kprobe.session.stepping import Step, Stepping
-from gdb_kprobe.session.traps import Read
-from gdb_kprobe.session.ways import Ways
+from gdb_kprobe.session.recovery.restore import take_back
+from gdb_kprobe.session.sites.entries import Entries
+from gdb_kprobe.session.sites.jumps import Jumps
+from gdb_kprobe.session.sites.modules import Acts, ModuleWatch, module_of
+from gdb_kprobe.session.sites.planner import Planner
+from gdb_kprobe.session.sites.probe_store import ProbeStore
+from gdb_kprobe.session.sites.quarantine import Quarantine
+from gdb_kprobe.session.sites.resume_trampolines import ResumeTrampolines
+from gdb_kprobe.session.sites.sites import Sites
 from gdb_kprobe.target.protocols import Breakpoints, LiveMemory, Machine
 
 
@@ -92,7 +92,7 @@ class Session:
         machine.watch_faults(fault_entries(guest.gates))
         table: dict[VirtAddr, Site] = {}
         programs = Programs(self.listeners, in_guest)
-        self._routes = Routes(
+        self._int3 = Int3Dispatch(
             machine,
             guest.memory,
             region,
@@ -102,14 +102,14 @@ class Session:
             in_guest,
             programs,
         )
-        self._moment = Moment(machine, region.header.phys, lambda: self._routes.lifted)
-        self._quarantine = Quarantine(machine, guest, region, self._moment)
-        self._roll = Roll(region, self._quarantine)
-        self._moment.change()
+        self._generation = Generation(machine, region.header.phys, lambda: self._int3.all_disarmed)
+        self._quarantine = Quarantine(machine, guest, region, self._generation)
+        self._store = ProbeStore(region, self._quarantine)
+        self._generation.change()
         jumps_ = Jumps(machine, guest, breakpoints, table, programs, jumps and Rung.OPTIMIZED in rungs)
-        ways = Ways(guest.memory, region, self._moment, breakpoints, jumps_)
+        ways = ResumeTrampolines(guest.memory, region, self._generation, breakpoints, jumps_)
         self._dispatcher = StubDispatcher(
-            machine, guest, table, self._routes.asks, self._tell, ways.to, self._routes.gate, interruptible
+            machine, guest, table, self._int3.asks, self._tell, ways.to, self._int3.gate, interruptible
         )
         self._stepping = Stepping(machine, guest, breakpoints, table, self._dispatcher)
         self.sites = Sites(
@@ -119,15 +119,15 @@ class Session:
             table,
             self.text,
             Planner(guest, self.text, region.slots, rungs, boost),
-            self._routes,
+            self._int3,
             jumps_,
             self._dispatcher,
-            self._roll,
+            self._store,
             self._quarantine,
             Entries(guest, self.text, entry, table),
             self._stepping,
         )
-        acts = Acts(self._put, self.sites.take, self._forget, self._moment.act)
+        acts = Acts(self._put, self.sites.take, self._forget, self._generation.act)
         self.modules = ModuleWatch(guest, table, acts, self.notes)
 
     # -- probes -------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Session:
         :raises KprobeError: its name is taken, or the guest does not hold what it should; nothing was changed.
         """
         self._look()
-        with self._moment.act():
+        with self._generation.act():
             self._add(probe)
         self._tell_redirected()
         return probe
@@ -190,7 +190,7 @@ class Session:
         site = self.sites.need(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
-            with self._moment.act():
+            with self._generation.act():
                 if probe.counter is not None:
                     probe.counter.enable(enabled)
                 (self.sites.match if enabled else self.sites.match_fewer)(site)
@@ -216,14 +216,14 @@ class Session:
                 "stop it first (Ctrl-C, or 'interrupt')",
             )
         self.check_live(memory)
-        self._moment.change_live(memory)
+        self._generation.change_live(memory)
         counter.enable(enabled, memory)
         probe.enabled = enabled
 
     def delete(self, probe: Probe) -> None:
         """Take *probe* away; the site's text and slot go with its last probe."""
         self._look()
-        with self._moment.act():
+        with self._generation.act():
             self._delete(probe)
 
     def delete_many(self, probes: Iterable[Probe]) -> None:
@@ -238,7 +238,7 @@ class Session:
 
         :raises GuestResetError: it is not, as far as *memory* can tell.
         """
-        check_live(self.region, self._moment, memory)
+        check_live(self.region, self._generation, memory)
 
     def state_of(self, probe: Probe) -> State:
         """Where *probe* is in its life."""
@@ -259,7 +259,7 @@ class Session:
         self._check_memory()
         self.listeners.add(listener, probes)
         try:
-            with self._moment.act():
+            with self._generation.act():
                 for site in self.sites.armed():
                     self.sites.serve(site)
         except BaseException:
@@ -273,11 +273,11 @@ class Session:
     @property
     def gate(self) -> VirtAddr:
         """Where hits that the host handles stop."""
-        return self._routes.gate.addr
+        return self._int3.gate.addr
 
     @property
     def dispatches_in_guest(self) -> bool:
-        return self._routes.in_guest is not None
+        return self._int3.in_guest is not None
 
     @property
     def is_quiet(self) -> bool:
@@ -306,7 +306,7 @@ class Session:
         """
         self._check_memory()
         self.stops += 1
-        if self._routes.lifted:
+        if self._int3.all_disarmed:
             return True  # the guest's own text was loaded: no probe is armed until the user resumes
         outcome = self._dispatcher.dispatch(cpu)
         self._drop_failed()
@@ -341,8 +341,10 @@ class Session:
         self._settle_all()
         self._drop_failed()
 
-    def lift(self) -> None:
-        """Put the original text back while the machine stays stopped. The sites count as armed: :meth:`lower` does it.
+    def disarm_all(self) -> None:
+        """Put the original text back while the machine stays stopped (the kernel's ``disarm_all_kprobes``).
+
+        The sites count as armed: :meth:`arm_all` writes their text again.
 
         So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
         step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
@@ -350,45 +352,45 @@ class Session:
         :raises GuestResetError: the guest's memory is not what it was. Nothing was written.
         """
         self._check_memory()
-        self._lift()
+        self._disarm_all()
 
     def prepare_step(self, step: Step) -> None:
-        """The user is about to make *step*: the places that it may come to keep the guest's text at :meth:`lower`."""
+        """The user is about to make *step*: the places that it may come to keep the guest's text at :meth:`arm_all`."""
         self._check_memory()
         self._stepping.prepare(step)
 
-    def lower(self) -> tuple[str, ...]:
+    def arm_all(self) -> tuple[str, ...]:
         """Patch the text of all armed sites, before the machine runs; returns what could not be, and why.
 
         :raises GuestResetError: the guest is not the one that was attached to any more.
         """
-        if not self._routes.lifted:
+        if not self._int3.all_disarmed:
             return ()
         self._check_boot()
         sites = self.sites.armed()
         problems: list[str] = []
         try:
-            problems = self._lower()
+            problems = self._arm_all()
             self._dispatcher.resume(self._stepping.watched)
             self._stepping.start()
         finally:
-            if self._moment.was_lost:
-                patches = [*self._routes.hooks, *(site.plan.patch for site in (*sites, *self.sites.armed()))]
+            if self._generation.was_lost:
+                patches = [*self._int3.hooks, *(site.plan.patch for site in (*sites, *self.sites.armed()))]
                 take_back(self.region.memory, self.guest, self.region.header.phys, patches)
-        if self._moment.was_lost:
+        if self._generation.was_lost:
             raise was_loaded()
         return tuple(problems)
 
-    def _lower(self) -> list[str]:
-        with self._moment.act(changes=False):
+    def _arm_all(self) -> list[str]:
+        with self._generation.act(changes=False):
             before = self.sites.shape(), self.region.changes
             self.modules.update()
             problems = self.sites.serve_all()
             problems += self.sites.match_jumps()
-            rebuilt = self._routes.lower()
-            problems += self.sites.write_patches(self._moment.is_lost, self._check_breakpoints)
+            rebuilt = self._int3.arm_all()
+            problems += self.sites.write_patches(self._generation.is_lost, self._check_breakpoints)
             if rebuilt or (self.sites.shape(), self.region.changes) != before:
-                self._moment.change()
+                self._generation.change()
         return problems
 
     def moved(self) -> None:
@@ -401,16 +403,16 @@ class Session:
         :raises GuestResetError: the guest is not the one that was attached to any more. Nothing was written.
         """
         problems = self._look_as_far_as_can_be()
-        with self._moment.act():
+        with self._generation.act():
             return self._detach(problems)
 
     def _detach(self, problems: list[str]) -> Detached:
         self._dispatcher.complete()
         self._bring_out()
-        was_lifted = self._routes.lifted
+        was_disarmed = self._int3.all_disarmed
         # All text first, and only then what tells of it.
         with contextlib.suppress(KprobeError):  # what is not restored is told below, site by site
-            self._lift()
+            self._disarm_all()
         restored = 0
         with self.region.memory.batch():
             problems += self.sites.leave_saved()
@@ -425,12 +427,12 @@ class Session:
             str(self.guest.place_of(site.addr)) for site in self.sites.armed() if self.sites.holds_ours(site)
         )
         if still_armed:
-            if not was_lifted:
-                self._routes.lower()
+            if not was_disarmed:
+                self._int3.arm_all()
             return Detached(restored, False, tuple(problems), still_armed)
-        self._roll.clear()
+        self._store.clear()
         notes = self.sites.notes
-        self._routes.tidy()
+        self._int3.tidy()
         for probe in self.probes:
             probe.take_counter()
         unmapped = False
@@ -483,14 +485,14 @@ class Session:
     def _forget_gone(self) -> None:
         for site in self.sites.all():
             if self.sites.is_gone(site):
-                with self._moment.act():
+                with self._generation.act():
                     self._forget(site)
 
     def _look_at_saved(self) -> None:
         notes, free = self.sites.look_at_saved()
         self.notes += notes
         for site in free:
-            with self._moment.act():
+            with self._generation.act():
                 self.sites.settle_saved(site)
 
     def _tell_once(self, problems: list[str]) -> None:
@@ -519,16 +521,16 @@ class Session:
         """
         if not self.region.is_mapped(self.machine):
             raise was_reset()
-        found = self._moment.look()
-        if found is Memory.OTHER:
+        found = self._generation.look()
+        if found is MemoryState.OTHER:
             raise was_loaded()
-        if found is not Memory.NOW:
-            self._go_on(lifted=found is Memory.LIFTED)
+        if found is not MemoryState.NOW:
+            self._go_on(disarmed=found is MemoryState.DISARMED)
 
-    def _go_on(self, *, lifted: bool) -> None:
+    def _go_on(self, *, disarmed: bool) -> None:
         """A snapshot of this session was loaded, with the sites that it has now: go on from there."""
-        for_user, self._routes.lifted = self._routes.lifted, lifted
-        self._moment.go_on()
+        for_user, self._int3.all_disarmed = self._int3.all_disarmed, disarmed
+        self._generation.go_on()
         self.notes.append(
             "a snapshot was loaded that has the probes of this session: they go on, with the counts of the snapshot"
         )
@@ -536,9 +538,9 @@ class Session:
         self.sites.forget_moment()
         self._dispatcher.forget_all()
         self._stepping.forget()
-        if for_user and not lifted:
+        if for_user and not disarmed:
             self._settle_all()
-            self._lift()
+            self._disarm_all()
 
     def _forget(self, site: Site) -> None:
         """*site* belongs to somebody else now. A probe of a module waits for the next one of that name."""
@@ -546,8 +548,8 @@ class Session:
             if module_of(probe):
                 self.modules.wait(probe)
             else:
-                self._roll.strike(probe)
-        self._routes.tidy()
+                self._store.strike(probe)
+        self._int3.tidy()
 
     # -- private: sites -----------------------------------------------------------------------------------------
 
@@ -558,8 +560,8 @@ class Session:
         While the machine is stopped for the user the text is not ours, and nothing else that is written is in use.
         """
         with contextlib.ExitStack() as around:
-            around.enter_context(self._moment.act())
-            if self._routes.lifted:
+            around.enter_context(self._generation.act())
+            if self._int3.all_disarmed:
                 around.enter_context(self.region.memory.batch())
             yield
 
@@ -567,7 +569,7 @@ class Session:
         if self.modules.may_come(probe):
             self.probes.add(probe)
             try:
-                self._roll.enter(probe)
+                self._store.enter(probe)
             except BaseException:
                 self.probes.remove(probe)
                 raise
@@ -586,7 +588,7 @@ class Session:
     def _delete(self, probe: Probe) -> None:
         if probe.gone or probe in self.modules.waiting:
             self.probes.remove(probe)
-            self._roll.strike(probe)
+            self._store.strike(probe)
             with contextlib.suppress(ValueError):
                 self.modules.waiting.remove(probe)
             return
@@ -597,7 +599,7 @@ class Session:
 
     def _settle_all(self) -> None:
         for cpu in self.machine.cpus():
-            self._routes.step_off(cpu)
+            self._int3.step_off(cpu)
             self._dispatcher.dispatch(cpu)
             step_out(self.machine, cpu, self.region.header.code)
 
@@ -617,18 +619,18 @@ class Session:
                 "delete hardware breakpoints or watchpoints of yours, then 'kprobe enable' it",
             )
 
-    def _lift(self) -> None:
-        if not self._routes.lifted:
-            with self._moment.act(changes=False):
+    def _disarm_all(self) -> None:
+        if not self._int3.all_disarmed:
+            with self._generation.act(changes=False):
                 self.sites.write_originals()
-                self._routes.lift()
+                self._int3.disarm_all()
                 self._stepping.restored()
 
     def _bring_out(self) -> None:
         """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
         for cpu in self.machine.cpus():
             self._dispatcher.undo_trap(cpu)
-            if not self._routes.step_off(cpu):
+            if not self._int3.step_off(cpu):
                 self._dispatcher.undo_trap(cpu)
             step_out(self.machine, cpu, self.region.header.code)
 
@@ -639,9 +641,9 @@ class Session:
             return why
 
         def about_to() -> None:
-            if self._moment.look() is not Memory.NOW:
+            if self._generation.look() is not MemoryState.NOW:
                 raise was_loaded()
-            self._moment.end()  # it may be somebody else's memory in a moment
+            self._generation.end()  # it may be somebody else's memory in a moment
 
         self.region.unmap(self.machine, about_to)
         return None
@@ -660,7 +662,7 @@ class Session:
 
     def _match_now(self, site: Site) -> None:
         """Have *site* as its probes want, in the middle of a run: what was read of the guest before is out of date."""
-        with self._moment.act():
+        with self._generation.act():
             try:
                 self.guest.refresh()
                 self.sites.forget_moment()

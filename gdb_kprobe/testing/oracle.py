@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.model import PhysAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing.text import TextSnapshot
 from kprobe_guest import GuestVm
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gdb_kprobe.guest.linux import LinuxGuest, open_linux
 from gdb_kprobe.linux.arrays import np
 from gdb_kprobe.model import AddressRange, Reason, VirtAddr, offset
-from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 _GUESTS_OWN = frozenset({Reason.JUMP_LABEL, Reason.STATIC_CALL, Reason.STATIC_CALL_TRAMPOLINE, Reason.ALTERNATIVE})

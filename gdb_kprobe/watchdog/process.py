@@ -7,7 +7,7 @@ import sys
 import time
 
 from gdb_kprobe.errors import ReportedError
-from gdb_kprobe.session.leftover import find_leftover
+from gdb_kprobe.session.recovery.orphans import find_leftover
 from gdb_kprobe.target.rsp import RspSocket, is_served
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.watchdog.states import State

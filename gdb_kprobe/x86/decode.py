@@ -1,7 +1,7 @@
 """Bytes to :class:`Insn`; the only module that knows capstone.
 
 capstone gives the text and a second opinion on the length. All positions come from :mod:`gdb_kprobe.x86.encoding`.
-Where the two disagree the instruction is refused, but for those few that :mod:`gdb_kprobe.x86.younger` lists.
+Where the two disagree the instruction is refused, but for those few that :mod:`gdb_kprobe.x86.capstone_gaps` lists.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import capstone
 
 from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.model import VirtAddr, offset
+from gdb_kprobe.x86.capstone_gaps import name_of
 from gdb_kprobe.x86.encoding import MAX_LENGTH, Encoding, EncodingError, parse
-from gdb_kprobe.x86.younger import name_of
 
 
 class DecodeError(KprobeError):

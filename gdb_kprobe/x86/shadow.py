@@ -15,7 +15,7 @@ from gdb_kprobe.x86.families import Unhandled
 _RSP = 4
 
 
-def parted(previous: Insn | None, insn: Insn, following: Insn | None) -> Unhandled | None:
+def splits_shadow(previous: Insn | None, insn: Insn, following: Insn | None) -> Unhandled | None:
     """Why a probe on *insn* would part two instructions that belong together; ``None`` where it does not.
 
     *previous* and *following* are its neighbours in the text, ``None`` where there is none.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.debian import cached_kernel

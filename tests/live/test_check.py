@@ -29,16 +29,16 @@ import iced_x86
 import pytest
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.guest.function_text import FunctionText
+from gdb_kprobe.guest.linux import MODULES, LinuxGuest, open_linux
+from gdb_kprobe.guest.references import runs, search_references
+from gdb_kprobe.guest.survey import survey
+from gdb_kprobe.guest.symbol_text import Snapshot, read_references
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.kprobes.survey import BY_PLACE, Survey
 from gdb_kprobe.model import AddressRange, Boost, Reason, Rung, VirtAddr
-from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.pieces import Snapshot, read_references
-from gdb_kprobe.session.planner import Planner
-from gdb_kprobe.session.search import runs, search_references
-from gdb_kprobe.session.survey import survey
+from gdb_kprobe.session.sites.planner import Planner
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.kernel import find_kernel

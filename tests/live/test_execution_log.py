@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gdb_kprobe.guest.linux import open_linux
 from gdb_kprobe.model import AddressRange
-from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.workload import PARTS

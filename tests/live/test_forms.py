@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from gdb_kprobe.guest.linux import open_linux
 from gdb_kprobe.model import Reason, VirtAddr
-from gdb_kprobe.session.linux_guest import open_linux
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.x86 import relocate, step

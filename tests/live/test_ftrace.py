@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from gdb_kprobe.errors import StaleTextError, UnmappedError
+from gdb_kprobe.guest.linux import LinuxGuest, open_linux
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.ftrace import (
     NOP,
@@ -28,7 +29,6 @@ from gdb_kprobe.linux.ftrace import (
 )
 from gdb_kprobe.model import AddressRange, VirtAddr
 from gdb_kprobe.session import transaction
-from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import read_struct
 from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.region.header import read_header
 from gdb_kprobe.region.records import RecordKind, iter_records, record_cells
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.oracle import GuestRam, text_of
 from kprobe_guest import GuestSpec, GuestVm

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.model import VirtAddr, offset
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
 from tests.support.kernel_events import Way, events, hits, missed

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec, GuestVm

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.session.stepping import MOST_PLACES
+from gdb_kprobe.session.hits.stepping import MOST_PLACES
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
 from tests.support.probed import Boot, Probed

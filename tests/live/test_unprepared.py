@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from gdb_kprobe.errors import ConnectionLostError
-from gdb_kprobe.session.guest_pages import Lent, borrow_pages, giving_back
-from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
+from gdb_kprobe.guest.linux import LinuxGuest, open_linux
+from gdb_kprobe.guest.pages import Lent, borrow_pages, giving_back
 from gdb_kprobe.target.ram import RamView
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.kprobes.forms import Forms
+from gdb_kprobe.guest.linux import MODULES, open_linux
+from gdb_kprobe.guest.symbol_text import pieces, read_references
+from gdb_kprobe.kprobes.insn_info import InsnInfos
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.window import Window, can_optimize, make_function
 from gdb_kprobe.linux.branch_targets import CodeReferences
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.linux_guest import MODULES, open_linux
-from gdb_kprobe.session.pieces import pieces, read_references
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from gdb_kprobe.x86.decode import Insn, decode
 from gdb_kprobe.x86.detour import displaced, displaced_size
@@ -84,7 +84,7 @@ def test_the_displaced_code_does_what_the_window_does(spec: GuestSpec, text_of: 
     """Random windows of several instructions of the live text, in unicorn."""
     found = text_of(spec)
     rng = random.Random(SEED)
-    emulator, forms = Emulator(), Forms()
+    emulator, forms = Emulator(), InsnInfos()
     proved: dict[str, int] = {"windows": 0, "states": 0, "with a call": 0, "with a jcc": 0, "returning at the end": 0}
     while proved["windows"] < PROVED:
         piece = rng.choice(found.pieces)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.linux.guest_kprobes import MAX_RESERVED, read_guest_kprobes
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.stack_areas import scan_all_stacks
@@ -27,7 +28,6 @@ from gdb_kprobe.linux.tasks import (
 )
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.model import AddressRange, VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing.mi import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.debug_info import fetch_debug_info
@@ -73,7 +73,7 @@ small = pytest.mark.parametrize("served", [SMALL], indirect=True)
 def attached(guest: Probed, command: str = "attach", profile: object = None) -> Iterator[GdbMi]:
     """A gdb that does not find the kernel's types."""
     with guest.gdb(attach=False, watchdog=False) as gdb:
-        gdb.console("python import gdb_kprobe.session.linux_guest as m; m.read_btf = lambda *_: None")
+        gdb.console("python import gdb_kprobe.guest.linux as m; m.read_btf = lambda *_: None")
         said = gdb.console(f"kprobe {command} {profile or guest.profile}", timeout=120)
         assert "has no types (no BTF)" in said
         yield gdb

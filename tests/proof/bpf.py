@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gdb_kprobe.bpf.asm import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, Builder, Label, Reg
-from gdb_kprobe.bpf.check import CheckedProgram
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.insn import AluOp, JmpOp, Program, Size
 from gdb_kprobe.bpf.interpreter import Machine as Interpreter
 from gdb_kprobe.bpf.jit import Prepared, emit, prepare
-from gdb_kprobe.bpf.needed import is_exit
+from gdb_kprobe.bpf.liveness import is_exit
 from gdb_kprobe.bpf.value import is_number
+from gdb_kprobe.bpf.verifier import CheckedProgram
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.assemble import Assembler

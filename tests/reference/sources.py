@@ -144,7 +144,7 @@ def exported_classes() -> set[str]:
 
 def hit_context() -> tuple[Class, ...]:
     """What a handler is given: the hit, its registers, its arguments."""
-    path = PACKAGE / "session" / "context.py"
+    path = PACKAGE / "session" / "hit_context.py"
     return tuple(_class(path, name) for name in ("HitContext", "Registers", "Arguments"))
 
 
@@ -163,7 +163,7 @@ def answers() -> tuple[Class, ...]:
     session = PACKAGE / "session"
     path = session / "inspect.py"
     found = [_class(path, node.name) for node in _tree(path).body if isinstance(node, ast.ClassDef)]
-    return (*found, _class(session / "guest.py", "Place"), _class(session / "probes.py", "State"))
+    return (*found, _class(PACKAGE / "guest" / "guest.py", "Place"), _class(session / "probes.py", "State"))
 
 
 def errors() -> tuple[Class, ...]:

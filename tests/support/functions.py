@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, Symbol, VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.x86.decode import DecodeError, Insn, iter_insns
 from gdb_kprobe.x86.families import Family, classify
 

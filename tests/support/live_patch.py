@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from gdb_kprobe.session.linux_guest import LinuxGuest
+from gdb_kprobe.guest.linux import LinuxGuest
 
 NAME = "patched"
 NEW = "patched_show"

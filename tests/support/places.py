@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.landing import is_landing_pad
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux.ftrace import NOP
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.x86.decode import Insn, iter_insns
 
 _ENTRY = 64

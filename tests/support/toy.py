@@ -19,6 +19,7 @@ import unicorn
 from unicorn import x86_const
 
 from gdb_kprobe.errors import ConnectionLostError, TargetError
+from gdb_kprobe.guest.bare import BareGuest
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux import idt
@@ -29,7 +30,6 @@ from gdb_kprobe.region.header import Header, read_header
 from gdb_kprobe.region.layout import DIRECTORY_OFFSET, FIRST_PAGE, MARK_OFFSET, MARK_SIZE
 from gdb_kprobe.region.records import Record, iter_records
 from gdb_kprobe.region.region import Region, create_mapped
-from gdb_kprobe.session.bare_guest import BareGuest
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.target.packets import RUN

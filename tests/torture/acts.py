@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import iter_insns
 from kprobe_guest import GuestVm

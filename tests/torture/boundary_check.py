@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.model import Rung, VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestVm

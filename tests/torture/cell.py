@@ -18,10 +18,10 @@ from pathlib import Path
 
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.errors import KprobeError, ReportedError
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestSpec, GuestVm, nesting

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.patch import MAX_PATCH
 from gdb_kprobe.language.spec import Location
 from gdb_kprobe.render.text import table
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestVm

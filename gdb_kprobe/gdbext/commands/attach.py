@@ -18,8 +18,8 @@ from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.attach import Attached
-from gdb_kprobe.session.module_watch import module_of
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.sites.modules import module_of
 
 
 class Attach(Command):

@@ -15,11 +15,11 @@ from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, w
 from gdb_kprobe.gdbext.output import unpaged
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
+from gdb_kprobe.guest.linux import LinuxGuest
+from gdb_kprobe.guest.survey import survey as classify
+from gdb_kprobe.guest.symbol_text import read_references
 from gdb_kprobe.model import Rung
 from gdb_kprobe.render.check import check, survey
-from gdb_kprobe.session.linux_guest import LinuxGuest
-from gdb_kprobe.session.pieces import read_references
-from gdb_kprobe.session.survey import survey as classify
 
 
 class Check(Command):

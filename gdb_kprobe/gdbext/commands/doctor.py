@@ -9,9 +9,9 @@ from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import GdbChannel
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.guest.doctor import Finding, examine
+from gdb_kprobe.guest.linux import LinuxGuest, open_linux
 from gdb_kprobe.render.doctor import doctor
-from gdb_kprobe.session.doctor import Finding, examine
-from gdb_kprobe.session.linux_guest import LinuxGuest, open_linux
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub

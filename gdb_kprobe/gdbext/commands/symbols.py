@@ -11,10 +11,10 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.linux.symbol_file import symbol_file
 from gdb_kprobe.linux.vmlinux import build_id_of
 from gdb_kprobe.model import AddressRange
-from gdb_kprobe.session.linux_guest import LinuxGuest
 
 
 class Symbols(Command):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.guest.function_text import FunctionText
+from gdb_kprobe.guest.linux import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
@@ -37,11 +39,9 @@ from gdb_kprobe.region.definitions import read_definitions
 from gdb_kprobe.region.header import read_header
 from gdb_kprobe.region.records import read_records
 from gdb_kprobe.region.region import links_of, why_not_mapped
-from gdb_kprobe.session.function_text import FunctionText
-from gdb_kprobe.session.leftover import find_leftover
-from gdb_kprobe.session.linux_guest import MODULES, LinuxGuest, open_linux
-from gdb_kprobe.session.restore import restore
-from gdb_kprobe.session.saved_jumps import plan_of
+from gdb_kprobe.session.recovery.orphans import find_leftover
+from gdb_kprobe.session.recovery.restore import restore
+from gdb_kprobe.session.sites.saved_jumps import plan_of
 from tests.torture.fuzz.recording import Machine, Table
 
 

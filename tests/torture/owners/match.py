@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
+from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.kprobes.window import JUMP_SIZE
 from gdb_kprobe.linux.ftrace import read_ftrace_records
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
-from gdb_kprobe.session.linux_guest import LinuxGuest
 from gdb_kprobe.testing import TextSnapshot
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestError, GuestVm

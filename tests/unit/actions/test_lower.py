@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdb_kprobe.actions.lower import COUNTER, COUNTER_SIZE, ENABLE, HITS, REGIONS, lower
-from gdb_kprobe.bpf.check import STACK_SIZE, check
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.insn import Program
 from gdb_kprobe.bpf.jit import emit, prepare
-from gdb_kprobe.bpf.needed import is_exit
+from gdb_kprobe.bpf.liveness import is_exit
+from gdb_kprobe.bpf.verifier import STACK_SIZE, check
 from gdb_kprobe.kprobes.action import Verdict
 from gdb_kprobe.language.condition import Condition, parse_condition
 from gdb_kprobe.language.expression import Binary, BinaryOp, Cast, Expr, Number, Register, Unary, UnaryOp, evaluate

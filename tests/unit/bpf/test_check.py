@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from gdb_kprobe.bpf.asm import R0, R1, R2, R3, R4, R5, R6, R9, R10, Builder, Label
-from gdb_kprobe.bpf.check import MOST_INSNS, BpfRefusedError, Helper, check
 from gdb_kprobe.bpf.insn import AluOp, BpfInsn, JmpOp, Program, Size
 from gdb_kprobe.bpf.interpreter import Machine
 from gdb_kprobe.bpf.value import (
@@ -22,6 +21,7 @@ from gdb_kprobe.bpf.value import (
     Unreadable,
     Value,
 )
+from gdb_kprobe.bpf.verifier import MOST_INSNS, BpfRefusedError, Helper, check
 from gdb_kprobe.linux import pt_regs
 from tests.proof.bpf import OUTPUT, OUTPUT_SIZE, WORK, WORK_SIZE, context_of, packed, random_program
 from tests.proof.emulator import random_state

@@ -11,8 +11,8 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 
-from gdb_kprobe.bpf.check import BpfRefusedError, check
 from gdb_kprobe.bpf.insn import LD_IMM64, LoadKind, Program, decode
+from gdb_kprobe.bpf.verifier import BpfRefusedError, check
 from gdb_kprobe.linux import pt_regs
 from tests.proof.bpf import SURROUNDINGS, compare, context_of, interpret
 from tests.proof.emulator import Emulator, random_state

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdb_kprobe.bpf.asm import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, Builder, Label, Reg
-from gdb_kprobe.bpf.check import CheckedProgram, Helper, check
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.insn import AluOp, JmpOp, Program, Size
 from gdb_kprobe.bpf.jit import emit, prepare
+from gdb_kprobe.bpf.verifier import CheckedProgram, Helper, check
 from gdb_kprobe.linux import pt_regs
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.x86.assemble import Assembler

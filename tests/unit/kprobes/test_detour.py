@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from gdb_kprobe.actions.lower import COUNTER, ENABLE, HITS, REGIONS, lower
-from gdb_kprobe.bpf.check import check
+from gdb_kprobe.bpf.verifier import check
 from gdb_kprobe.kprobes.action import ASK_JUMP, MISS_SIZE, UNDO_SIZE, Action, Ask, Verdict
 from gdb_kprobe.kprobes.detour import Detour, Flags
 from gdb_kprobe.kprobes.handler import Handler, Program

@@ -9,7 +9,7 @@ from unicorn import UC_ARCH_X86, UC_HOOK_CODE, UC_MODE_64, Uc
 from unicorn import x86_const as uc
 
 from gdb_kprobe.actions.lower import COUNTER, ENABLE, REGIONS, lower
-from gdb_kprobe.bpf.check import check
+from gdb_kprobe.bpf.verifier import check
 from gdb_kprobe.kprobes import guest_dispatch as code
 from gdb_kprobe.kprobes.action import MISS_SIZE, UNDO_SIZE, Action, Ask, Verdict
 from gdb_kprobe.kprobes.handler import Handler, Program

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdb_kprobe.actions.lower import COUNTER, REGIONS, lower
-from gdb_kprobe.bpf.check import check
 from gdb_kprobe.bpf.frame import Frame, InDetour, InHandler
 from gdb_kprobe.bpf.jit import emit
+from gdb_kprobe.bpf.verifier import check
 from gdb_kprobe.kprobes.action import Verdict
 from gdb_kprobe.kprobes.handler import Handler, Program
 from gdb_kprobe.language.condition import parse_condition

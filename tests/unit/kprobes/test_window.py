@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gdb_kprobe.kprobes.forms import Forms
+from gdb_kprobe.kprobes.insn_info import InsnInfos
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.kprobes.window import (
@@ -37,7 +37,7 @@ def references(raw: bytes, jump_tables: bool = False, **places: list[int]) -> Co
 
 
 def decoded(piece: Piece, rules: Rules | None = None) -> Function:
-    return make_function(piece, Forms(rules).read(piece.addr, piece.code, len(piece.code))[0])
+    return make_function(piece, InsnInfos(rules).read(piece.addr, piece.code, len(piece.code))[0])
 
 
 def verdict(code: str, offset: int = 0, area: AddressRange = AREA, **given: Any) -> Window | Reason:

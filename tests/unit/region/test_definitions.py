@@ -12,7 +12,7 @@ from gdb_kprobe.model import PhysAddr, Rung
 from gdb_kprobe.region.definitions import forget_definitions, read_definitions, text_of
 from gdb_kprobe.region.directory import Kind
 from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.roll import adopt
+from gdb_kprobe.session.sites.probe_store import adopt
 from tests.unit.region.conftest import again, plain_region
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from gdb_kprobe.guest.doctor import memmap_for, set_aside
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.render.doctor import doctor
-from gdb_kprobe.session.doctor import memmap_for, set_aside
 
 MIB = 1 << 20
 RAM, RESERVED = 1, 2

@@ -10,8 +10,8 @@ from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.model import Reason, Refusal, Rung
 from gdb_kprobe.region.directory import Kind
-from gdb_kprobe.session.jumps import Jumps
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.sites.jumps import Jumps
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
 RUNGS = (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)
@@ -41,8 +41,8 @@ def fill(toy: Toy) -> Callable[[], None]:
 
 def resume(toy: Toy) -> tuple[str, ...]:
     toy.session.settle()
-    toy.session.lift()
-    return toy.session.lower()
+    toy.session.disarm_all()
+    return toy.session.arm_all()
 
 
 def rung(toy: Toy, probe: Probe) -> Rung:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gdb_kprobe.guest.pages import Lent, longest_run
 from gdb_kprobe.model import PhysAddr
-from gdb_kprobe.session.guest_pages import Lent, longest_run
 
 
 @pytest.mark.parametrize(

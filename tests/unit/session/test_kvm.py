@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gdb_kprobe.errors import GuestStateError
+from gdb_kprobe.guest.fault_entries import fault_entries
 from gdb_kprobe.linux.idt import decode_gate
 from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import check_event_delivery
-from gdb_kprobe.session.faults import fault_entries
 from tests.support.toy import Toy
 
 
@@ -22,8 +22,8 @@ def test_what_the_users_breakpoints_leave_no_room_for_is_not_armed_and_told(toy:
     toy.add("f_push", rung=rung)
     for taken in range(5):
         toy.machine.users_breakpoints = set(range(0x1000, 0x1000 + taken))
-        toy.session.lift()
-        problems = toy.session.lower()
+        toy.session.disarm_all()
+        problems = toy.session.arm_all()
         if taken <= fits:
             assert (problems, toy.call("f_push")) == ((), 13)
         else:

@@ -10,8 +10,8 @@ import pytest
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, UnmappedError
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session import module_watch
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.sites import modules as module_watch
 from tests.support.toy import Toy
 
 MODULE, SI = 0x1230, 7
@@ -28,8 +28,8 @@ def admitted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> list[VirtAddr]:
     monkeypatch.setattr(toy.guest, "loaded_modules", dict)
     monkeypatch.setattr(toy.guest, "admit_module", found.append)
     toy.session.add(Probe(parse_definition("p:waits other:some")))
-    toy.session.lift()
-    assert toy.session.lower() == ()
+    toy.session.disarm_all()
+    assert toy.session.arm_all() == ()
     return found
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from gdb_kprobe.errors import RefusedError
+from gdb_kprobe.guest.function_text import FunctionText, without_kprobes
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
 from gdb_kprobe.model import AddressRange, Boost, Reason, Refusal, Rung, VirtAddr
 from gdb_kprobe.session.check import examine
-from gdb_kprobe.session.function_text import FunctionText, without_kprobes
-from gdb_kprobe.session.planner import Planner
+from gdb_kprobe.session.sites.planner import Planner
 from tests.support.toy import Toy
 
 RUNGS = (Rung.BOOSTED, Rung.SINGLE_STEP)

@@ -6,7 +6,7 @@ import pytest
 
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.model import Reason, Rung
-from gdb_kprobe.session.context import HitContext
+from gdb_kprobe.session.hit_context import HitContext
 from tests.support.toy import Toy
 
 

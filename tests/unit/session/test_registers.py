@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdb_kprobe.model import VirtAddr
-from gdb_kprobe.session.context import Registers
+from gdb_kprobe.session.hit_context import Registers
 
 ASKED, PATCHED = VirtAddr(0x1000), 0x1005
 

@@ -13,7 +13,7 @@ from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.region.definitions import text_of
 from gdb_kprobe.region.records import record_cells
 from gdb_kprobe.region.region import adopt
-from gdb_kprobe.session.restore import Restored, restore
+from gdb_kprobe.session.recovery.restore import Restored, restore
 from tests.support.cut import is_cut
 from tests.support.toy import Toy, ToyMachine, ToyWith
 

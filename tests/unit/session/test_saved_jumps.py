@@ -14,9 +14,9 @@ from gdb_kprobe.linux.guest_kprobes import GuestKprobe, GuestKprobes
 from gdb_kprobe.model import PhysAddr, Rung, VirtAddr
 from gdb_kprobe.region.region import adopt as go_on
 from gdb_kprobe.session.probes import Hit
-from gdb_kprobe.session.restore import restore
-from gdb_kprobe.session.roll import adopt
+from gdb_kprobe.session.recovery.restore import restore
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.session.sites.probe_store import adopt
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
 RUNGS = (Rung.OPTIMIZED, Rung.BOOSTED, Rung.SINGLE_STEP)
@@ -67,9 +67,9 @@ def test_a_stop_is_settled_where_the_guests_kprobes_cannot_be_read(
     own(jumping, monkeypatch, UNREAD)
     for _ in range(2):
         jumping.session.settle()
-        jumping.session.lift()
+        jumping.session.disarm_all()
         assert sorted(jumping.changed_text()) == jumping.bytes_of("f_nop")
-        assert jumping.session.lower() == ()
+        assert jumping.session.arm_all() == ()
     assert len(jumping.session.notes) == 1
     jumping.call("f_nop")
     assert {probe.name: probe.hits for probe in jumping.session.probes} == {"jump": 1, "trap": 0}
@@ -255,8 +255,8 @@ def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Toy, monkeypa
 
 def test_a_jump_is_an_int3_while_it_is_listened_to_and_comes_back(jumping: Toy) -> None:
     def resume() -> Rung:
-        jumping.session.lift()
-        assert jumping.session.lower() == ()
+        jumping.session.disarm_all()
+        assert jumping.session.arm_all() == ()
         return Rung(jumping.session.sites.need(probe).plan.rung)
 
     probe = jumping.session.probes.get("jump")

@@ -6,7 +6,7 @@ import pytest
 
 from gdb_kprobe.model import Reason, VirtAddr, offset
 from gdb_kprobe.x86.decode import Insn, decode
-from gdb_kprobe.x86.shadow import parted
+from gdb_kprobe.x86.shadow import splits_shadow
 
 ADDR = VirtAddr(0xFFFF_FFFF_8100_0000)
 
@@ -31,7 +31,7 @@ def pair(first: str, second: str) -> tuple[Insn, Insn]:
 )
 def test_belong_together(first: str, second: str) -> None:
     one, two = pair(first, second)
-    for found in (parted(None, one, two), parted(one, two, None)):
+    for found in (splits_shadow(None, one, two), splits_shadow(one, two, None)):
         assert found is not None
         assert found.reason is Reason.INTERRUPT_SHADOW
         assert str(one) in found.detail
@@ -54,11 +54,11 @@ def test_belong_together(first: str, second: str) -> None:
 )
 def test_may_be_parted(first: str, second: str) -> None:
     one, two = pair(first, second)
-    assert parted(None, one, two) is None
-    assert parted(one, two, None) is None
+    assert splits_shadow(None, one, two) is None
+    assert splits_shadow(one, two, None) is None
 
 
 def test_without_neighbours_nothing_is_parted() -> None:
     one, two = pair("fb", "f4")
-    assert parted(None, one, None) is None
-    assert parted(None, two, None) is None
+    assert splits_shadow(None, one, None) is None
+    assert splits_shadow(None, two, None) is None

@@ -1,0 +1,1 @@
+"""What is known of the software in the guest, and what of its text: a Linux kernel, or a bare program."""

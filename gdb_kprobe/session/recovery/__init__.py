@@ -1,0 +1,1 @@
+"""What earlier sessions have left in a guest, and how it is taken back."""
