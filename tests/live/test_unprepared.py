@@ -44,6 +44,7 @@ BLOCK = 2 << 20
 LATER = f"sleep 1; taskset 2 workload syscall {GETPRIORITY} {CALLS}"
 """On the second vCPU, when it was told that this was started."""
 ROUNDS = 10 if os.environ.get("GDB_KPROBE_FULL") else 2
+MOST_MOMENTS = 30
 
 
 PTI = replace(unprepared(vcpus=2, extra_cmdline=("pti=on",)), cpu="max")
@@ -323,14 +324,18 @@ def test_ctrl_c_at_any_moment_of_an_attach_leaves_nothing(probed: Boot) -> None:
     guest = probed(unprepared())
     ended = 0
     with nothing_missing(guest.guest), GdbTerminal(guest.environment) as gdb:
-        begin = time.monotonic()
-        assert "Attached to Linux" in gdb.command("kprobe attach plain", timeout=120)
-        longest = time.monotonic() - begin
-        gdb.command("kprobe detach", timeout=120)
-        for _ in range(2 * ROUNDS):
+        for _ in range(2):  # the first loads much that the later ones have
+            begin = time.monotonic()
+            assert "Attached to Linux" in gdb.command("kprobe attach plain", timeout=120)
+            takes = time.monotonic() - begin
+            gdb.command("kprobe detach", timeout=120)
+        for tried in itertools.count(1):
+            # On a machine that is busy an attach may be over before a moment that was within the one before.
+            if tried > 2 * ROUNDS and (ended or tried > MOST_MOMENTS):
+                break
             gdb.type("kprobe attach plain")
             gdb.wait_text("attach plain")
-            time.sleep(random.uniform(0, longest))
+            time.sleep(random.uniform(0, takes))
             gdb.press_ctrl_c()
             told = gdb.wait_prompt(120)
             assert "Python" not in told, told
