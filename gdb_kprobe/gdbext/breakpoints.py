@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection
 
@@ -56,11 +57,15 @@ class PlaceBreakpoint(gdb.Breakpoint):
 
 
 class GdbBreakpoints:
-    """:class:`~gdb_kprobe.target.protocols.Breakpoints` by gdb's own."""
+    """:class:`~gdb_kprobe.target.protocols.Debugger`: gdb's own breakpoints, and its Ctrl-C."""
 
     def __init__(
-        self, on_stop: Callable[[], bool], on_arrival: Callable[[VirtAddr], bool] = lambda addr: False
+        self,
+        on_stop: Callable[[], bool],
+        on_arrival: Callable[[VirtAddr], bool] = lambda addr: False,
+        interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self._interruptible = interruptible
         self._on_stop = on_stop
         self._on_arrival = on_arrival
         self._breakpoint: EntryBreakpoint | None = None
@@ -102,6 +107,9 @@ class GdbBreakpoints:
         for addr in addrs:
             if addr not in self._places:
                 self._places[addr] = PlaceBreakpoint(addr, self._on_arrival)
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return self._interruptible()
 
     def hardware_taken(self) -> int:
         return len(self._places) + sum(

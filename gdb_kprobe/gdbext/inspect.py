@@ -89,7 +89,7 @@ def original(addr: int) -> Place | None:
     """
     link = plugin.the_plugin().need_link()
     with link.stopped():
-        found = link.session.sites.original_of(addr)
+        found = link.session.instruction_at(addr)
         return None if found is None else link.session.guest.place_of(found)
 
 
@@ -135,5 +135,7 @@ def check(where: str) -> Examination:
     session, policy = link.session, link.profile.policy
     location = parse_definition(f"p {where}").location
     with link.stopped():
-        goes = session.sites.place_of(location)
-        return examine(session.guest, session.text, session.region.slots, location, policy.rungs, policy.boost, goes)
+        goes = session.plans.place_of(location)
+        return examine(
+            session.guest, session.table.text, session.region.slots, location, policy.rungs, policy.boost, goes
+        )

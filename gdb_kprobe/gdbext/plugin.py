@@ -63,7 +63,7 @@ class Link:
         self.address = self.channel.address or profile.gdbstub
         self.descriptor = self.channel.descriptor
         self._qemu = self.peers()
-        self.breakpoints = GdbBreakpoints(on_entry_stop, on_arrival)
+        self.breakpoints = GdbBreakpoints(on_entry_stop, on_arrival, self.handed_over)
         self.interrupts = InterruptWatch(self.descriptor)
         self.watchdog = Watchdog(None)
         self.attached: Attached | None = None
@@ -244,7 +244,7 @@ class Plugin:
             if settings.settings().watchdog and profile.kernel.kind is KernelKind.LINUX:
                 link.watchdog = Watchdog(link.address)
             with link.stopped():
-                link.attached = attach(link.stub, profile, link.breakpoints, link.handed_over, dispatch, link.peers())
+                link.attached = attach(link.stub, profile, link.breakpoints, dispatch, link.peers())
                 link.open_data_plane()
                 link.session.disarm_all()
                 if self._guard is not None and self._guard.leftover.header.phys != link.session.region.header.phys:

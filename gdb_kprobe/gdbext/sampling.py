@@ -63,7 +63,7 @@ def samples(link: Link, probes: Sequence[Probe], interval: float, count: int, to
             "the guest is stopped: nothing is hit meanwhile",
             "'kprobe stats --live' lets it run; or 'continue &' first; without --interval the totals are shown",
         )
-    handled = [site for site in link.session.sites.armed() if site.stops]
+    handled = [site for site in link.session.table.armed() if site.stops]
     if handled:
         place = link.session.guest.place_of(handled[0].addr)
         raise GuestStateError(

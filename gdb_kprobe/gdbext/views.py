@@ -36,7 +36,7 @@ def place_view(place: Place) -> PlaceView:
 
 def probe_view(probe: Probe) -> ProbeView:
     link = plugin.the_plugin().link
-    site = link.session.sites.of(probe) if link is not None else None
+    site = link.session.table.of(probe) if link is not None else None
     return ProbeView(
         probe.name,
         None if probe.place is None else place_view(probe.place),

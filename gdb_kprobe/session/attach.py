@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -24,9 +24,10 @@ from gdb_kprobe.session.hits.in_guest import GuestDispatch
 from gdb_kprobe.session.recovery.orphans import find_header
 from gdb_kprobe.session.recovery.restore import Restored, is_of_this_boot, restore
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.session.sites.plans import Policy
 from gdb_kprobe.session.sites.quarantine import make_room
 from gdb_kprobe.target.ivshmem import find_bar
-from gdb_kprobe.target.protocols import Breakpoints, Cpus, Machine, PhysicalMemory
+from gdb_kprobe.target.protocols import Cpus, Debugger, Machine, PhysicalMemory
 from gdb_kprobe.target.ram import RamView, SharedRam
 
 
@@ -70,8 +71,7 @@ class Attached:
 def attach(
     machine: Machine,
     profile: Profile,
-    breakpoints: Breakpoints,
-    interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    debugger: Debugger,
     dispatch: Dispatch = Dispatch.AUTO,
     pids: Collection[int] = (),
 ) -> Attached:
@@ -107,16 +107,12 @@ def attach(
             machine,
             guest,
             region,
-            breakpoints,
-            rungs,
-            interruptible,
+            debugger,
+            Policy(rungs, policy.boost, policy.entry, jumps=dispatch is not Dispatch.STUB),
             in_guest,
-            policy.boost,
-            jumps=dispatch is not Dispatch.STUB,
-            entry=policy.entry,
         )
         for record in found.saved:
-            session.sites.keep_saved(record)
+            session.saved.keep(record)
         undo.pop_all()
     return Attached(session, guest, tuple(messages), time.monotonic() - started, memory, left)
 

@@ -144,12 +144,12 @@ class FunctionInfo:
 
 def sites_of(session: Session) -> tuple[SiteInfo, ...]:
     """All sites, by address; those whose probes are disabled too."""
-    return tuple(_site(session, site) for site in sorted(session.sites.all(), key=lambda site: site.addr))
+    return tuple(_site(session, site) for site in sorted(session.table.all(), key=lambda site: site.addr))
 
 
 def site_of(session: Session, probe: Probe) -> SiteInfo | None:
     """The site that *probe* is at; ``None`` while there is none."""
-    site = session.sites.of(probe)
+    site = session.table.of(probe)
     return None if site is None else _site(session, site)
 
 
@@ -218,6 +218,6 @@ def function_of(session: Session, where: str | int) -> FunctionInfo:
     :raises KprobeError: there is no such function, or what is in its memory cannot be read.
     """
     place = place_of(session, where)
-    insns = tuple(FunctionText(session.guest, session.text, place).whole())
+    insns = tuple(FunctionText(session.guest, session.table.text, place).whole())
     sites = session.guest.ftrace_sites(AddressRange(insns[0].addr, insns[-1].end)) if insns else ()
     return FunctionInfo(place, insns, tuple(site.ip for site in sites))

@@ -29,7 +29,7 @@ def rescue(session: Session, stub: QemuStub, address: str, has_ended: Callable[[
     *has_ended* tells whether QEMU is no more, which is asked when it does not answer. Never raises for a guest that
     cannot be reached: then the answer names every site that is left armed.
     """
-    sites = session.sites.armed()
+    sites = session.table.armed()
     places = ", ".join(str(session.guest.place_of(site.addr)) for site in sites)
     try:
         # Left by an error, the socket is just closed: the machine stays stopped, at no hit that nobody handles.

@@ -9,31 +9,35 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError, SessionOverError
 from gdb_kprobe.guest.fault_entries import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
 from gdb_kprobe.guest.guest import Guest, Place
-from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.spec import Location, ProbeSpec
-from gdb_kprobe.model import Boost, CpuId, Entry, Rung, VirtAddr
+from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.region.generation import Generation, MemoryState, check_live, was_loaded, was_reset
 from gdb_kprobe.region.region import Region
-from gdb_kprobe.session.hits.evacuate import step_out
+from gdb_kprobe.session.hits.evacuation import Evacuation
+from gdb_kprobe.session.hits.handler_calls import HandlerCalls
+from gdb_kprobe.session.hits.host_gate import HostGate
 from gdb_kprobe.session.hits.in_guest import GuestDispatch
 from gdb_kprobe.session.hits.int3_dispatch import Int3Dispatch
 from gdb_kprobe.session.hits.programs import Programs
+from gdb_kprobe.session.hits.resume_trampolines import ResumeTrampolines
 from gdb_kprobe.session.hits.stepping import Step, Stepping
-from gdb_kprobe.session.hits.stop_points import Read
+from gdb_kprobe.session.hits.stop_points import EntryGate, Read, RegionGate
 from gdb_kprobe.session.hits.stub import Outcome, StubDispatcher
 from gdb_kprobe.session.listeners import Listener, Listeners
-from gdb_kprobe.session.probes import Hit, Probe, ProbeTable, Site, State
+from gdb_kprobe.session.probes import Probe, ProbeTable, Site, State
 from gdb_kprobe.session.recovery.restore import take_back
-from gdb_kprobe.session.sites.entries import Entries
+from gdb_kprobe.session.site_table import SiteTable
+from gdb_kprobe.session.sites.arming import Arming
 from gdb_kprobe.session.sites.jumps import Jumps
 from gdb_kprobe.session.sites.modules import Acts, ModuleWatch, module_of
-from gdb_kprobe.session.sites.planner import Planner
+from gdb_kprobe.session.sites.originals import original_of
+from gdb_kprobe.session.sites.plans import Policy, SitePlans
 from gdb_kprobe.session.sites.probe_store import ProbeStore
 from gdb_kprobe.session.sites.quarantine import Quarantine
-from gdb_kprobe.session.sites.resume_trampolines import ResumeTrampolines
+from gdb_kprobe.session.sites.saved_sites import SavedSites
 from gdb_kprobe.session.sites.sites import Sites
-from gdb_kprobe.target.protocols import Breakpoints, LiveMemory, Machine
+from gdb_kprobe.target.protocols import Debugger, LiveMemory, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +63,17 @@ class Session:
         machine: Machine,
         guest: Guest,
         region: Region,
-        breakpoints: Breakpoints,
-        rungs: tuple[Rung, ...],
-        interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        debugger: Debugger,
+        policy: Policy,
         in_guest: GuestDispatch | None = None,
-        boost: Boost = Boost.RELOCATE,
-        jumps: bool = True,
-        entry: Entry = Entry.BEHIND,
     ) -> None:
-        """*in_guest* is the dispatcher in the guest; ``None``: every int3 stops at the #BP entry for the host.
-
-        *jumps*: probes may be optimized, if *rungs* says so too.
-        """
+        """*in_guest* is the dispatcher in the guest; ``None``: every int3 stops at the #BP entry for the host."""
         self.machine = machine
         self.guest = guest
         self.region = region
         self.probes = ProbeTable()
+        self.table = SiteTable()
+        self.listeners = Listeners()
         self.failed: list[Probe] = []
         """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
         self.notes: list[str] = []
@@ -85,50 +84,37 @@ class Session:
         """By name of the probe, why its hits are not the calls of its function."""
         self._unseen: list[str] = []
         """What could not be looked at when the machine last stopped for the user."""
-        self.text = TextMap()
-        """Which bytes of the guest's text are ours."""
-        self.listeners = Listeners()
-        self._breakpoints = breakpoints
+        self._debugger = debugger
         machine.watch_faults(fault_entries(guest.gates))
-        table: dict[VirtAddr, Site] = {}
-        programs = Programs(self.listeners, in_guest)
-        self._int3 = Int3Dispatch(
-            machine,
-            guest.memory,
-            region,
-            breakpoints,
-            guest.bp_entry,
-            self._bring_out,
-            in_guest,
-            programs,
-        )
         self._generation = Generation(machine, region.header.phys, lambda: self._int3.all_disarmed)
+        self._wire_hits(debugger, in_guest)
+        self._wire_sites(debugger, policy)
+        acts = Acts(self._put, self.sites.take, self._forget, self._generation.act)
+        self.modules = ModuleWatch(guest, self.table, acts, self.notes)
+
+    def _wire_hits(self, debugger: Debugger, in_guest: GuestDispatch | None) -> None:
+        """Make what handles hits."""
+        machine, guest, region = self.machine, self.guest, self.region
+        self._programs = Programs(self.listeners, in_guest)
+        self._gate = HostGate(debugger, EntryGate(guest.bp_entry) if in_guest is None else RegionGate(in_guest.gate))
+        self._calls = HandlerCalls(machine, self.listeners, debugger.interruptible)
+        trampolines = ResumeTrampolines(guest.memory, region, self._generation, debugger, self.table)
+        self._dispatcher = StubDispatcher(machine, guest, self.table, self._gate, trampolines, self._calls)
+        self._evacuation = Evacuation(machine, region, in_guest, self._dispatcher)
+        self._int3 = Int3Dispatch(guest.memory, region, in_guest, self._programs, self._gate, self._evacuation)
+        self._stepping = Stepping(machine, guest, debugger, self.table, self._dispatcher)
+
+    def _wire_sites(self, debugger: Debugger, policy: Policy) -> None:
+        """Make what plans and arms sites."""
+        machine, guest, region, table = self.machine, self.guest, self.region, self.table
         self._quarantine = Quarantine(machine, guest, region, self._generation)
         self._store = ProbeStore(region, self._quarantine)
         self._generation.change()
-        jumps_ = Jumps(machine, guest, breakpoints, table, programs, jumps and Rung.OPTIMIZED in rungs)
-        ways = ResumeTrampolines(guest.memory, region, self._generation, breakpoints, jumps_)
-        self._dispatcher = StubDispatcher(
-            machine, guest, table, self._int3.asks, self._tell, ways.to, self._int3.gate, interruptible
-        )
-        self._stepping = Stepping(machine, guest, breakpoints, table, self._dispatcher)
-        self.sites = Sites(
-            machine,
-            guest,
-            region,
-            table,
-            self.text,
-            Planner(guest, self.text, region.slots, rungs, boost),
-            self._int3,
-            jumps_,
-            self._dispatcher,
-            self._store,
-            self._quarantine,
-            Entries(guest, self.text, entry, table),
-            self._stepping,
-        )
-        acts = Acts(self._put, self.sites.take, self._forget, self._generation.act)
-        self.modules = ModuleWatch(guest, table, acts, self.notes)
+        jumps = Jumps(machine, guest, debugger, table, self._programs, policy.jumps and Rung.OPTIMIZED in policy.rungs)
+        self.plans = SitePlans(guest, region, table, policy, jumps, self._store)
+        self.saved = SavedSites(guest, region, table, jumps, self.plans, self._quarantine)
+        self.arming = Arming(guest, region, table, self._int3, self._dispatcher, self._stepping)
+        self.sites = Sites(guest, table, self.plans, self.arming, self.saved, self._store)
 
     # -- probes -------------------------------------------------------------------------------------------------
 
@@ -138,7 +124,7 @@ class Session:
         :raises RefusedError: a rule says no; the refusal says which.
         """
         self._look()
-        place = self.sites.place_of(spec.location)
+        place = self.plans.place_of(spec.location)
         return place, self.sites.preview(place, spec.condition, strategy)
 
     def add(self, probe: Probe) -> Probe:
@@ -187,7 +173,7 @@ class Session:
         if probe in self.modules.waiting:
             probe.enabled = enabled
             return
-        site = self.sites.need(probe)
+        site = self.table.need(probe)
         before, probe.enabled = probe.enabled, enabled
         try:
             with self._generation.act():
@@ -207,7 +193,7 @@ class Session:
         :raises GuestStateError: that needs more than a store, or the machine's memory cannot be reached.
         :raises GuestResetError: that memory is not what it was.
         """
-        site = self.sites.of(probe)
+        site = self.table.of(probe)
         handlers = () if site is None or not site.armed else site.handlers
         counter = probe.counter
         if counter is None or not any(handler.data == counter.addr for handler in handlers):
@@ -242,14 +228,14 @@ class Session:
 
     def state_of(self, probe: Probe) -> State:
         """Where *probe* is in its life."""
-        site = self.sites.of(probe)
+        site = self.table.of(probe)
         if site is None:
             return State.GONE if probe.gone else State.PENDING
         return State.ARMED if site.armed and probe.enabled else State.DISABLED
 
     def redirected(self, probe: Probe) -> str:
         """Why the hits of *probe* are not the calls of its function, if they are not; as it was at the last stop."""
-        return self.sites.redirected(probe)
+        return self.plans.redirected(probe)
 
     def listen(self, listener: Listener, probes: Iterable[Probe] | None = None) -> None:
         """Have *listener* told of every hit of *probes*, or of all probes; the host handles those hits then.
@@ -260,7 +246,7 @@ class Session:
         self.listeners.add(listener, probes)
         try:
             with self._generation.act():
-                for site in self.sites.armed():
+                for site in self.table.armed():
                     self.sites.serve(site)
         except BaseException:
             self.listeners.remove(listener)
@@ -273,7 +259,7 @@ class Session:
     @property
     def gate(self) -> VirtAddr:
         """Where hits that the host handles stop."""
-        return self._int3.gate.addr
+        return self._gate.gate.addr
 
     @property
     def dispatches_in_guest(self) -> bool:
@@ -287,9 +273,13 @@ class Session:
         """
         return self._quarantine.why_not_quiet() is None
 
+    def instruction_at(self, addr: int) -> VirtAddr | None:
+        """The instruction that a vCPU at *addr* in our code is at, or has just executed; ``None`` outside of it."""
+        return original_of(self.guest.memory, self.region, self.table, addr)
+
     def original_of(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
         """RIP and RSP that those of a frame stand for: in a slot, or at the gate with a hit; ``None``: in neither."""
-        original = self.sites.original_of(rip)
+        original = self.instruction_at(rip)
         if original is not None:
             return original, rsp
         return self._dispatcher.hit_at(rip, rsp, read)
@@ -338,7 +328,7 @@ class Session:
         """
         self._tell_once(self._look_as_far_as_can_be())
         self._stepping.end()
-        self._settle_all()
+        self._evacuation.settle()
         self._drop_failed()
 
     def disarm_all(self) -> None:
@@ -367,7 +357,7 @@ class Session:
         if not self._int3.all_disarmed:
             return ()
         self._check_boot()
-        sites = self.sites.armed()
+        sites = self.table.armed()
         problems: list[str] = []
         try:
             problems = self._arm_all()
@@ -375,7 +365,7 @@ class Session:
             self._stepping.start()
         finally:
             if self._generation.was_lost:
-                patches = [*self._int3.hooks, *(site.plan.patch for site in (*sites, *self.sites.armed()))]
+                patches = [*self._int3.hooks, *(site.plan.patch for site in (*sites, *self.table.armed()))]
                 take_back(self.region.memory, self.guest, self.region.header.phys, patches)
         if self._generation.was_lost:
             raise was_loaded()
@@ -388,7 +378,7 @@ class Session:
             problems = self.sites.serve_all()
             problems += self.sites.match_jumps()
             rebuilt = self._int3.arm_all()
-            problems += self.sites.write_patches(self._generation.is_lost, self._check_breakpoints)
+            problems += self.arming.write_patches(self._generation.is_lost, self._check_breakpoints)
             if rebuilt or (self.sites.shape(), self.region.changes) != before:
                 self._generation.change()
         return problems
@@ -408,15 +398,15 @@ class Session:
 
     def _detach(self, problems: list[str]) -> Detached:
         self._dispatcher.complete()
-        self._bring_out()
+        self._evacuation.undo()
         was_disarmed = self._int3.all_disarmed
         # All text first, and only then what tells of it.
         with contextlib.suppress(KprobeError):  # what is not restored is told below, site by site
             self._disarm_all()
         restored = 0
         with self.region.memory.batch():
-            problems += self.sites.leave_saved()
-            for site in reversed(self.sites.all()):
+            problems += self.saved.leave()
+            for site in reversed(self.table.all()):
                 if site.armed and not site.saved:
                     try:
                         self.sites.disarm(site, trapped=False)
@@ -424,14 +414,14 @@ class Session:
                     except KprobeError as error:
                         problems.append(f"{self.guest.place_of(site.addr)}: {error.message}")
         still_armed = tuple(
-            str(self.guest.place_of(site.addr)) for site in self.sites.armed() if self.sites.holds_ours(site)
+            str(self.guest.place_of(site.addr)) for site in self.table.armed() if self.arming.holds_ours(site)
         )
         if still_armed:
             if not was_disarmed:
                 self._int3.arm_all()
             return Detached(restored, False, tuple(problems), still_armed)
         self._store.clear()
-        notes = self.sites.notes
+        notes = self.arming.notes
         self._int3.tidy()
         for probe in self.probes:
             probe.take_counter()
@@ -483,13 +473,13 @@ class Session:
         )
 
     def _forget_gone(self) -> None:
-        for site in self.sites.all():
-            if self.sites.is_gone(site):
+        for site in self.table.all():
+            if self.arming.is_gone(site):
                 with self._generation.act():
                     self._forget(site)
 
     def _look_at_saved(self) -> None:
-        notes, free = self.sites.look_at_saved()
+        notes, free = self.saved.look()
         self.notes += notes
         for site in free:
             with self._generation.act():
@@ -539,7 +529,7 @@ class Session:
         self._dispatcher.forget_all()
         self._stepping.forget()
         if for_user and not disarmed:
-            self._settle_all()
+            self._evacuation.settle()
             self._disarm_all()
 
     def _forget(self, site: Site) -> None:
@@ -583,7 +573,7 @@ class Session:
             raise
 
     def _put(self, probe: Probe, location: Location) -> None:
-        self.sites.put(probe, self.sites.place_of(location))
+        self.sites.put(probe, self.plans.place_of(location))
 
     def _delete(self, probe: Probe) -> None:
         if probe.gone or probe in self.modules.waiting:
@@ -597,12 +587,6 @@ class Session:
 
     # -- private: vCPUs, the region, failures -------------------------------------------------------------------
 
-    def _settle_all(self) -> None:
-        for cpu in self.machine.cpus():
-            self._int3.step_off(cpu)
-            self._dispatcher.dispatch(cpu)
-            step_out(self.machine, cpu, self.region.header.code)
-
     def _check_breakpoints(self, site: Site) -> None:
         """Before the text of *site* is patched and the machine runs.
 
@@ -612,7 +596,7 @@ class Session:
         if most is None or not site.stops:
             return
         needed = GATE_BREAKPOINTS + (STEP_BREAKPOINTS if site.plan.rung is Rung.SINGLE_STEP else 0)
-        taken = self._breakpoints.hardware_taken()
+        taken = self._debugger.hardware_taken()
         if taken + needed > most:
             raise GuestStateError(
                 f"under KVM its hits need {needed} of the processor's {most} breakpoints, and you have {taken}",
@@ -622,17 +606,9 @@ class Session:
     def _disarm_all(self) -> None:
         if not self._int3.all_disarmed:
             with self._generation.act(changes=False):
-                self.sites.write_originals()
+                self.arming.write_originals()
                 self._int3.disarm_all()
                 self._stepping.restored()
-
-    def _bring_out(self) -> None:
-        """No vCPU stays in a trap of ours, on the #BP path because of one, or in a slot. No handler runs."""
-        for cpu in self.machine.cpus():
-            self._dispatcher.undo_trap(cpu)
-            if not self._int3.step_off(cpu):
-                self._dispatcher.undo_trap(cpu)
-            step_out(self.machine, cpu, self.region.header.code)
 
     def _unmap_if_unused(self) -> str | None:
         """Why it is not, where it is not."""
@@ -650,15 +626,15 @@ class Session:
 
     def _drop_failed(self) -> None:
         """Disable the probes whose handler raised; their sites get their text back."""
-        while self._dispatcher.failed:
-            probe = self._dispatcher.failed.pop()
+        while self._calls.failed:
+            probe = self._calls.failed.pop()
             if probe.enabled:
                 self.failed.append(probe)
                 probe.enabled = False
                 if probe.counter is not None:
                     probe.counter.enable(False)
                 if any(probe is other for other in self.probes):  # it may have deleted itself before it raised
-                    self._match_now(self.sites.need(probe))
+                    self._match_now(self.table.need(probe))
 
     def _match_now(self, site: Site) -> None:
         """Have *site* as its probes want, in the middle of a run: what was read of the guest before is out of date."""
@@ -670,8 +646,3 @@ class Session:
             except KprobeError as error:
                 # Its probes count, or not, as their enable words say; the next resume has another look.
                 self.notes.append(f"{self.guest.place_of(site.addr)} is handled as before for now: {error.message}")
-
-    def _tell(self, hit: Hit) -> None:
-        """Tell who listens; not of the session's own probes."""
-        if hit.probe.is_the_users:
-            self.listeners.tell(hit)

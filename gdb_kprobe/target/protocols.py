@@ -205,5 +205,12 @@ class Breakpoints(Protocol):
         """How many of the processor's breakpoints the user has, for code and for data."""
 
 
+class Debugger(Breakpoints, Protocol):
+    """What a session asks of the debugger that it runs in."""
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """Around what a user's Ctrl-C may end (a handler of the user's), within what it must not."""
+
+
 class Machine(PhysicalMemory, Cpus, Monitor, Protocol):
     """A stopped machine, whole."""

@@ -51,7 +51,7 @@ class Client(StubClient):
         addr = next(insn.addr for insn in iter_insns(text, function.start) if classify(insn) is family)
         definition = parse_definition(f"p:stepped {FUNCTION}+{addr - function.start}")
         probe = self.session.add(Probe(definition, strategy=Rung.SINGLE_STEP))
-        site = self.session.sites.of(probe)
+        site = self.session.table.of(probe)
         assert site is not None
         return site.plan
 

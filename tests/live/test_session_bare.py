@@ -234,7 +234,7 @@ def test_a_debugger_killed_behind_the_trap_and_nobody_comes(guest: GuestVm, plac
         rounds = {counters[name] - past for name, past in before.items()}
         assert len(rounds) <= 1, f"cut after {count - 1} packets"
         before = counters
-        site = bare.session.sites.of(bare.add(place, Rung.SINGLE_STEP))
+        site = bare.session.table.of(bare.add(place, Rung.SINGLE_STEP))
         assert site is not None
         patch = site.plan.patch
         cpu = bare.stop()

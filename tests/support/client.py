@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
 
@@ -31,6 +32,9 @@ class StubClient:
 
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         assert not addrs, "no user steps here"
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def hardware_taken(self) -> int:
         return 0

@@ -32,6 +32,7 @@ from gdb_kprobe.region.records import Record, iter_records
 from gdb_kprobe.region.region import Region, create_mapped
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.session.sites.plans import Policy
 from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.target.quirks import Accelerator, Quirks
@@ -451,6 +452,9 @@ class ToyMachine:
     def watch(self, addrs: Collection[VirtAddr]) -> None:
         self.watched = frozenset(addrs)
 
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def hardware_taken(self) -> int:
         return len(self.users_breakpoints)
 
@@ -657,7 +661,7 @@ class Toy:
         assert self.changed_text() == {}
         assert self.records() == []
         assert self.machine.breakpoints == set()
-        assert self.session.sites.all() == ()
+        assert self.session.table.all() == ()
         assert self.region.slots.used == sum(slot.size for slot in self.region.slots.quarantined)
 
 
@@ -669,7 +673,7 @@ def make_toy(
     by: Machine = WiredStub(machine) if wired else machine
     region = create_mapped(machine, machine, guest, PhysAddr(REGION_PHYS), REGION_SIZE, None, WINDOW)
     _begin(region)
-    session = Session(by, guest, region, machine, rungs)
+    session = Session(by, guest, region, machine, Policy(rungs))
     toy = Toy(machine, guest, region, session, [])
     session.listen(toy.hits.append)
     machine.log.clear()

@@ -82,7 +82,7 @@ def _all(file: Path | None) -> None:
         )
     with link.stopped():
         guest.refresh()
-        snapshot, optimizes = guest.snapshot(session.text), Rung.OPTIMIZED in link.profile.policy.rungs
+        snapshot, optimizes = guest.snapshot(session.table.text), Rung.OPTIMIZED in link.profile.policy.rungs
     progress = Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text")
     with interruptible():
         references = read_references(snapshot) if optimizes else None

@@ -26,7 +26,7 @@ class Info(Command):
         link = plugin.the_plugin().link
         for probe in api.named(argument, "kprobe info"):
             write(probe_info(probe_view(probe)))
-            site = link.session.sites.of(probe) if link is not None else None
+            site = link.session.table.of(probe) if link is not None else None
             if site is not None and probe.place is not None:
                 write(plan_body(plan_view(probe, probe.place, site.plan)))
                 inside = handler_view(probe, site)

@@ -7,52 +7,41 @@ after its text is restored :meth:`Int3Dispatch.close`; whatever is served in bet
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.linux.paging import PageTable
-from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.region.region import Region
-from gdb_kprobe.session.hits.evacuate import BpCode, step_off_path
+from gdb_kprobe.session.hits.evacuation import Evacuation
+from gdb_kprobe.session.hits.host_gate import HostGate
 from gdb_kprobe.session.hits.in_guest import GuestDispatch
 from gdb_kprobe.session.hits.programs import Programs
-from gdb_kprobe.session.hits.stop_points import EntryGate, Gate, RegionGate
-from gdb_kprobe.session.probes import Asked, Probe, Service, Site
+from gdb_kprobe.session.probes import Probe, Service, Site
 from gdb_kprobe.session.transaction import apply, holds, verify
-from gdb_kprobe.target.protocols import Breakpoints, Cpus
 
 
 class Int3Dispatch:
-    """The routes of the sites of a session.
+    """What the int3s of a session lead to.
 
-    *in_guest* is the dispatcher in the guest; ``None``: every hit stops at *bp_entry* for the host. *bring_out* is the
-    session's way to have no vCPU between an int3 and its slot.
+    *in_guest* is the dispatcher in the guest; ``None``: every hit stops at the guest's #BP entry for the host. *gate*
+    is where hits stop. *evacuation* has no vCPU between an int3 and its slot.
     """
 
     def __init__(
         self,
-        machine: Cpus,
         memory: PageTable,
         region: Region,
-        breakpoints: Breakpoints,
-        bp_entry: VirtAddr,
-        bring_out: Callable[[], None],
         in_guest: GuestDispatch | None,
         programs: Programs,
+        gate: HostGate,
+        evacuation: Evacuation,
     ) -> None:
-        self.gate: Gate = EntryGate(bp_entry) if in_guest is None else RegionGate(in_guest.gate)
         self.in_guest = in_guest
         self._programs = programs
-        self.asks: dict[VirtAddr, Asked] = {}
-        """What asks the host in the region, by its answer; also what somebody may only come back to."""
-        self._machine = machine
+        self._gate = gate
         self._memory = memory
         self._region = region
-        self._breakpoints = breakpoints
-        self._bring_out = bring_out
+        self._evacuation = evacuation
         self._open: set[VirtAddr] = set()
-        self._stopping: set[VirtAddr] = set()
-        self._gate_open = False
         self._hooked = False
         self.all_disarmed = False
         """The guest has its own text for as long as it is stopped: the session's sites as well as the hook."""
@@ -78,29 +67,25 @@ class Int3Dispatch:
         """
         if site.is_jump:
             assert site.plan.detour is not None
-            self._note(site, site.plan.detour.code(site.plan.slot.code).answer if site.stops else None)
+            self._gate.serve(site, site.plan.detour.code(site.plan.slot.code).answer if site.stops else None)
         elif self.in_guest is not None:
             service = self._service(self.in_guest, site)
             self.in_guest.serve(site.addr, service.handling.entry)
-            self._note(site, service.handling.answer)
-        (self._stopping.add if site.stops else self._stopping.discard)(site.addr)
+            self._gate.serve(site, service.handling.answer)
+        else:
+            self._gate.serve(site, None)
         self.tidy()
 
     def close(self, site: Site) -> None:
         """After *site*'s text was restored, or is gone. What nobody needs any more goes at the next :meth:`tidy`."""
         self._open.discard(site.addr)
-        self._stopping.discard(site.addr)
+        self._gate.close(site)
         if self.in_guest is not None:
             self.in_guest.retire(site.addr)
 
     def tidy(self) -> None:
         """Insert the breakpoint if it is needed; take hook and breakpoint away if not."""
-        if self._stopping and not self._gate_open:
-            self._breakpoints.insert(self.gate.addr)
-            self._gate_open = True
-        elif not self._stopping and self._gate_open:
-            self._breakpoints.remove(self.gate.addr)
-            self._gate_open = False
+        self._gate.tidy()
         if self.in_guest is not None and self._hooked and not self._open:
             self._unhook(self.in_guest)
 
@@ -130,13 +115,6 @@ class Int3Dispatch:
                 apply(self._memory, [self.in_guest.hook])
         self.all_disarmed = False
         return rebuilt
-
-    def step_off(self, cpu: CpuId) -> bool:
-        """Step *cpu* off the #BP path, if it is there because of us; ``False`` when it came to the gate."""
-        if self.in_guest is None:
-            return True
-        code = BpCode(self.in_guest.path.entry_text, self._region.header.code, self.in_guest.gate, self.in_guest.known)
-        return step_off_path(self._machine, cpu, code)
 
     @property
     def hooks(self) -> tuple[CodePatch, ...]:
@@ -171,19 +149,6 @@ class Int3Dispatch:
             return False
         return all(self._programs.asks(probe) and probe.spec.condition is not None for probe in probes)
 
-    def _note(self, site: Site, answer: VirtAddr | None) -> None:
-        """What asks for *site* now goes on with *answer*."""
-        site.asked = None
-        if answer is None:
-            return
-        assert site.action is not None
-        assert site.action.ask is not None
-        wanted = {handler.data for handler in site.handlers if handler.decides}
-        probes = tuple(probe for probe in site.probes if probe.counter is not None and probe.counter.addr in wanted)
-        undo = bool(site.action.ask.undo)
-        site.asked = Asked(site.addr, answer, None if site.action.always else probes, undo)
-        self.asks[answer] = site.asked
-
     def _hook(self, in_guest: GuestDispatch) -> None:
         self._region.records.add(in_guest.hook_record)
         self._hooked = True
@@ -195,7 +160,7 @@ class Int3Dispatch:
     def _unhook(self, in_guest: GuestDispatch) -> None:
         if not self.all_disarmed:
             # Whoever is between our int3 and the hook must not get to the guest's own handler.
-            self._bring_out()
+            self._evacuation.undo()
             self._take_hook_out(in_guest)
         self._hooked = False
         self._region.records.remove(in_guest.hook.addr)

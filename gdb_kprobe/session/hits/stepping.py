@@ -18,6 +18,7 @@ from gdb_kprobe.guest.guest import Guest
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.session.hits.stub import StubDispatcher
 from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.target.protocols import Breakpoints, Cpus
 
 MOST_PLACES = 64
@@ -46,14 +47,14 @@ class _Arrival:
 
 
 class Stepping:
-    """What is told of while the user steps. *sites* is the session's own table, by address."""
+    """What is told of while the user steps. *sites* are the session's."""
 
     def __init__(
         self,
         machine: Cpus,
         guest: Guest,
         breakpoints: Breakpoints,
-        sites: Mapping[VirtAddr, Site],
+        sites: SiteTable,
         dispatcher: StubDispatcher,
     ) -> None:
         self._machine = machine

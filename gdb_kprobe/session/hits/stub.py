@@ -13,17 +13,19 @@ whatever has been done to it.
 
 from __future__ import annotations
 
-import contextlib
-import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
 
 from gdb_kprobe.errors import SessionOverError, TargetError
 from gdb_kprobe.guest.guest import Guest
-from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
-from gdb_kprobe.session.hit_context import Handler, HitContext, Registers
-from gdb_kprobe.session.hits.stop_points import Gate, Read, Trap
-from gdb_kprobe.session.probes import Asked, Hit, Probe, Site
+from gdb_kprobe.model import CpuId, Rung, VirtAddr
+from gdb_kprobe.session.hit_context import Registers
+from gdb_kprobe.session.hits.handler_calls import Called, HandlerCalls
+from gdb_kprobe.session.hits.host_gate import HostGate
+from gdb_kprobe.session.hits.resume_trampolines import ResumeTrampolines
+from gdb_kprobe.session.hits.stop_points import Read, Trap
+from gdb_kprobe.session.probes import Asked, Site
+from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 from gdb_kprobe.x86.relocate import StepCopy, copy_for_step
@@ -36,7 +38,6 @@ MAX_ITERATIONS = 4096
 
 
 _Key = tuple[VirtAddr, int]
-_Called = tuple[Probe, ...]
 _Memory = tuple[tuple[int, bytes], ...]
 
 
@@ -54,44 +55,36 @@ class Outcome(Enum):
 class StubDispatcher:
     """Handles hits of the sites in *sites* on the stopped vCPUs of *machine*.
 
-    *sites* is the session's own table, by address; *asks* is what asks the host in the region, by its answer (the
-    routes'). *on_hit* is told of every hit that is handled. *way_to* says where a vCPU is to be
-    resumed so that it gets to an address. *gate* is where hits stop. *interruptible* is the adapter's: it is around a
-    user's handler, within a dispatch that is not interrupted.
+    *gate* is where hits stop, and who asks there. *trampolines* say where a vCPU is to be resumed so that it gets to an
+    address. *calls* does what the probes want of the host.
     """
 
     def __init__(
         self,
         machine: Cpus,
         guest: Guest,
-        sites: Mapping[VirtAddr, Site],
-        asks: Mapping[VirtAddr, Asked],
-        on_hit: Callable[[Hit], None],
-        way_to: Callable[[CpuId, VirtAddr], VirtAddr],
-        gate: Gate,
-        interruptible: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        sites: SiteTable,
+        gate: HostGate,
+        trampolines: ResumeTrampolines,
+        calls: HandlerCalls,
     ) -> None:
         self._machine = machine
         self._guest = guest
         self._sites = sites
-        self._asks = asks
-        self._on_hit = on_hit
-        self._way_to = way_to
         self._gate = gate
-        self._interruptible = interruptible
+        self._trampolines = trampolines
+        self._calls = calls
         # Hits that are not through: the instruction faulted, or the user got the prompt before it. The same task comes
         # back to the int3 later, maybe on another vCPU. (address, RSP) -> the probes that were called.
-        self._faulted: dict[_Key, _Called] = {}
-        self._stopped: dict[_Key, _Called] = {}
+        self._faulted: dict[_Key, Called] = {}
+        self._stopped: dict[_Key, Called] = {}
         # What is being written to a vCPU and its stack, and the step that is being made: for who must finish it.
         self._writing: tuple[CpuId, _Memory, dict[str, int]] | None = None
-        self._stepping: tuple[CpuId, Site, dict[str, int], _Called] | None = None
-        self.failed: list[Probe] = []
-        """Probes whose handler raised; the session takes them away."""
+        self._stepping: tuple[CpuId, Site, dict[str, int], Called] | None = None
 
     def trap_of(self, cpu: CpuId) -> Trap | None:
         """The trap that *cpu* stands at, or ``None`` when it does not stand at the gate."""
-        return self._gate.trap_of(self._machine, cpu)
+        return self._gate.gate.trap_of(self._machine, cpu)
 
     def site_of(self, trap: Trap) -> Site | None:
         """The site of ours that *trap* hit."""
@@ -125,11 +118,11 @@ class StubDispatcher:
 
     def hit_at(self, rip: int, rsp: int, read: Read) -> tuple[VirtAddr, int] | None:
         """The probed address, and RSP there, for a frame at the gate; ``None``: it is no hit of ours."""
-        found = self._gate.interrupted(rip, rsp, read)
+        found = self._gate.gate.interrupted(rip, rsp, read)
         if found is None:
             return None
         word, sp = found
-        asked = self._asks.get(word)
+        asked = self._gate.asked(word)
         addr = word if asked is None else asked.addr
         return (addr, sp) if addr in self._sites else None
 
@@ -140,10 +133,10 @@ class StubDispatcher:
         """
         for cpu in cpus:
             trap = self.trap_of(cpu)
-            if trap is not None and (registers := self._gate.again(trap)):
+            if trap is not None and (registers := self._gate.gate.again(trap)):
                 self._write(cpu, registers)
 
-    def arrive(self, cpu: CpuId, site: Site) -> tuple[bool, _Called]:
+    def arrive(self, cpu: CpuId, site: Site) -> tuple[bool, Called]:
         """*cpu* is at the instruction of *site*, without a trap: a hit, unless it is one that has rested there.
 
         Returns whether to stop for the user, and the probes whose condition held.
@@ -153,12 +146,12 @@ class StubDispatcher:
         if called is not None:
             return False, called
         regs = Registers(values)
-        stop, called = self._run_handlers(cpu, site, site.probes, regs)
+        stop, called = self._calls.before(cpu, site, site.probes, regs)
         if regs.changed:
             self._write(cpu, {name: values[name] for name in regs.changed})
         return stop, called
 
-    def rest(self, site: Site, rsp: int, called: _Called) -> None:
+    def rest(self, site: Site, rsp: int, called: Called) -> None:
         """A vCPU stays at the instruction of *site*, at the hit that :meth:`arrive` has made of *called*.
 
         What was only counted is taken back; a handler has run, and is not to run again.
@@ -209,6 +202,13 @@ class StubDispatcher:
         self._write(cpu, trap.context(site.addr))
         return True
 
+    def undo_traps(self, site: Site) -> None:
+        """:meth:`undo_trap`, wholly, of each vCPU that stands at the gate because of *site*."""
+        for cpu in self._machine.cpus():
+            trap = self.trap_of(cpu)
+            if trap is not None and self.site_of(trap) is site:
+                self.undo_trap(cpu, wholly=True)
+
     def complete(self) -> None:
         """Bring a dispatch to its end that the loss of the connection cut off; no handler runs."""
         if self._writing is not None:
@@ -244,7 +244,7 @@ class StubDispatcher:
         return site is not None and site.saved
 
     def _asked(self, trap: Trap) -> Asked | None:
-        return None if trap.answer is None else self._asks.get(trap.answer)
+        return None if trap.answer is None else self._gate.asked(trap.answer)
 
     def _hit(self, cpu: CpuId, trap: Trap, site: Site) -> Outcome:
         asked = self._asked(trap)
@@ -262,12 +262,12 @@ class StubDispatcher:
         stop = False
         if called is None:
             probes = site.probes if asked is None or asked.probes is None else asked.probes
-            stop, called = self._run_handlers(cpu, site, probes, regs)
+            stop, called = self._calls.before(cpu, site, probes, regs)
         frame = {name: values[name] for name in (*context, *regs.changed)}
         if "rip" in regs.changed:
             # The handler chose where to go on: the instruction is skipped, and no post-handler runs.
             if not stop:
-                frame["rip"] = self._way_to(cpu, VirtAddr(frame["rip"]))
+                frame["rip"] = self._trampolines.to(cpu, VirtAddr(frame["rip"]))
             self._leave(cpu, trap, frame)
             return Outcome.STOP if stop else Outcome.HANDLED
         if stop:
@@ -309,61 +309,19 @@ class StubDispatcher:
         self._machine.write_registers(cpu, registers)
         self._writing = None
 
-    def _run_handlers(self, cpu: CpuId, site: Site, probes: Iterable[Probe], regs: Registers) -> tuple[bool, _Called]:
-        """Do what *probes*, of *site*, want; whether to stop for the user, and those whose condition held."""
-        stop = False
-        called: list[Probe] = []
-        next_ip = offset(site.addr, site.plan.insn.length)
-        for probe in tuple(probes):
-            if not any(probe is other for other in site.probes):
-                continue  # it has gone since its program has run
-            condition = probe.spec.condition
-            with regs.shown_at(site.addr if probe.place is None else probe.place.addr):
-                if not probe.enabled or (condition is not None and not condition.evaluate(regs)):
-                    continue
-                called.append(probe)
-                probe.count(hits=1)
-                self._on_hit(Hit(probe, cpu, tuple((arg, regs[arg.register]) for arg in probe.spec.args)))
-                if probe.watch is not None:
-                    probe.watch(regs)
-                if probe.pre is not None:
-                    stop |= self._call(
-                        probe, probe.pre, HitContext(probe.spec, probe.hits, cpu, regs, next_ip, self._machine)
-                    )
-        return stop, tuple(called)
-
-    def _call(self, probe: Probe, handler: Handler, context: HitContext) -> bool:
-        """Run a user's handler. When it raises, what it did to the registers is undone, and the guest goes on."""
-        before = context.regs.save()
-        try:
-            with self._interruptible():
-                returned = handler(context)
-        except KeyboardInterrupt:
-            context.regs.restore(before)
-            return True
-        except SessionOverError:
-            raise  # what the handler asked for showed it: that is no fault of the handler's
-        except Exception:
-            context.regs.restore(before)
-            probe.last_error = traceback.format_exc()
-            probe.count(missed=1)
-            self.failed.append(probe)
-            return False
-        return context.stop_requested or returned is True
-
-    def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: _Called) -> bool:
+    def _single_step(self, cpu: CpuId, site: Site, before: dict[str, int], called: Called) -> bool:
         """Step the copy in the slot and put right what it did relative to the slot; whether to stop for the user."""
         after = self._fix_up(cpu, site, *self._step(cpu, site, before), called)
         if after is None:
             return False
         stop = site.needs_post and self._run_post(cpu, after, called)
         rip = VirtAddr(after["rip"])
-        if not stop and self._way_to(cpu, rip) != rip:
-            self._write(cpu, {"rip": self._way_to(cpu, rip)})
+        if not stop and self._trampolines.to(cpu, rip) != rip:
+            self._write(cpu, {"rip": self._trampolines.to(cpu, rip)})
         return stop
 
     def _fix_up(
-        self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None, called: _Called
+        self, cpu: CpuId, site: Site, before: dict[str, int], after: dict[str, int] | None, called: Called
     ) -> dict[str, int] | None:
         """Put right what the step left in *after* (``None``: the instruction is not through).
 
@@ -395,14 +353,9 @@ class StubDispatcher:
         self._write(cpu, fix.registers, fix.memory)
         return None if after is None or faulted else {**after, **fix.registers}
 
-    def _run_post(self, cpu: CpuId, values: dict[str, int], called: _Called) -> bool:
-        stop = False
+    def _run_post(self, cpu: CpuId, values: dict[str, int], called: Called) -> bool:
         regs = Registers(values)
-        for probe in called:
-            if probe.enabled and probe.post is not None:
-                stop |= self._call(
-                    probe, probe.post, HitContext(probe.spec, probe.hits, cpu, regs, VirtAddr(regs.ip), self._machine)
-                )
+        stop = self._calls.after(cpu, called, regs)
         if regs.changed:
             self._write(cpu, {name: values[name] for name in regs.changed})
         return stop

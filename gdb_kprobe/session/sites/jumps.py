@@ -6,7 +6,7 @@ need, what else was put within the jump's 5 bytes, and who is executing there or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from gdb_kprobe.language.condition import Condition
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.session.hits.programs import Programs
 from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.session.sites.windows import JumpRequest
 from gdb_kprobe.target.protocols import Breakpoints, Cpus
 
@@ -26,14 +27,14 @@ _TEXT = AddressRange(VirtAddr(0xFFFF_FFFF_8000_0000), VirtAddr(0xFFFF_FFFF_FF00_
 
 
 class Jumps:
-    """The jumps of *sites*, the session's own table. *allowed*: there may be any."""
+    """The jumps of *sites*. *allowed*: there may be any."""
 
     def __init__(
         self,
         machine: Cpus,
         guest: Guest,
         breakpoints: Breakpoints,
-        sites: Mapping[VirtAddr, Site],
+        sites: SiteTable,
         programs: Programs,
         allowed: bool,
     ) -> None:
@@ -43,8 +44,6 @@ class Jumps:
         self._sites = sites
         self._programs = programs
         self._allowed = allowed
-        self._hidden: dict[VirtAddr, VirtAddr] = {}
-        """An address that a jump hides, and the site of that."""
         self._words: frozenset[int] | None = None
         self._taken: Collection[int] | None = None
 
@@ -119,44 +118,21 @@ class Jumps:
         self._words = None
         self._taken = None
 
-    def add(self, site: Site) -> None:
-        """The jump of *site* is armed."""
-        self._hidden.update((addr, site.addr) for addr in site.interior)
-
-    def remove(self, site: Site) -> None:
-        """The jump of *site* is gone."""
-        for addr in site.interior:
-            self._hidden.pop(addr, None)
-
-    def hiding(self, addr: VirtAddr) -> Site | None:
-        """The site whose jump hides the instruction at *addr*."""
-        found = self._hidden.get(addr)
-        return None if found is None else self._sites[found]
-
-    def copy_of(self, addr: VirtAddr) -> VirtAddr | None:
-        """Where the instruction at *addr*, which a jump hides, is executed instead; ``None``: no jump hides it."""
-        site = self.hiding(addr)
-        if site is None or site.plan.detour is None:
-            return None
-        copy = site.plan.detour.code(site.plan.slot.code).displaced.way(addr)
-        # Behind the call that is the last to be executed there is nothing but nops.
-        return site.plan.detour.window.end if copy is None else copy
-
     def disturbed(self) -> Iterator[tuple[Site, Refusal]]:
         """The sites whose jump must not be written before the machine runs, and why.
 
         No CPU has executed anything since the text was restored; but the user may have set one's program counter, or a
         breakpoint.
         """
-        if not self._hidden:
+        if not self._sites.hides:
             return
         for addr in self._users():
-            site = self.hiding(VirtAddr(addr))
+            site = self._sites.hiding(VirtAddr(addr))
             if site is not None:
                 at = self._guest.place_of(VirtAddr(addr))
                 yield site, Refusal(Reason.BREAKPOINT_INSIDE, site.addr, f"at {at}")
         for cpu, rip in self._positions():
-            site = self.hiding(VirtAddr(rip))
+            site = self._sites.hiding(VirtAddr(rip))
             if site is not None:
                 yield site, Refusal(Reason.WINDOW_BUSY, site.addr, f"vCPU {cpu} is at {rip:#x}")
 

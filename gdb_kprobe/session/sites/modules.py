@@ -9,7 +9,7 @@ functions, modules are looked at whenever the machine stops for the user.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.session.hit_context import Registers
 from gdb_kprobe.session.probes import Probe, Site
+from gdb_kprobe.session.site_table import SiteTable
 
 COMES, GOES = "do_init_module", "free_module"
 """Both get the ``struct module *`` as their first argument."""
@@ -43,8 +44,8 @@ class Acts:
 class ModuleWatch:
     """The probes of one session that wait for a module, and the two that see modules come and go."""
 
-    def __init__(self, guest: Guest, sites: Mapping[VirtAddr, Site], acts: Acts, notes: list[str]) -> None:
-        """*sites* is the session's own table, *notes* where it says what happened while the guest ran."""
+    def __init__(self, guest: Guest, sites: SiteTable, acts: Acts, notes: list[str]) -> None:
+        """*sites* are the session's, *notes* where it says what happened while the guest ran."""
         self.waiting: list[Probe] = []
         self._notes = notes
         self._guest = guest

@@ -27,7 +27,7 @@ class ProbeStore:
         try:
             self._enter(probe)
         except RegionError:
-            if not self._quarantine.end():
+            if not self.make_room():
                 raise
             self._enter(probe)
 
@@ -46,9 +46,9 @@ class ProbeStore:
             counter.enable(False)
         return counter
 
-    def release(self, counter: Counter) -> None:
-        """Give the counter of a probe that was retired back."""
-        self._counters.free(counter)
+    def make_room(self) -> bool:
+        """Give what nobody can come back to any more free for use; whether there was any."""
+        return self._quarantine.end()
 
     def clear(self) -> None:
         """Forget all definitions."""

@@ -46,7 +46,7 @@ def resume(toy: Toy) -> tuple[str, ...]:
 
 
 def rung(toy: Toy, probe: Probe) -> Rung:
-    site = toy.session.sites.of(probe)
+    site = toy.session.table.of(probe)
     assert site is not None
     return site.plan.rung
 
@@ -60,7 +60,7 @@ def test_one_of_many_is_deleted_without_room_and_counts_no_more(jumping: Toy) ->
     assert rung(jumping, first) is Rung.OPTIMIZED
     jumping.call("f_nop")
     assert (first.hits, second.hits, third.hits) == (2, 1, 2)
-    site = jumping.session.sites.of(first)
+    site = jumping.session.table.of(first)
     assert site is not None
     assert site.retired == [free], "code that leads to it stays"
     [problem] = resume(jumping)
@@ -94,7 +94,7 @@ def test_all_are_deleted_and_the_guest_is_left_without_room(jumping: Toy) -> Non
     for probe in probes:
         jumping.session.delete(probe)
     assert jumping.changed_text() == {}
-    assert jumping.session.sites.all() == ()
+    assert jumping.session.table.all() == ()
     assert jumping.session.detach().problems == ()
 
 
@@ -117,7 +117,7 @@ def test_one_more_is_refused_and_takes_no_jump_from_those_that_are_there(jumping
 def test_a_jump_that_must_go_and_can_be_nothing_else_goes(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user has set a breakpoint within its window, say."""
     jumping.add("p:window f_nop")
-    [site] = jumping.session.sites.all()
+    [site] = jumping.session.table.all()
     fill(jumping)
     why = Refusal(Reason.BREAKPOINT_INSIDE, site.addr, "at f_nop+0x2")
     monkeypatch.setattr(Jumps, "disturbed", lambda self: iter([(site, why)] if site.is_jump and site.armed else []))

@@ -110,7 +110,7 @@ def test_no_ctrl_c_gets_into_a_watch(toy: Toy, admitted: list[VirtAddr], monkeyp
         entered.append("a handler")
         yield
 
-    monkeypatch.setattr(toy.session._dispatcher, "_interruptible", interruptible)
+    monkeypatch.setattr(toy.session._calls, "_interruptible", interruptible)
     toy.call("f_push", rdi=MODULE)
     assert (admitted, entered) == ([MODULE], [])
     toy.add("f_push", pre=lambda hit: None)

@@ -118,7 +118,7 @@ def test_an_examination_sees_the_text_without_us_and_keeps_no_slot(toy: Toy) -> 
     toy.add("f_push")
     used = toy.region.slots.used
     location = parse_definition("p f_push+1").location
-    found = examine(toy.guest, toy.session.text, toy.region.slots, location, RUNGS, Boost.RELOCATE)
+    found = examine(toy.guest, toy.session.table.text, toy.region.slots, location, RUNGS, Boost.RELOCATE)
     assert (str(found.insn), found.number, found.family) == ("mov rbp, rsp", 2, "plain")
     assert found.refusal is None
     assert [(trial.rung, trial.refusal is None) for trial in found.rungs] == [

@@ -61,10 +61,10 @@ def test_a_conditional_jump_goes_both_ways(toy: Toy, rung: Rung, edi: int) -> No
 
 
 def test_the_best_allowed_rung_is_used(toy: Toy, toy_with: ToyWith, machine: ToyMachine) -> None:
-    assert toy.session.sites.need(toy.add("f_push")).plan.rung is Rung.BOOSTED
+    assert toy.session.table.need(toy.add("f_push")).plan.rung is Rung.BOOSTED
     toy.session.detach()
     other = toy_with(machine, (Rung.SINGLE_STEP,))
-    assert other.session.sites.need(other.add("f_push")).plan.rung is Rung.SINGLE_STEP
+    assert other.session.table.need(other.add("f_push")).plan.rung is Rung.SINGLE_STEP
 
 
 def test_a_plan_changes_nothing(toy: Toy) -> None:
@@ -77,7 +77,7 @@ def test_a_plan_changes_nothing(toy: Toy) -> None:
 
 def test_a_plan_at_an_armed_site_is_that_of_the_site(toy: Toy) -> None:
     probe = toy.add("f_push", rung=Rung.SINGLE_STEP)
-    assert toy.session.plan(parse_definition("p f_push"))[1] is toy.session.sites.need(probe).plan
+    assert toy.session.plan(parse_definition("p f_push"))[1] is toy.session.table.need(probe).plan
 
 
 def test_text_is_decoded_without_our_own_int3(toy: Toy) -> None:
@@ -129,8 +129,8 @@ def test_a_post_handler_brings_a_boosted_site_down_to_the_single_step(toy: Toy) 
     first = toy.add("p:first f_push")
     seen: list[int] = []
     second = toy.add("p:second f_push", post=lambda hit: seen.append(hit.regs.ip))
-    assert toy.session.sites.of(first) is toy.session.sites.of(second)
-    assert toy.session.sites.need(first).plan.rung is Rung.SINGLE_STEP
+    assert toy.session.table.of(first) is toy.session.table.of(second)
+    assert toy.session.table.need(first).plan.rung is Rung.SINGLE_STEP
     assert toy.call("f_push") == 13
     assert seen == [toy.addr("f_push", 1)]
     assert (first.hits, second.hits) == (1, 1)

@@ -100,7 +100,7 @@ def test_a_window_without_room_is_refused_and_nothing_is_written(machine: ToyMac
 def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Toy) -> None:
     """Also not by what its TLB holds."""
     probe = toy.add("f_push")
-    code = toy.session.sites.need(probe).plan.slot.code
+    code = toy.session.table.need(probe).plan.slot.code
     assert toy.call("f_push") == 13  # the vCPU has executed in the slot
     link = toy.region.links[0]
     assert toy.session.detach().unmapped
@@ -112,7 +112,7 @@ def test_after_unmapping_no_vcpu_can_reach_it_any_more(toy: Toy) -> None:
 
 def test_a_detach_with_a_task_in_the_region_keeps_the_mapping(toy: Toy) -> None:
     probe = toy.add("f_push")
-    code = toy.session.sites.need(probe).plan.slot.code
+    code = toy.session.table.need(probe).plan.slot.code
     toy.put("f_nop")
     toy.machine.registers[1]["rsp"] -= 8
     toy.machine.set_quad(toy.machine.registers[1]["rsp"] - 0xFFFF_FFFF_8030_0000 + 0x30_0000, code)

@@ -115,7 +115,7 @@ def test_text_that_cannot_be_written_is_an_error_and_the_record_stays(toy: Toy) 
 
 def test_a_task_in_the_region_keeps_the_mapping_and_its_slots(toy: Toy, toy_with: ToyWith) -> None:
     probe = toy.add("f_push")
-    slot = toy.session.sites.need(probe).plan.slot
+    slot = toy.session.table.need(probe).plan.slot
     toy.put("f_nop", cpu=2)
     values = toy.machine.registers[2]
     values["rsp"] -= 8

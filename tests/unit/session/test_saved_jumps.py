@@ -16,6 +16,7 @@ from gdb_kprobe.region.region import adopt as go_on
 from gdb_kprobe.session.probes import Hit
 from gdb_kprobe.session.recovery.restore import restore
 from gdb_kprobe.session.session import Session
+from gdb_kprobe.session.sites.plans import Policy
 from gdb_kprobe.session.sites.probe_store import adopt
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
@@ -31,7 +32,7 @@ def jumping(machine: ToyMachine, toy_with: ToyWith) -> Toy:
     toy.session.unlisten(toy.hits.append)
     toy.add("p:jump f_nop")
     toy.add("p:trap f_push")
-    assert {site.plan.rung for site in toy.session.sites.all()} == {Rung.OPTIMIZED, Rung.BOOSTED}
+    assert {site.plan.rung for site in toy.session.table.all()} == {Rung.OPTIMIZED, Rung.BOOSTED}
     return toy
 
 
@@ -42,7 +43,7 @@ def own(toy: Toy, monkeypatch: pytest.MonkeyPatch, found: GuestKprobes) -> None:
 
 def saver(toy: Toy) -> GuestKprobes:
     """The guest's kprobe that has saved the jump."""
-    [site] = [site for site in toy.session.sites.all() if site.is_jump]
+    [site] = [site for site in toy.session.table.all() if site.is_jump]
     return GuestKprobes([GuestKprobe(site.addr, b"\xe9", leads_to=site.plan.slot.code)])
 
 
@@ -125,7 +126,7 @@ def test_a_saved_jump_goes_when_its_kprobe_is_gone_and_no_vcpu_is_on_its_way_to_
     jumping: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A word behind the int3 that a sleeping task has on its stack is a remnant: kprobes are handled without sleep."""
-    [site] = [site for site in jumping.session.sites.all() if site.is_jump]
+    [site] = [site for site in jumping.session.table.all() if site.is_jump]
     behind = site.addr + 1
     on_their_way: set[int] = {behind}
 
@@ -153,9 +154,9 @@ def again(toy: Toy) -> Toy:
     assert found.kept is not None
     region = go_on(toy.machine, toy.machine, toy.guest, found.kept)
     region.keep_counters([definition.counter for definition in found.definitions])
-    session = Session(toy.session.machine, toy.guest, region, toy.machine, RUNGS)
+    session = Session(toy.session.machine, toy.guest, region, toy.machine, Policy(RUNGS))
     for record in found.saved:
-        session.sites.keep_saved(record)
+        session.saved.keep(record)
     later = replace(toy, region=region, session=session)
     later.left = [
         adopt(definition, parse_definition(definition.text), region.counters.at(definition.counter))
@@ -205,7 +206,7 @@ def test_one_that_was_disabled_stays_so_and_can_be_enabled(jumping: Toy, monkeyp
 def test_a_saved_jump_takes_more_probes_as_long_as_there_is_room(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
-    [site] = [site for site in jumping.session.sites.all() if site.is_jump]
+    [site] = [site for site in jumping.session.table.all() if site.is_jump]
     patch, names = site.plan.patch, ["jump", "trap"]
     for number in itertools.count():
         try:
@@ -243,7 +244,7 @@ def test_what_a_saved_jump_cannot_do_is_refused(
 def test_code_that_somebody_is_in_is_not_changed_under_it(jumping: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     own(jumping, monkeypatch, saver(jumping))
     jumping.session.settle()
-    [site] = [site for site in jumping.session.sites.all() if site.is_jump]
+    [site] = [site for site in jumping.session.table.all() if site.is_jump]
     jumping.put("f_nop")
     jumping.machine.registers[1]["rip"] = site.plan.slot.code
     with pytest.raises(RefusedError, match="a vCPU or a task is where it leads"):
@@ -257,7 +258,7 @@ def test_a_jump_is_an_int3_while_it_is_listened_to_and_comes_back(jumping: Toy) 
     def resume() -> Rung:
         jumping.session.disarm_all()
         assert jumping.session.arm_all() == ()
-        return Rung(jumping.session.sites.need(probe).plan.rung)
+        return Rung(jumping.session.table.need(probe).plan.rung)
 
     probe = jumping.session.probes.get("jump")
     assert resume() is Rung.OPTIMIZED

@@ -84,7 +84,7 @@ def test_settle_steps_a_vcpu_out_of_a_slot_wherever_it_is_in_it(toy: Toy, place:
     function = place.partition("+")[0]
     expected = toy.call(function)
     probe = toy.add(place)
-    slot = toy.session.sites.need(probe).plan.slot.range
+    slot = toy.session.table.need(probe).plan.slot.range
     for steps in range(4):
         toy.put(function, cpu=2)
         toy.run_until(toy.addr("bp_entry"), cpu=2)
@@ -107,7 +107,7 @@ def test_settle_leaves_a_vcpu_alone_that_has_nothing_to_do_with_us(toy: Toy) -> 
 
 def test_a_vcpu_that_never_leaves_a_slot_is_an_error(toy: Toy) -> None:
     probe = toy.add("f_push")
-    toy.put("f_push", rip=toy.session.sites.need(probe).plan.slot.code)
+    toy.put("f_push", rip=toy.session.table.need(probe).plan.slot.code)
     toy.machine.unmoved_steps = 10_000
     with pytest.raises(TargetError, match="does not leave the slot"):
         toy.session.settle()
@@ -169,7 +169,7 @@ def faulting(toy: Toy) -> Toy:
 
 def test_an_instruction_of_the_exception_table_is_single_stepped(faulting: Toy) -> None:
     probe = faulting.add("f_load")
-    assert faulting.session.sites.need(probe).plan.rung is Rung.SINGLE_STEP
+    assert faulting.session.table.need(probe).plan.rung is Rung.SINGLE_STEP
     assert sorted(faulting.changed_text()) == faulting.bytes_of("f_load", "fixup")
     faulting.session.delete(probe)
     faulting.assert_idle()
@@ -188,7 +188,7 @@ def test_a_fault_is_fixed_up_at_the_original_address_and_is_one_hit(faulting: To
 def test_an_instruction_whose_fixup_is_itself_needs_no_watch(toy: Toy) -> None:
     toy.machine.fixups[toy.addr("f_load")] = toy.addr("f_load")
     probe = toy.add("f_load")
-    assert toy.session.sites.need(probe).plan.rung is Rung.SINGLE_STEP
+    assert toy.session.table.need(probe).plan.rung is Rung.SINGLE_STEP
     assert sorted(toy.changed_text()) == toy.bytes_of("f_load")
     assert toy.call("f_load", rdi=toy.addr("constant")) == 0x1234
     assert probe.hits == 1
@@ -199,7 +199,7 @@ def test_an_instruction_whose_fixup_is_itself_needs_no_watch(toy: Toy) -> None:
 def test_a_fixup_that_is_watched_takes_a_probe_of_any_rung(faulting: Toy) -> None:
     faulting.add("p:load f_load")
     at_fixup = faulting.add("p:at fixup", rung=Rung.SINGLE_STEP)
-    assert faulting.session.sites.need(at_fixup).plan.rung is Rung.SINGLE_STEP
+    assert faulting.session.table.need(at_fixup).plan.rung is Rung.SINGLE_STEP
     assert faulting.call("f_load", rdi=0x10) == EFAULT
     assert at_fixup.hits == 1
 
@@ -239,7 +239,7 @@ def test_a_fault_without_a_fixup_is_the_guests_and_names_an_address_it_knows(
 ) -> None:
     """Boosted code shows the slot's address in an oops; the kernel would do the same."""
     probe = toy.add("f_store", rung=rung)
-    at = toy.addr("f_store") if rung is Rung.SINGLE_STEP else toy.session.sites.need(probe).plan.slot.code
+    at = toy.addr("f_store") if rung is Rung.SINGLE_STEP else toy.session.table.need(probe).plan.slot.code
     with pytest.raises(died, match=f"page fault at {at:#x}"):
         toy.call("f_store", rdi=0x10)
 

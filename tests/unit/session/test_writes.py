@@ -45,7 +45,7 @@ def snapshot(toy: Toy) -> tuple[Any, ...]:
         set(toy.machine.breakpoints),
         {
             site.addr: (site.armed, site.plan.rung, [probe.name for probe in site.probes])
-            for site in session.sites.all()
+            for site in session.table.all()
         },
         [(probe.name, probe.enabled) for probe in session.probes],
         toy.region.slots.used - sum(slot.size for slot in toy.region.slots.quarantined),
@@ -222,7 +222,7 @@ def test_when_all_records_are_in_use_nothing_is_written(toy: Toy, place: str) ->
     make_region_full(toy)
     with pytest.raises(RegionError, match="in a piece for records"):
         toy.add(place)
-    assert (toy.changed_text(), toy.machine.breakpoints, toy.session.sites.all()) == ({}, set(), ())
+    assert (toy.changed_text(), toy.machine.breakpoints, toy.session.table.all()) == ({}, set(), ())
 
 
 def test_nothing_is_armed_when_the_mapping_was_tampered_with(toy: Toy) -> None:

@@ -7,7 +7,7 @@ from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.region.generation import Generation
 from gdb_kprobe.region.region import Region
-from gdb_kprobe.session.sites.jumps import Jumps
+from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.session.transaction import write_verified
 from gdb_kprobe.target.protocols import Breakpoints
 
@@ -18,9 +18,9 @@ class ResumeTrampolines:
     """One jump in the region for each vCPU that ever needs one; they stay for the session."""
 
     def __init__(
-        self, memory: PageTable, region: Region, generation: Generation, breakpoints: Breakpoints, jumps: Jumps
+        self, memory: PageTable, region: Region, generation: Generation, breakpoints: Breakpoints, sites: SiteTable
     ) -> None:
-        self._jumps = jumps
+        self._sites = sites
         self._generation = generation
         self._memory = memory
         self._region = region
@@ -35,7 +35,7 @@ class ResumeTrampolines:
         A debugger that resumes a program at a breakpoint steps over it, and the user would not stop. So it starts at a
         jump of ours that leads there.
         """
-        copy = self._jumps.copy_of(addr)
+        copy = self._sites.copy_of(addr)
         if copy is not None:
             return copy
         if not self._breakpoints.is_taken(addr):
