@@ -122,13 +122,21 @@ def detach() -> Detached:
     return plugin.the_plugin().detach()
 
 
-def add(definition: str, pre: Handler | None = None, post: Handler | None = None, *, enabled: bool = True) -> Probe:
+def add(
+    definition: str,
+    pre: Handler | None = None,
+    post: Handler | None = None,
+    *,
+    enabled: bool = True,
+    stop: bool = False,
+) -> Probe:
     """Add the probe of *definition* (``p:NAME SYMBOL ...``, or just ``SYMBOL``); before an attach it is only noted.
 
-    *pre* is called before the probed instruction, *post* after it (which needs the single-step rung).
+    *pre* is called before the probed instruction, *post* after it (which needs the single-step rung). With *stop* a hit
+    gives the user the prompt, at the probe; one that the definition's condition rejects stops nothing.
     """
     the_plugin = plugin.the_plugin()
-    new = Probe(_parse(definition), pre, post, enabled, settings.settings().strategy)
+    new = Probe(_parse(definition), pre, post, enabled, settings.settings().strategy, stop=stop)
     if the_plugin.link is None:
         if any(other.name == new.name for other in the_plugin.pending):
             raise KprobeError(f"there is a probe named {new.name} already", f"'kprobe delete {new.name}' first")

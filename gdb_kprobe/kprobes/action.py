@@ -1,7 +1,8 @@
 """What a hit does, wherever it is: the programs of the site's probes, and the way to the host. Pure: bytes, no guest.
 
 Each program has a verdict; the strongest of a site counts. A verdict is no value but a place in the code: where a
-program says HOST, the rest of the programs is run in a second copy, which leads to the host whatever they say::
+program says HOST, or STOP, which the host carries out as well, the rest of the programs is run in a second copy, which
+leads to the host whatever they say::
 
     the programs                 -> (nothing was said)  go on
     the rest of the programs     -> (HOST was said)     ask
@@ -42,6 +43,8 @@ class Verdict(IntEnum):
     """The guest goes on."""
     HOST = 1
     """The host is to see the hit; then the guest goes on."""
+    STOP = 2
+    """The user is to get the prompt, with the machine as it is at the probe; whoever is to see the hit does before."""
 
 
 @dataclass(frozen=True, slots=True)

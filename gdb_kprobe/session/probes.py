@@ -52,6 +52,8 @@ class Probe:
     """Where it is; ``None`` while it is only noted."""
     gone: bool = False
     """The module it was in was unloaded."""
+    stop: bool = False
+    """A hit gives the user the prompt, at the probe, after all handlers of the site."""
     watch: Watch | None = None
     """What the session itself does at a hit. Such a probe is its own: no user and no listener knows of it."""
     last_error: str = ""
@@ -84,8 +86,8 @@ class Probe:
 
     @property
     def needs_host(self) -> bool:
-        """Whether a hit is more than what the guest does by itself: something in Python is called."""
-        return self.pre is not None or self.post is not None or self.watch is not None
+        """Whether a hit is more than what the guest does by itself: something in Python is called, or it stops."""
+        return self.stop or self.pre is not None or self.post is not None or self.watch is not None
 
     def count(self, *, hits: int = 0, missed: int = 0) -> None:
         """Count what the host has handled; in the guest's memory, where it outlives gdb."""

@@ -266,6 +266,35 @@ def test_stop_gives_the_prompt_at_the_probe_and_a_hit_is_counted_once(
 
 
 @pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_probe_that_stops_asks_the_host_for_the_calls_of_its_condition_alone(
+    probed: Boot, handler: Any, vcpus: int, rung: str
+) -> None:
+    guest = probed(GuestSpec(vcpus=vcpus))
+    first = insns_of(guest, "__do_sys_getpriority")[0]
+    with guest.gdb() as gdb:
+        gdb.console(f"set kprobe strategy {rung}")
+        handler(guest, gdb, "kprobe.add('p:here __do_sys_getpriority if s32(si) == 77', stop=True)")
+        asked = int(gdb.console("python print(kprobe.attachment().stops)"))
+        gdb.cont()
+        others = " & ".join(["workload syscall 140 500 0 0"] * vcpus)
+        jobs = [guest.guest.spawn(f"{others} & workload syscall 140 3 0 77; wait", wait=False)]
+        for stop in range(3):
+            gdb.wait_stop()
+            assert gdb.pc == first.addr
+            assert gdb.evaluate("$rsi") & 0xFFFF_FFFF == 77
+            assert guest.hits(gdb) == {"here": stop + 1}
+            gdb.cont()
+        for job in jobs:
+            assert guest.guest.finish(job)[0] == 0
+        gdb.interrupt()
+        assert guest.hits(gdb) == {"here": 3}
+        told = int(gdb.console("python print(kprobe.attachment().stops)")) - asked
+        assert told == 3 if rung != "single-step" else told >= 3
+        gdb.console("kprobe detach")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
 def test_several_probes_at_one_address(probed: Boot, handler: Any, rung: str) -> None:
     guest = probed(GuestSpec(vcpus=2))
     run = "workload syscall 140 10 0 0 & workload syscall 140 10 0 0 & wait"

@@ -54,6 +54,7 @@ class HandlerCalls:
                     self._listeners.tell(Hit(probe, cpu, args))
                 if probe.watch is not None:
                     probe.watch(regs)
+                stop |= probe.stop
                 if probe.pre is not None:
                     stop |= self._call(probe, probe.pre, self._context(probe, cpu, regs, next_ip))
         return stop, tuple(called)

@@ -27,8 +27,14 @@ class Programs:
         self._in_guest = in_guest
         self._known: dict[tuple[Condition | None, Verdict], Program] = {}
 
+    def verdict(self, probe: Probe) -> Verdict:
+        """What the program of *probe* says of a hit whose condition holds."""
+        if probe.stop:
+            return Verdict.STOP
+        return Verdict.HOST if self.asks(probe) else Verdict.CONTINUE
+
     def asks(self, probe: Probe) -> bool:
-        """Whether the host is to see the hits of *probe*: it has a handler in Python, or is listened to."""
+        """Whether the host is to see the hits of *probe*: it has a handler in Python, is listened to, or stops."""
         return probe.needs_host or self._listeners.concern(probe)
 
     def action(self, addr: VirtAddr, probes: Iterable[Probe], *, always: bool = False) -> Action | None:
@@ -37,12 +43,12 @@ class Programs:
         *always*: it asks whatever the probes want.
         """
         counted = [(probe, probe.counter) for probe in probes if probe.counter is not None]
-        verdicts = [Verdict.HOST if self.asks(probe) else Verdict.CONTINUE for probe, _ in counted]
+        verdicts = [self.verdict(probe) for probe, _ in counted]
         handlers = tuple(
             self._handler(probe.spec.condition, verdict, counter.addr, probe.place)
             for (probe, counter), verdict in zip(counted, verdicts, strict=True)
         )
-        if not always and Verdict.HOST not in verdicts:
+        if not always and not any(verdicts):
             return Action(handlers)
         if self._in_guest is None:
             return None

@@ -83,6 +83,20 @@ def test_a_stop_shows_the_probe_point_and_is_resumed_without_a_second_hit(toy: T
     assert probe.hits == 2
 
 
+def test_a_probe_that_stops_does_so_after_the_handlers_of_its_site(toy: Toy, rung: Rung) -> None:
+    called: list[str] = []
+    toy.add("p:stops f_push+1 if di == 99", rung=rung, stop=True)
+    toy.add("p:sees f_push+1", lambda hit: called.append(hit.name), rung=rung)
+    assert toy.call("f_push") == 13, "the condition did not hold"
+    assert called == ["sees"]
+    assert toy.call("f_push", rdi=99) is None
+    toy.session.settle()
+    assert toy.machine.registers[1]["rip"] == toy.addr("f_push", 1)
+    assert called == ["sees", "sees"]
+    assert toy.resume() == 106
+    assert {probe.name: probe.hits for probe in toy.session.probes} == {"stops": 1, "sees": 2}
+
+
 def test_a_stopped_probe_that_is_left_by_another_way_counts_its_next_hit(toy: Toy, rung: Rung) -> None:
     probe = toy.add("f_push", lambda hit: True, rung=rung)
     assert toy.call("f_push") is None
