@@ -1,7 +1,7 @@
 """The values that every layer speaks: addresses, symbols, registers, refusals.
 
 Addresses are not plain integers: a virtual and a physical address never mix (mypy sees to it). The only code that
-turns one into another is :mod:`gdb_kprobe.linux.paging`.
+turns one into another is :mod:`gdb_kprobe.system.paging`.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.guest_kprobes import GuestKprobes
-from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.linux.redirects import Redirect
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.system import idt
+from gdb_kprobe.system.paging import PageTable, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 

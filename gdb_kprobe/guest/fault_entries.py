@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from gdb_kprobe.linux.idt import Gate
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.system.idt import Gate
 
 _VECTORS: Final = (14, 13, 12, 0)
 """#PF and #GP, which an access to memory or a privileged instruction raises; #SS, the #GP of an access by RSP or RBP;

@@ -17,10 +17,10 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.guest_kprobes import GuestKprobes
-from gdb_kprobe.linux.idt import Gate, find_breakpoint_handler, read_registers
-from gdb_kprobe.linux.paging import PageTable, Translation, loaded_table
 from gdb_kprobe.linux.redirects import Redirect
 from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.system.idt import Gate, find_breakpoint_handler, read_registers
+from gdb_kprobe.system.paging import PageTable, Translation, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 

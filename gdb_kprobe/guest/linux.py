@@ -16,7 +16,6 @@ from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.kprobes.piece import Piece
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import E820Table, read_e820
@@ -33,7 +32,6 @@ from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
-from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.redirects import Redirect, read_redirects
 from gdb_kprobe.linux.stack_areas import scan_all_stacks
@@ -53,6 +51,8 @@ from gdb_kprobe.linux.types import Types
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.linux.vmlinux import build_id_of, types_of
 from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.system import idt
+from gdb_kprobe.system.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 if TYPE_CHECKING:

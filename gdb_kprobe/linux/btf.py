@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Collection, Iterator
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.bounds import Steps, damaged, decodes
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.linux.types import Member
+from gdb_kprobe.system.bounds import Steps, damaged, decodes
 from gdb_kprobe.target.protocols import Memory
 
 _MAGIC = 0xEB9F

@@ -42,11 +42,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, NeedsTypesError
-from gdb_kprobe.linux.bounds import Steps, Visited, damaged, read_array
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_pointer, read_struct
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.bounds import Steps, Visited, damaged, read_array
 from gdb_kprobe.target.protocols import Memory
 
 SITE_SIZE = 5

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.bounds import Steps, Visited, damaged
 from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import Struct, read_struct
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
+from gdb_kprobe.system.bounds import Steps, Visited, damaged
 from gdb_kprobe.target.protocols import Memory
 
 BUCKETS: Final = 64  # 1 << KPROBE_HASH_BITS

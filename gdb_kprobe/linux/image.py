@@ -10,9 +10,9 @@ import struct
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.paging import PageTable
 from gdb_kprobe.target.protocols import Memory
 
 START_KERNEL_MAP = VirtAddr(0xFFFF_FFFF_8000_0000)

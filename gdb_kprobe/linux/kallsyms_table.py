@@ -33,10 +33,10 @@ from enum import IntEnum
 from itertools import accumulate, count, pairwise
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.linux.bounds import Steps
 from gdb_kprobe.linux.image import KernelImage
 from gdb_kprobe.linux.strings import showable
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.bounds import Steps
 from gdb_kprobe.target.protocols import Memory
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.bounds import Steps, damaged, guest_range, read_array
 from gdb_kprobe.linux.image import read_c_string, read_string
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
 from gdb_kprobe.linux.strings import c_string, letters
 from gdb_kprobe.linux.structs import Struct, for_each_struct, read_struct
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.bounds import Steps, damaged, guest_range, read_array
 from gdb_kprobe.target.protocols import Memory
 
 _ELF64_SYM = struct.Struct("<IBBHQQ")

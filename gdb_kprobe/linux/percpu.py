@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from gdb_kprobe.linux.bounds import damaged
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.system.bounds import damaged
 from gdb_kprobe.target.protocols import Memory
 
 _MOST_CPUS = 8192

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.bounds import Steps, Visited, read_array
 from gdb_kprobe.linux.image import KERNEL_IMAGE_END, MODULES_END
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.structs import for_each_list_entry, read_pointer
 from gdb_kprobe.linux.types import KnownTypes, Layout, Member
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.bounds import Steps, Visited, read_array
 from gdb_kprobe.target.protocols import Memory
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.bounds import guest_range
 from gdb_kprobe.linux.e820 import E820Table
 from gdb_kprobe.linux.kallsyms import Kallsyms
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.linux.percpu import per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import read_pointer
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.bounds import guest_range
+from gdb_kprobe.system.paging import PageTable
 
 _VMALLOC: Final = {4: (0xFFFF_C900_0000_0000, 32 << 40), 5: (0xFFA0_0000_0000_0000, 12800 << 40)}
 """Where it begins without KASLR, and its size, by levels (Documentation/arch/x86/x86_64/mm.rst)."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.linux.bounds import Steps, Visited, damaged
 from gdb_kprobe.linux.strings import c_string
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.system.bounds import Steps, Visited, damaged
 from gdb_kprobe.target.protocols import Memory
 
 _WORD = 8

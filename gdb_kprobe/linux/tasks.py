@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gdb_kprobe.linux.bounds import Steps, damaged, guest_range
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.percpu import hot_symbol, per_cpu_offsets, per_cpu_ptr
 from gdb_kprobe.linux.structs import Struct, for_each_list_entry, read_pointer
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.system.bounds import Steps, damaged, guest_range
 from gdb_kprobe.target.protocols import Memory
 
 _LARGEST_TASK = 1 << 16

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from gdb_kprobe.linux.bounds import guest_range
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module, ModuleState
 from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.linux.text_tables import TextTables, read_text_tables
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange, Reason, Refusal, VirtAddr
+from gdb_kprobe.system.bounds import guest_range
 from gdb_kprobe.target.protocols import Memory
 
 _SECTIONS = (

@@ -11,12 +11,12 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gdb_kprobe.linux.bounds import damaged, guest_range, read_array
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.modules import Module
 from gdb_kprobe.linux.structs import for_each_struct
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.model import AddressRange
+from gdb_kprobe.system.bounds import damaged, guest_range, read_array
 from gdb_kprobe.target.protocols import Memory
 
 _INT_SIZE = 4

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from gdb_kprobe.errors import NeedsTypesError, UnmappedError
-from gdb_kprobe.linux.bounds import Steps, Visited
 from gdb_kprobe.linux.guest_kprobes import BUCKETS, MAX_RESERVED, GuestKprobe, GuestKprobes, read_table
 from gdb_kprobe.linux.image import MODULES_END, START_KERNEL_MAP
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.model import AddressRange, VirtAddr, offset
+from gdb_kprobe.system.bounds import Steps, Visited
 from gdb_kprobe.target.protocols import Memory
 
 _ADDR: Final = 40

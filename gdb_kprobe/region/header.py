@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.linux.paging import PMD_SIZE
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
 from gdb_kprobe.region.layout import FIRST_PAGE, TABLE_CELL, Layout
+from gdb_kprobe.system.paging import PMD_SIZE
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 MAGIC = b"GDBKPROB"

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from gdb_kprobe.linux.paging import PMD_SIZE
 from gdb_kprobe.model import PAGE_SIZE
+from gdb_kprobe.system.paging import PMD_SIZE
 
 DIRECTORY_OFFSET: Final = PAGE_SIZE
 FIRST_PAGE: Final = 2

@@ -1,7 +1,7 @@
 """The reserved piece of guest memory: put in place, given out, taken away.
 
 Physical memory comes from where the profile says; the virtual addresses are our own doing, by stores to the kernel's
-page table from outside (:mod:`gdb_kprobe.linux.mapping`). A page is mapped when the first object needs it.
+page table from outside (:mod:`gdb_kprobe.system.mapping`). A page is mapped when the first object needs it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Final, Protocol
 
 from gdb_kprobe.errors import GuestResetError, RegionError, TargetError
 from gdb_kprobe.kprobes.slots import SLOT_ALIGN, SlotAllocator
-from gdb_kprobe.linux.mapping import CODE_FLAGS, DATA_FLAGS, find_hole, map_pages, plan_mapping
-from gdb_kprobe.linux.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable, shift
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
 from gdb_kprobe.region.arena import Arena
 from gdb_kprobe.region.counters import Counters
@@ -25,6 +23,8 @@ from gdb_kprobe.region.header import NO_ENTRY_TEXT, NOWHERE, Header, HeaderStore
 from gdb_kprobe.region.layout import FIRST_PAGE, Layout
 from gdb_kprobe.region.pages import Pages, Zone
 from gdb_kprobe.region.records import Record, Records
+from gdb_kprobe.system.mapping import CODE_FLAGS, DATA_FLAGS, find_hole, map_pages, plan_mapping
+from gdb_kprobe.system.paging import ADDRESS_MASK, PMD_SIZE, PRESENT, Entry, PageTable, shift
 from gdb_kprobe.target.protocols import Cpus, Machine, PhysicalMemory
 
 COOKIE_SIZE: Final = 16

@@ -22,8 +22,6 @@ from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.guest.bare import BareGuest
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import GENERAL_REGISTERS, AddressRange, CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.region.directory import Kind
 from gdb_kprobe.region.header import Header, read_header
@@ -33,6 +31,8 @@ from gdb_kprobe.region.region import Region, create_mapped
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.session import Session
 from gdb_kprobe.session.sites.plans import Policy
+from gdb_kprobe.system import idt
+from gdb_kprobe.system.paging import PageTable
 from gdb_kprobe.target.packets import RUN
 from gdb_kprobe.target.protocols import Machine
 from gdb_kprobe.target.quirks import Accelerator, Quirks

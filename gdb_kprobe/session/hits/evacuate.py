@@ -22,12 +22,12 @@ from gdb_kprobe.errors import TargetError
 from gdb_kprobe.guest.fault_entries import fault_entries
 from gdb_kprobe.kprobes.action import UNDO_SIZE
 from gdb_kprobe.kprobes.slots import INT3
-from gdb_kprobe.linux.idt import Gate
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import AddressRange, CpuId, Rung, VirtAddr, offset
 from gdb_kprobe.region.header import Header
 from gdb_kprobe.region.records import Record, RecordKind
 from gdb_kprobe.session.hits.stop_points import FRAME, EntryGate, RegionGate
+from gdb_kprobe.system.idt import Gate
+from gdb_kprobe.system.paging import PageTable
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
 from gdb_kprobe.x86.decode import DecodeError, decode

@@ -17,13 +17,13 @@ from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.linux.bp_path import BpPath
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import PAGE_SIZE, Rung, VirtAddr, offset
 from gdb_kprobe.region.directory import Kind, RegionObject
 from gdb_kprobe.region.records import Record, RecordKind
 from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.probes import Handling
 from gdb_kprobe.session.transaction import write_verified
+from gdb_kprobe.system.paging import PageTable
 from gdb_kprobe.x86.assemble import rel32
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.relocate import relocate

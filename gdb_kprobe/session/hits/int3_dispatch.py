@@ -8,7 +8,6 @@ after its text is restored :meth:`Int3Dispatch.close`; whatever is served in bet
 from __future__ import annotations
 
 from gdb_kprobe.kprobes.patch import CodePatch
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.hits.evacuation import Evacuation
@@ -17,6 +16,7 @@ from gdb_kprobe.session.hits.in_guest import GuestDispatch
 from gdb_kprobe.session.hits.programs import Programs
 from gdb_kprobe.session.probes import Probe, Service, Site
 from gdb_kprobe.session.transaction import apply, holds, verify
+from gdb_kprobe.system.paging import PageTable
 
 
 class Int3Dispatch:

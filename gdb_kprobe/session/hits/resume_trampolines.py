@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from gdb_kprobe.kprobes.slots import Slot
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.region.generation import Generation
 from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.session.transaction import write_verified
+from gdb_kprobe.system.paging import PageTable
 from gdb_kprobe.target.protocols import Breakpoints
 
 _JMP_QWORD = bytes.fromhex("ff2500000000")  # jmp [rip+0]: the address follows

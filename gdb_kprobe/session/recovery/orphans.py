@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gdb_kprobe.errors import GuestStateError, TargetError
-from gdb_kprobe.linux import idt
-from gdb_kprobe.linux.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.model import CpuId, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.region.definitions import forget_definitions
 from gdb_kprobe.region.header import MAGIC, Header, damaged, read_header
@@ -20,6 +18,8 @@ from gdb_kprobe.region.records import Record, RecordKind, clear_records, iter_re
 from gdb_kprobe.region.region import mapped_slots, why_not_mapped
 from gdb_kprobe.session.hits.evacuate import bring_out, trapped_at
 from gdb_kprobe.session.recovery.restore import is_armed, restore_site
+from gdb_kprobe.system import idt
+from gdb_kprobe.system.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.target.protocols import Machine, PhysicalMemory
 
 

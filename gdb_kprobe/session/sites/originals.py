@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gdb_kprobe.kprobes.slots import SLOT_HEADER
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.region.region import Region
 from gdb_kprobe.session.site_table import SiteTable
+from gdb_kprobe.system.paging import PageTable
 
 
 def original_of(memory: PageTable, region: Region, sites: SiteTable, addr: int) -> VirtAddr | None:

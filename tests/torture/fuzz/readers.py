@@ -15,7 +15,6 @@ from gdb_kprobe.guest.linux import MODULES, LinuxGuest, open_linux
 from gdb_kprobe.kprobes.patch import TextMap
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.linux import idt
 from gdb_kprobe.linux.bp_path import find_bp_path
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import read_e820
@@ -23,10 +22,8 @@ from gdb_kprobe.linux.ftrace import read_ftrace_records, read_ftrace_tracers
 from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
 from gdb_kprobe.linux.image import find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
-from gdb_kprobe.linux.mapping import find_hole
 from gdb_kprobe.linux.modules import read_module_symbols, read_modules
 from gdb_kprobe.linux.page_allocator import find_page_allocator, may_call_here
-from gdb_kprobe.linux.paging import kernel_root, loaded_table
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.redirects import read_redirects
 from gdb_kprobe.linux.stack_areas import scan_all_stacks
@@ -42,6 +39,9 @@ from gdb_kprobe.region.region import links_of, why_not_mapped
 from gdb_kprobe.session.recovery.orphans import find_leftover
 from gdb_kprobe.session.recovery.restore import restore
 from gdb_kprobe.session.sites.saved_jumps import plan_of
+from gdb_kprobe.system import idt
+from gdb_kprobe.system.mapping import find_hole
+from gdb_kprobe.system.paging import kernel_root, loaded_table
 from tests.torture.fuzz.recording import Machine, Table
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gdb_kprobe.errors import TargetError, UnmappedError
-from gdb_kprobe.linux.paging import PageTable, loaded_table
 from gdb_kprobe.model import PAGE_SIZE, CpuId, PhysAddr, VirtAddr
+from gdb_kprobe.system.paging import PageTable, loaded_table
 from gdb_kprobe.target.protocols import PhysicalMemory
 from gdb_kprobe.target.quirks import Accelerator, Quirks
 

@@ -19,7 +19,6 @@ from gdb_kprobe.errors import ReportedError
 from gdb_kprobe.guest.linux import LinuxGuest, open_linux
 from gdb_kprobe.kprobes.slots import INT3
 from gdb_kprobe.linux.btf import Btf
-from gdb_kprobe.linux.paging import Entry
 from gdb_kprobe.model import PAGE_SIZE, CpuId, PhysAddr, offset
 from gdb_kprobe.region.directory import ENTRY_SIZE, Kind, RegionObject, read_directory
 from gdb_kprobe.region.header import MAGIC, Header, read_header
@@ -27,6 +26,7 @@ from gdb_kprobe.region.layout import DIRECTORY_OFFSET
 from gdb_kprobe.region.records import RECORD_SIZE, Record, iter_records, sealed
 from gdb_kprobe.region.region import links_of
 from gdb_kprobe.render.text import table
+from gdb_kprobe.system.paging import Entry
 from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam

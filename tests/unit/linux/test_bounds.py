@@ -11,20 +11,20 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux import proven_types
-from gdb_kprobe.linux.bounds import Steps, Visited, guest_range, read_array
 from gdb_kprobe.linux.btf import Btf
 from gdb_kprobe.linux.ftrace import read_ftrace_records, read_hash
 from gdb_kprobe.linux.guest_kprobes import read_guest_kprobes
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
 from gdb_kprobe.linux.modules import read_module_symbols, read_modules
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.linux.percpu import possible_cpus
 from gdb_kprobe.linux.structs import Struct, for_each_list_entry
 from gdb_kprobe.linux.tasks import read_tasks
 from gdb_kprobe.linux.text_tables import read_text_tables
 from gdb_kprobe.linux.types import KnownTypes, Layout, Member, Types
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.bounds import Steps, Visited, guest_range, read_array
+from gdb_kprobe.system.paging import PageTable
 
 EVERYWHERE = AddressRange(VirtAddr(0), VirtAddr((1 << 64) - 1))
 TEXT = 0xFFFF_FFFF_8100_0000

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import GuestStateError, TargetError
-from gdb_kprobe.linux.idt import (
+from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.system.idt import (
     Gate,
     Idt,
     SystemRegisters,
@@ -15,7 +16,6 @@ from gdb_kprobe.linux.idt import (
     read_idt,
     read_registers,
 )
-from gdb_kprobe.model import VirtAddr
 
 LONG_MODE = """
 RAX=000000000000000a RBX=ffffffff8cffc620 RCX=0000000000000000 RDX=00000000000003f8

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.linux.mapping import (
+from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.mapping import (
     CODE_FLAGS,
     DATA_FLAGS,
     MappingPlan,
@@ -14,8 +15,7 @@ from gdb_kprobe.linux.mapping import (
     plan_mapping,
     table_pages_needed,
 )
-from gdb_kprobe.linux.paging import PageTable
-from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.paging import PageTable
 
 P, W, U, G, NX = 1, 2, 4, 0x100, 1 << 63
 MIB = 1 << 20

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
-from gdb_kprobe.linux.paging import CR4_LA57, PageTable, kernel_root, loaded_table
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.paging import CR4_LA57, PageTable, kernel_root, loaded_table
 
 P, W, U, G, NX = 1, 2, 4, 0x100, 1 << 63
 TEXT = 0xFFFF_FFFF_8100_0000

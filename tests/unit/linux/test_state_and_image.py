@@ -7,10 +7,10 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
 from gdb_kprobe.linux.image import find_build_id, find_image, read_string
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.linux.state import GuestState
 from gdb_kprobe.linux.tasks import Stack, Task, scan_stacks, task_on_stack, task_stacks
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.paging import PageTable
 
 P, W, NX = 1, 2, 1 << 63
 BASE = 0xFFFF_FFFF_9200_0000

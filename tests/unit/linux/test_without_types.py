@@ -12,11 +12,11 @@ from gdb_kprobe.errors import GuestStateError, NeedsTypesError, UnmappedError
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.stack_areas import scan_all_stacks
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.paging import PageTable
 
 TEXT, DATA, NX, W, P = 0xFFFF_FFFF_8100_0000, 0xFFFF_FFFF_8200_0000, 1 << 63, 2, 1
 TABLES = {

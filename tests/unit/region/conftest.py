@@ -10,13 +10,13 @@ from typing import cast
 import pytest
 
 from gdb_kprobe.errors import TargetError
-from gdb_kprobe.linux.paging import PageTable
 from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.region.header import Header, Identity
 from gdb_kprobe.region.layout import FIRST_PAGE, Layout
 from gdb_kprobe.region.pages import Pages
 from gdb_kprobe.region.records import Record
 from gdb_kprobe.region.region import Region
+from gdb_kprobe.system.paging import PageTable
 
 MIB = 1 << 20
 PHYS = PhysAddr(0x40_0000)

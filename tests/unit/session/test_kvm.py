@@ -6,9 +6,9 @@ import pytest
 
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.guest.fault_entries import fault_entries
-from gdb_kprobe.linux.idt import decode_gate
 from gdb_kprobe.model import CpuId, Rung
 from gdb_kprobe.session.attach import check_event_delivery
+from gdb_kprobe.system.idt import decode_gate
 from tests.support.toy import Toy
 
 

@@ -11,7 +11,8 @@ import struct
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import RegionError
-from gdb_kprobe.linux.paging import (
+from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
+from gdb_kprobe.system.paging import (
     ACCESSED,
     DIRTY,
     ENTRIES,
@@ -24,7 +25,6 @@ from gdb_kprobe.linux.paging import (
     PageTable,
     shift,
 )
-from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr, offset
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 # Accessed and dirty are set from the start, so that no CPU ever writes to our tables. No global bit: removing the

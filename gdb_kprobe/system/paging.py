@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdb_kprobe.errors import GuestStateError, TargetError, UnmappedError
-from gdb_kprobe.linux.bounds import Steps, damaged
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, VirtAddr
+from gdb_kprobe.system.bounds import Steps, damaged
 from gdb_kprobe.target.protocols import PhysicalMemory
 
 PRESENT = 1 << 0
