@@ -31,95 +31,146 @@ from typing import TypeVar
 from gdb_kprobe.errors import GuestStateError, KprobeError
 from gdb_kprobe.gdbext import plugin, settings
 from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext.doctor import doctor
 from gdb_kprobe.gdbext.inspect import (
     address,
     attachment,
     check,
+    clones,
     function,
     guest,
+    handler,
     is_quiet,
+    matching,
+    modules,
     original,
     place,
+    planned,
     read,
     redirected,
     region,
     site,
     sites,
     state,
+    survey,
 )
-from gdb_kprobe.gdbext.signals import uninterrupted
-from gdb_kprobe.gdbext.until import Until
+from gdb_kprobe.gdbext.profiles import profile
+from gdb_kprobe.gdbext.runs import (
+    counts,
+    on_hit,
+    resume_until,
+    run,
+    run_until,
+    sample,
+    stop_after_hit,
+    watch,
+)
+from gdb_kprobe.gdbext.sessions import adopt, attach, detach, is_attached, need_attached
+from gdb_kprobe.gdbext.signals import raise_ctrl_c, uninterrupted
+from gdb_kprobe.gdbext.symbols import LoadedSymbols, load_symbols
+from gdb_kprobe.gdbext.until import Run
+from gdb_kprobe.gdbext.waiting import wait_for_kernel
+from gdb_kprobe.guest.doctor import Finding
 from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.language.definition import ProbeSpec, parse_definition
 from gdb_kprobe.language.spec import Location, default_name
-from gdb_kprobe.model import Dispatch
-from gdb_kprobe.session.attach import Attached
+from gdb_kprobe.region.definitions import Definition
 from gdb_kprobe.session.hit_context import Handler, HitContext
-from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
+from gdb_kprobe.session.inspect import (
+    AdoptResult,
+    Attachment,
+    AttachResult,
+    FunctionInfo,
+    GuestInfo,
+    HandlerInfo,
+    RegionInfo,
+    SiteInfo,
+)
 from gdb_kprobe.session.probes import Hit, Probe, State
 from gdb_kprobe.session.session import Detached
+from gdb_kprobe.session.stats import Count, Reading
 
 _NAMED = 5
 """Functions that a message names at most."""
+_HEAR_EVERY = 64
+"""Functions between two looks for a Ctrl-C."""
 
 __all__ = [
+    "AdoptResult",
+    "AttachResult",
     "Attachment",
+    "Count",
+    "Definition",
+    "Detached",
+    "Finding",
     "FunctionInfo",
     "GuestInfo",
     "Handler",
+    "HandlerInfo",
     "Hit",
     "HitContext",
+    "LoadedSymbols",
     "Place",
     "Probe",
+    "Reading",
     "RegionInfo",
+    "Run",
     "SiteInfo",
     "State",
     "add",
     "add_many",
     "add_matching",
     "address",
+    "adopt",
     "attach",
     "attachment",
     "check",
+    "clones",
+    "counts",
     "delete",
     "delete_many",
     "detach",
+    "doctor",
     "function",
     "get",
     "guest",
+    "handler",
+    "is_attached",
     "is_quiet",
+    "is_running",
+    "load_symbols",
+    "matching",
+    "modules",
     "named",
+    "need_attached",
     "on_hit",
     "original",
     "place",
     "plan",
+    "planned",
     "probe",
     "probes",
+    "profile",
     "read",
     "redirected",
     "region",
+    "resume_until",
+    "run",
     "run_until",
+    "sample",
     "set_enabled",
     "site",
     "sites",
     "state",
+    "stop_after_hit",
+    "survey",
     "uninterrupted",
+    "wait_for_kernel",
+    "watch",
 ]
 
 _H = TypeVar("_H", bound=Handler)
-
-
-def attach(profile: str | None = None, dispatch: Dispatch = Dispatch.AUTO) -> Attached:
-    """Attach to the guest of *profile* (a name in configs/, or a file) and arm what was added before."""
-    the_plugin = plugin.the_plugin()
-    attached, _ = the_plugin.attach(the_plugin.profile(profile), dispatch)
-    return attached
-
-
-def detach() -> Detached:
-    """Undo everything in the guest. gdb stays connected, the guest stopped."""
-    return plugin.the_plugin().detach()
 
 
 def add(
@@ -134,6 +185,11 @@ def add(
 
     *pre* is called before the probed instruction, *post* after it (which needs the single-step rung). With *stop* a hit
     gives the user the prompt, at the probe; one that the definition's condition rejects stops nothing.
+
+    :raises RefusedError: a rule forbids it; says which.
+    :raises NameTakenError: there is a probe of its name.
+    :raises GuestStateError: the guest runs.
+    :raises KprobeError: *definition* cannot be read.
     """
     the_plugin = plugin.the_plugin()
     new = Probe(_parse(definition), pre, post, enabled, settings.settings().strategy, stop=stop)
@@ -170,7 +226,16 @@ def add_matching(
 
     Returns those that are armed, and those that cannot be, each with the reason. *progress* is told how many of how
     many were tried; what it raises ends it, and none is added.
+
+    :raises KprobeError: no function's name matches.
+    :raises KeyboardInterrupt: by a Ctrl-C; none is added.
     """
+
+    def tried(done: int) -> None:
+        if done % _HEAR_EVERY == 0:
+            raise_ctrl_c()
+        progress(done, len(new))
+
     link = plugin.the_plugin().need_link()
     strategy = settings.settings().strategy
     with link.stopped():
@@ -187,7 +252,7 @@ def add_matching(
                     "kallsyms lists init functions for ever; choose functions that stay",
                 )
             raise KprobeError(f"no function's name matches {pattern}", "'kprobe add PREFIX<TAB>' completes symbols")
-        refused = link.session.add_many(new, lambda done: progress(done, len(new)))
+        refused = link.session.add_many(new, tried)
     return _without(new, refused), refused
 
 
@@ -197,7 +262,10 @@ def _without(probes: Iterable[Probe], refused: Iterable[tuple[Probe, KprobeError
 
 
 def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:
-    """Decorate a function as the handler of a new probe; with *post* it runs after the instruction."""
+    """Decorate a function as the handler of a new probe; with *post* it runs after the instruction.
+
+    Errors are those of :func:`add`.
+    """
 
     def decorate(handler: _H) -> _H:
         add(definition, post=handler) if post else add(definition, handler)
@@ -207,7 +275,12 @@ def probe(definition: str, *, post: bool = False) -> Callable[[_H], _H]:
 
 
 def plan(definition: str) -> tuple[Probe, Place, Plan]:
-    """Plan a probe and change nothing; the probe returned is not added."""
+    """Plan a probe and change nothing; the probe returned is not added.
+
+    :raises RefusedError: a rule forbids it; says which.
+    :raises GuestStateError: the guest runs.
+    :raises KprobeError: not attached, or *definition* cannot be read.
+    """
     link = plugin.the_plugin().need_link()
     new = Probe(_parse(definition))
     with link.stopped():
@@ -222,7 +295,10 @@ def probes() -> tuple[Probe, ...]:
 
 
 def get(name: str) -> Probe:
-    """The probe called *name*."""
+    """The probe called *name*.
+
+    :raises KprobeError: there is none.
+    """
     found = next((probe for probe in probes() if probe.name == name), None)
     if found is None:
         raise KprobeError(
@@ -232,7 +308,10 @@ def get(name: str) -> Probe:
 
 
 def named(text: str, command: str) -> tuple[Probe, ...]:
-    """The probes that the words of *text* name; ``all`` is all of them."""
+    """The probes that the words of *text* name; ``all`` is all of them. *command* is for the message of an error.
+
+    :raises KprobeError: there is no probe of such a name, or there are no words.
+    """
     words = text.split()
     if not words:
         raise KprobeError(f"{command}: which probe?", "give names, or 'all'; 'kprobe list' shows them")
@@ -240,7 +319,11 @@ def named(text: str, command: str) -> tuple[Probe, ...]:
 
 
 def set_enabled(probe: Probe, enabled: bool) -> None:
-    """Enable or disable *probe*, also while the guest runs in the background if its hits are handled there."""
+    """Enable or disable *probe*, also while the guest runs in the background if its hits are handled there.
+
+    :raises GuestStateError: the guest runs, and that needs more than one store.
+    :raises KprobeError: *probe* was deleted.
+    """
     the_plugin = plugin.the_plugin()
     if probe in the_plugin.pending:
         probe.enabled = enabled
@@ -256,7 +339,11 @@ def set_enabled(probe: Probe, enabled: bool) -> None:
 
 
 def delete(probe: Probe) -> None:
-    """Delete *probe*."""
+    """Delete *probe*.
+
+    :raises GuestStateError: the guest runs.
+    :raises KprobeError: *probe* was deleted already.
+    """
     the_plugin = plugin.the_plugin()
     if probe in the_plugin.pending:
         the_plugin.pending.remove(probe)
@@ -267,7 +354,10 @@ def delete(probe: Probe) -> None:
 
 
 def delete_many(probes: Iterable[Probe]) -> None:
-    """Delete *probes*."""
+    """Delete *probes*.
+
+    :raises GuestStateError: the guest runs.
+    """
     the_plugin = plugin.the_plugin()
     names = {probe.name for probe in probes}
     the_plugin.pending = [probe for probe in the_plugin.pending if probe.name not in names]
@@ -275,36 +365,6 @@ def delete_many(probes: Iterable[Probe]) -> None:
         with the_plugin.link.stopped():
             session = the_plugin.link.session
             session.delete_many(probe for probe in session.probes if probe.name in names)
-
-
-def run_until(seconds: float | None = None, probe: Probe | None = None, hits: int = 1) -> bool:
-    """Let the guest run, and stop it again after *seconds*, or when *probe* was hit *hits* times more.
-
-    Counters are read a hundred times a second: there may be some hits more. Returns whether the guest ran to that end;
-    ``False``: *probe* was not hit so often in *seconds*, or something else has stopped the guest.
-    """
-    if seconds is None and probe is None:
-        raise KprobeError("run_until: neither seconds nor a probe", "without an end it is gdb.execute('continue')")
-    if (seconds is not None and not 0 < seconds < float("inf")) or hits < 1:
-        raise KprobeError(f"run_until: {seconds} seconds, {hits} hits", "both are to be above 0")
-    until = Until(plugin.the_plugin().need_link(), seconds, probe, hits)
-    until.run()
-    if is_running():
-        raise KprobeError(
-            "the guest runs: this front end does not wait for it", "wait for its stop; or 'set mi-async off' first"
-        )
-    return until.is_reached
-
-
-def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = None) -> Callable[[], None]:
-    """Have *listener* called at each hit, before the probe's handler; returns the function that ends that.
-
-    :param probes: those at whose hits *listener* is called; ``None``: all probes. Other probes go on as before.
-    """
-    link = plugin.the_plugin().need_link()
-    with link.stopped():
-        link.session.listen(listener, probes)
-    return lambda: link.session.unlisten(listener)
 
 
 def _at_entry(place: Place, *, by_address: bool) -> ProbeSpec:

@@ -14,7 +14,7 @@ _TOTALS = "interrupt the guest, then 'kprobe stats' shows the totals"
 _BACKING = "start QEMU with its RAM in a file (docs/guide/your-own-qemu.md)"
 
 
-def read(link: Link, probes: Sequence[Probe]) -> Reading:
+def read_now(link: Link, probes: Sequence[Probe]) -> Reading:
     """What *probes* have counted, now.
 
     :raises GuestStateError: the guest runs, and its counters cannot be read meanwhile.

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.guest.linux import LinuxGuest
+from gdb_kprobe.guest.survey import survey as classify
+from gdb_kprobe.guest.symbol_text import read_references
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.survey import Survey
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.session import inspect
 from gdb_kprobe.session.check import Examination, examine
-from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, RegionInfo, SiteInfo
+from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, HandlerInfo, RegionInfo, SiteInfo
 from gdb_kprobe.session.probes import Probe, State
 
 
@@ -65,6 +73,46 @@ def redirected(probe: Probe) -> str:
     """Why the hits of *probe* are not the calls of its function, as of the last stop; empty: they are."""
     link = plugin.the_plugin().link
     return "" if link is None else link.session.redirected(probe)
+
+
+def planned(probe: Probe) -> Plan | None:
+    """The plan that *probe* is armed by, or is to be when it is enabled; ``None`` while it has no site."""
+    link = plugin.the_plugin().link
+    found = None if link is None else link.session.table.of(probe)
+    return None if found is None else found.plan
+
+
+def handler(probe: Probe) -> HandlerInfo | None:
+    """What a hit of *probe* runs inside the guest; ``None``: it has no site, or the host handles every hit there."""
+    link = plugin.the_plugin().link
+    return None if link is None else inspect.handler_of(link.session, probe)
+
+
+def matching(prefix: str) -> tuple[str, ...]:
+    """The guest's functions whose names begin with *prefix*, as a definition names them: ``SYMBOL``, ``MODULE:SYMBOL``.
+
+    Nothing is read from the guest for it. None while not attached.
+    """
+    link = plugin.the_plugin().link
+    return () if link is None else tuple(link.session.guest.match(prefix))
+
+
+def modules() -> tuple[str, ...]:
+    """The names of the guest's modules whose text may be probed: not of those that are coming, or going.
+
+    :raises KprobeError: not attached.
+    """
+    return tuple(plugin.the_plugin().need_link().session.guest.loaded_modules())
+
+
+def clones(place: Place) -> tuple[str, ...]:
+    """The names of other functions that the compiler has made of the source of the one at *place*: ``elf_map.isra.0``.
+
+    A call of the function in the source may be a call of any of them.
+
+    :raises KprobeError: not attached.
+    """
+    return plugin.the_plugin().need_link().session.guest.clones_of(place)
 
 
 def is_quiet() -> bool:
@@ -139,3 +187,29 @@ def check(where: str) -> Examination:
         return examine(
             session.guest, session.table.text, session.region.slots, location, policy.rungs, policy.boost, goes
         )
+
+
+def survey(progress: Callable[[int, int], None] = lambda done, of: None) -> Survey:
+    """Classify every instruction of the guest's text by the best rung, or the reason why it has none.
+
+    It takes half a minute; the guest must be stopped only for the begin of it.
+
+    :param progress: called with how many bytes of how many are done, about a hundred times.
+    :raises GuestStateError: the guest runs.
+    :raises KprobeError: not attached, or the guest is no Linux, which says where its text is.
+    :raises KeyboardInterrupt: by a Ctrl-C.
+    """
+    link = plugin.the_plugin().need_link()
+    session, policy = link.session, link.profile.policy
+    found = session.guest
+    if not isinstance(found, LinuxGuest):
+        raise KprobeError(
+            "'kprobe check --all' is for Linux guests, which say where their text is",
+            "'kprobe check SYMBOL' checks one place",
+        )
+    with link.stopped():
+        found.refresh()
+        snapshot = found.snapshot(session.table.text)
+    with interruptible():
+        references = read_references(snapshot) if Rung.OPTIMIZED in policy.rungs else None
+        return classify(found, snapshot, session.region.slots.area, policy.boost, progress, references)

@@ -6,12 +6,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import gdb
 
-from gdb_kprobe.config.installation import CONFIGS
-from gdb_kprobe.config.load import find_profile, load_profile
 from gdb_kprobe.config.profile import KernelKind, Profile, SharedMemory
 from gdb_kprobe.errors import (
     ConnectionLostError,
@@ -29,8 +26,11 @@ from gdb_kprobe.gdbext.guard import Guard, guard_connection
 from gdb_kprobe.gdbext.signals import InterruptWatch, sigint_takers, uninterrupted
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, CpuId, Dispatch, PhysAddr, VirtAddr
+from gdb_kprobe.region.counters import Counter
+from gdb_kprobe.region.definitions import Definition
 from gdb_kprobe.session.attach import Attached, attach
 from gdb_kprobe.session.hits.stepping import Step
+from gdb_kprobe.session.inspect import AdoptResult, AttachResult
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.recovery.orphans import find_leftover
 from gdb_kprobe.session.rescue import ENDED, cut, rescue
@@ -67,6 +67,9 @@ class Link:
         self.interrupts = InterruptWatch(self.descriptor)
         self.watchdog = Watchdog(None)
         self.attached: Attached | None = None
+        self.stop_requested = False
+        """The next stop at a hit is the user's."""
+        self._is_left_taken = False
 
     @property
     def session(self) -> Session:
@@ -79,6 +82,12 @@ class Link:
         """The session's view of the guest's memory."""
         assert self.attached is not None
         return self.attached.memory
+
+    def take_left(self) -> tuple[tuple[Definition, Counter | None], ...]:
+        """The probes that a session before left in the guest; nothing the second time, for a counter has one owner."""
+        assert self.attached is not None
+        left, self._is_left_taken = () if self._is_left_taken else self.attached.left, True
+        return left
 
     def has_ended(self) -> bool:
         """Whether QEMU, which was on this host, is no more. One that is ending has a moment to do so."""
@@ -189,8 +198,6 @@ class Plugin:
         self.link: Link | None = None
         self.pending: list[Probe] = []
         """Defined before there was a guest; armed by the next attach."""
-        self.stop_requested = False
-        """A trace has shown all it was asked for: the next stop is the user's."""
         self._settling = False
         self._takers: set[int] = set()
         """Threads of the user's that were warned of."""
@@ -208,22 +215,8 @@ class Plugin:
             raise KprobeError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
         return self.link
 
-    def profile(self, name: str | None) -> Profile:
-        """:raises ConfigError: there is no such profile, or it is wrong."""
-        wanted = name or settings.settings().profile
-        if not wanted:
-            raise KprobeError(
-                "which guest? no profile was given",
-                f"'kprobe attach NAME', with a file or one of {CONFIGS} ('plain' is for any 'qemu -s'); or 'set kprobe "
-                "profile NAME' once",
-            )
-        return load_profile(find_profile(wanted, (Path.cwd(), CONFIGS)))
-
-    def attach(self, profile: Profile, dispatch: Dispatch = Dispatch.AUTO) -> tuple[Attached, list[tuple[Probe, str]]]:
-        """Attach to the guest of *profile*, over gdb's connection if there is one, and arm what is pending.
-
-        Returns what was found, and the pending probes that could not be armed, each with the reason.
-        """
+    def attach(self, profile: Profile, dispatch: Dispatch, *, arm_noted: bool) -> AttachResult:
+        """Attach to the guest of *profile*, over gdb's connection if there is one; *arm_noted*: arm what is pending."""
         if self.link is not None:
             raise KprobeError("attached already", "'kprobe detach' first")
         if gdb.parameter("non-stop"):
@@ -231,13 +224,13 @@ class Plugin:
         was_connected = is_connected()
         connect(profile)
         try:
-            return self._attach(profile, dispatch)
+            return self._attach(profile, dispatch, arm_noted)
         except ReportedError as error:
             if not was_connected and is_connected():
                 error.hint = "; ".join(filter(None, (error.hint, STOPPED)))
             raise
 
-    def _attach(self, profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[Probe, str]]]:
+    def _attach(self, profile: Profile, dispatch: Dispatch, arm_noted: bool) -> AttachResult:
         link = Link(profile)
         try:
             # What is armed in a bare-metal guest is found by its profile only: the watchdog could not see to it.
@@ -260,7 +253,14 @@ class Plugin:
         if self._guard is not None:
             self._guard.release()
             self._guard = None
-        refused: list[tuple[Probe, str]] = []
+        attached, refused = link.attached, self._arm_noted(link) if arm_noted else ()
+        messages = (*attached.messages, *filter(None, [attached.lacks]))
+        left = tuple(definition for definition, _ in attached.left)
+        return AttachResult(messages, left, refused, attached.seconds)
+
+    def _arm_noted(self, link: Link) -> tuple[tuple[Probe, KprobeError], ...]:
+        """Arm what is pending; returns what cannot be, which stays pending, each with the reason."""
+        refused: list[tuple[Probe, KprobeError]] = []
         waiting, self.pending = self.pending, []
         for number, probe in enumerate(waiting):
             try:
@@ -268,30 +268,27 @@ class Plugin:
                     link.session.add(probe)
             except KprobeError as error:
                 self.pending.append(probe)
-                refused.append((probe, str(error)))
+                refused.append((probe, error))
             except BaseException:
                 self.pending += waiting[number:]
                 raise
-        return link.attached, refused
+        return tuple(refused)
 
-    def adopt(self, attached: Attached) -> tuple[list[Probe], list[tuple[str, str]]]:
-        """Add the probes that a session before left in the guest, with their counts.
-
-        Returns them, and the definitions of those that cannot be, each with the reason.
-        """
+    def adopt(self) -> AdoptResult:
+        """Add the probes that a session before left in the guest, with their counts."""
         link = self.need_link()
         probes: list[Probe] = []
-        refused: list[tuple[str, str]] = []
-        for definition, counter in attached.left:
+        refused: list[tuple[str, KprobeError]] = []
+        for definition, counter in link.take_left():
             try:
                 probes.append(adopt(definition, parse_definition(definition.text), counter))
             except KprobeError as error:
-                refused.append((definition.text, str(error)))
+                refused.append((definition.text, error))
         with link.stopped():
             link.session.guest.refresh()
-            not_added = {id(probe): str(error) for probe, error in link.session.add_many(probes)}
+            not_added = {id(probe): error for probe, error in link.session.add_many(probes)}
         refused += [(str(probe.spec), not_added[id(probe)]) for probe in probes if id(probe) in not_added]
-        return [probe for probe in probes if id(probe) not in not_added], refused
+        return AdoptResult(tuple(probe for probe in probes if id(probe) not in not_added), tuple(refused))
 
     def detach(self) -> Detached:
         """Undo everything in the guest. gdb stays connected, the machine stopped.
@@ -351,7 +348,7 @@ class Plugin:
             link.stub.forget()
             link.stub.select(cpu)
             flush_registers()
-        return stop or self.stop_requested or link.interrupts.overdue
+        return stop or link.stop_requested or link.interrupts.overdue
 
     def original_of(self, rip: int, rsp: int) -> tuple[VirtAddr, int] | None:
         """RIP and RSP that a frame of ours with these stands for, in a slot or at the gate; else ``None``."""
@@ -471,6 +468,7 @@ class Plugin:
             self._look_for_leftovers()
             return
         self._settling = True
+        link.stop_requested = False
         try:
             link.interrupts.stopped()
             link.settle()

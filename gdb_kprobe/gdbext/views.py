@@ -22,7 +22,8 @@ from gdb_kprobe.render.views import (
     ProbeView,
 )
 from gdb_kprobe.session.check import Examination
-from gdb_kprobe.session.probes import Hit, Probe, Site
+from gdb_kprobe.session.inspect import HandlerInfo
+from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.stats import Change, Reading, changes, fastest, sum_of
 from gdb_kprobe.x86.decode import DecodeError, iter_insns
 
@@ -88,16 +89,8 @@ def plan_view(probe: Probe, place: Place, plan: Plan) -> PlanView:
     )
 
 
-def handler_view(probe: Probe, site: Site) -> HandlerView | None:
-    """What a hit of *probe* at *site* runs inside the guest; ``None`` when the host handles it."""
-    service, counter = site.service, probe.counter
-    mine = next((one for one in site.handlers if counter is not None and one.data == counter.addr), None)
-    if mine is None or (site.action is not None and site.action.always):
-        return None
-    code: tuple[InsnView, ...] = ()
-    if service is not None:
-        code = listing(service.handling.code, service.handling.entry)
-    return HandlerView(tuple(text(insn) for insn in mine.program.checked.program), code)
+def handler_view(inside: HandlerInfo) -> HandlerView:
+    return HandlerView(tuple(text(insn) for insn in inside.program), listing(inside.code, inside.entry))
 
 
 def listing(code: bytes, at: VirtAddr) -> tuple[InsnView, ...]:

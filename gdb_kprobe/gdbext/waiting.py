@@ -1,16 +1,15 @@
-"""``kprobe attach --wait``: let a booting guest run until its kernel is up."""
+"""The part of the Python API that lets a booting guest run until its kernel is up (``kprobe attach --wait``)."""
 
 from __future__ import annotations
 
 import time
-
-import gdb
+from collections.abc import Callable
 
 from gdb_kprobe.config.profile import KernelKind, Profile
 from gdb_kprobe.errors import GuestPanickedError, GuestResetError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
-from gdb_kprobe.gdbext.commands.base import write
 from gdb_kprobe.gdbext.plugin import connect
+from gdb_kprobe.gdbext.profiles import chosen
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.guest.bare import open_bare
 from gdb_kprobe.guest.linux import open_linux
@@ -30,13 +29,16 @@ PATIENCE = 300.0
 """Seconds after which a kernel that is still not up is not waited for any more."""
 
 
-def wait_for_kernel(profile: Profile) -> None:
-    """Run the guest of *profile* in slices until an attach can succeed. Ctrl-C ends the waiting, the guest stopped.
+def wait_for_kernel(profile: Profile | str | None = None, tell: Callable[[str], None] = lambda why: None) -> None:
+    """Let a guest that is booting run until its kernel is up; then it is stopped, and can be attached to.
 
+    :param profile: that of the guest, or the name of one (:func:`profile`).
+    :param tell: called with what the kernel lacks, whenever that is something else.
     :raises GuestPanickedError: its kernel has panicked.
-    :raises GuestStateError: it is not up after :data:`PATIENCE` seconds; says what was seen last.
-    :raises KeyboardInterrupt: the user has pressed Ctrl-C.
+    :raises GuestStateError: it is not up after 300 seconds; says what was seen last.
+    :raises KeyboardInterrupt: by a Ctrl-C, which ends the waiting, the guest stopped.
     """
+    profile = chosen(profile)
     connect(profile)
     channel = GdbChannel()
     channel.heeds_ctrl_c = True
@@ -56,8 +58,7 @@ def wait_for_kernel(profile: Profile) -> None:
                     if isinstance(error, GuestPanickedError) or time.monotonic() > deadline:
                         raise
                     if error.message != last:
-                        write(f"waiting: {error.message}")
-                        gdb.flush()
+                        tell(error.message)
                     last = error.message
                 looked = time.monotonic() - started
                 channel.run_for(min(max(SLICE, _SHARE * looked), MOST))

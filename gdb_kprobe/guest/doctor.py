@@ -26,7 +26,12 @@ _FIXED: Final = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; *remedy* is what to do where it could be better, empty where it is well."""
+    """One thing that was looked at.
+
+    :ivar what: its name, a word or two.
+    :ivar state: how it is.
+    :ivar remedy: what to do where it could be better; empty where it is well.
+    """
 
     what: str
     state: str

@@ -41,7 +41,16 @@ assert _COUNTER.size == ENABLE + 4
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A probe of another session: *text* as it is parsed, the address of its *counter*, and what that says."""
+    """A probe of another session, as the region has it.
+
+    :ivar text: its definition.
+    :ivar strategy: the one rung that was asked for; ``None``: the best there is.
+    :ivar had_handler: it had a handler in Python, which was in the memory of its gdb alone.
+    :ivar counter: the address of its counter.
+    :ivar hits: what that says.
+    :ivar missed: the same of misses.
+    :ivar enabled: whether it was enabled.
+    """
 
     text: str
     strategy: Rung | None

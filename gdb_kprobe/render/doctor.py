@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gdb_kprobe.guest.doctor import Finding
 
-def doctor(findings: Sequence[tuple[str, str, str]]) -> str:
-    """A line for each of *findings* (what, its state, what to do), with what to do below it."""
-    width = max((len(what) for what, _, _ in findings), default=0)
+
+def doctor(findings: Sequence[Finding]) -> str:
+    """A line for each of *findings*, with what to do below it."""
+    width = max((len(finding.what) for finding in findings), default=0)
     lines = []
-    for what, state, remedy in findings:
-        lines.append(f"{'! ' if remedy else '  '}{what:{width}}  {state}")
-        if remedy:
-            lines.append(f"{'':{width + 4}}hint: {remedy}")
+    for finding in findings:
+        lines.append(f"{'! ' if finding.remedy else '  '}{finding.what:{width}}  {finding.state}")
+        if finding.remedy:
+            lines.append(f"{'':{width + 4}}hint: {finding.remedy}")
     return "\n".join(lines)

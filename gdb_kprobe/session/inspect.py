@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gdb_kprobe.bpf.insn import BpfInsn
+from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.guest.function_text import FunctionText
 from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.guest.linux import LinuxGuest
+from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.model import PAGE_SIZE, AddressRange, PhysAddr, Refusal, Rung, VirtAddr, offset
+from gdb_kprobe.region.definitions import Definition
 from gdb_kprobe.region.directory import RegionObject
 from gdb_kprobe.region.layout import FIRST_PAGE
 from gdb_kprobe.session.probes import Probe, Site
@@ -96,6 +100,7 @@ class GuestInfo:
     :ivar slide: how far KASLR has moved the kernel, in bytes.
     :ivar build_id: that of the kernel's ELF notes; zeros where there is none.
     :ivar bp_entry: the first instruction of the guest's handler of int3.
+    :ivar rules: those by which the guest's own kprobes boost an instruction, by a version of Linux that has them.
     :ivar vcpus: how many vCPUs QEMU's stub has; while the guest runs, those of the last stop.
     """
 
@@ -104,6 +109,7 @@ class GuestInfo:
     slide: int
     build_id: bytes
     bp_entry: VirtAddr
+    rules: Rules
     vcpus: int
 
 
@@ -126,6 +132,48 @@ class Attachment:
     types: str
     stops: int
     watchdog: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttachResult:
+    """What was found by an attach.
+
+    :ivar messages: what the user should know, a sentence each.
+    :ivar left: the probes that an earlier gdb left in the guest; their text is restored.
+    :ivar refused: noted probes that cannot be armed, each with the reason; they are still noted.
+    :ivar seconds: how long it took to make a session of the connection.
+    """
+
+    messages: tuple[str, ...]
+    left: tuple[Definition, ...]
+    refused: tuple[tuple[Probe, KprobeError], ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptResult:
+    """What has become of the probes that an earlier gdb left in the guest.
+
+    :ivar probes: those that were added, with their counts.
+    :ivar refused: definitions of the others, each with the reason.
+    """
+
+    probes: tuple[Probe, ...]
+    refused: tuple[tuple[str, KprobeError], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerInfo:
+    """What a hit of one probe runs inside the guest.
+
+    :ivar program: the eBPF program, an instruction each.
+    :ivar entry: where its code begins, which is that of all probes at the place; 0 where the code is part of the slot.
+    :ivar code: the bytes from there on; empty where the code is part of the slot.
+    """
+
+    program: tuple[BpfInsn, ...]
+    entry: VirtAddr
+    code: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +220,20 @@ def _site(session: Session, site: Site) -> SiteInfo:
     )
 
 
+def handler_of(session: Session, probe: Probe) -> HandlerInfo | None:
+    """What a hit of *probe* runs inside the guest; ``None``: it has no site, or the host handles every hit there."""
+    site, counter = session.table.of(probe), probe.counter
+    if site is None or counter is None or (site.action is not None and site.action.always):
+        return None
+    mine = next((one for one in site.handlers if one.data == counter.addr), None)
+    if mine is None:
+        return None
+    program = tuple(mine.program.checked.program)
+    if site.service is None:
+        return HandlerInfo(program, VirtAddr(0), b"")
+    return HandlerInfo(program, site.service.handling.entry, site.service.handling.code)
+
+
 def region_of(session: Session) -> RegionInfo:
     """The session's region."""
     region, header, slots = session.region, session.region.header, session.region.slots
@@ -198,6 +260,7 @@ def guest_of(session: Session, vcpus: int) -> GuestInfo:
         0 if linux is None else linux.image.slide,
         guest.build_id,
         guest.bp_entry,
+        guest.boost_rules,
         vcpus,
     )
 

@@ -15,7 +15,11 @@ from gdb_kprobe.target.protocols import PhysicalMemory
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What one probe has counted since it was added."""
+    """What one probe has counted since it was added.
+
+    :ivar hits: how often it was hit.
+    :ivar missed: how often the instruction ran without its handlers.
+    """
 
     hits: int
     missed: int
@@ -23,7 +27,11 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The counts of probes by name, at *moment* (``time.monotonic()``, in seconds)."""
+    """What probes had counted at one moment.
+
+    :ivar moment: ``time.monotonic()``, in seconds.
+    :ivar counts: of each probe, by its name.
+    """
 
     moment: float
     counts: dict[str, Count]

@@ -121,25 +121,30 @@ def members(enumeration: str) -> tuple[Reason, ...]:
     return tuple(found)
 
 
+_API = ("profiles", "waiting", "sessions", "api", "runs", "inspect", "doctor", "symbols", "channel", "signals")
+"""The modules of ``gdbext`` whose functions the Python API exports, in the order of the page."""
+
+
 def api() -> tuple[Function, ...]:
-    """The functions of the Python API: what acts, what asks, in the order of the two files, and one from elsewhere."""
-    path = PACKAGE / "gdbext" / "api.py"
-    tree = _tree(path)
-    (exported,) = (
+    """The functions of the Python API."""
+    exported = _exported()
+    functions = [function for name in _API for function in _functions(_tree(PACKAGE / "gdbext" / f"{name}.py").body)]
+    return tuple(function for function in functions if function.name in exported)
+
+
+def _exported() -> set[str]:
+    """What ``api.py`` exports."""
+    (names,) = (
         ast.literal_eval(node.value)
-        for node in tree.body
+        for node in _tree(PACKAGE / "gdbext" / "api.py").body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    asking, signals = (_tree(PACKAGE / "gdbext" / name) for name in ("inspect.py", "signals.py"))
-    functions = [*_functions(tree.body), *_functions(asking.body), *_functions(signals.body)]
-    return tuple(function for function in functions if function.name in exported)
+    return set(names)
 
 
 def exported_classes() -> set[str]:
     """What else ``api.py`` exports: classes, and types."""
-    tree = _tree(PACKAGE / "gdbext" / "api.py")
-    return {name for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-            for name in ast.literal_eval(node.value)} - {function.name for function in api()}  # fmt: skip
+    return _exported() - {function.name for function in api()}
 
 
 def hit_context() -> tuple[Class, ...]:
@@ -158,12 +163,24 @@ def probe() -> Class:
     return _class(PACKAGE / "session" / "probes.py", "Probe")
 
 
+_ANSWERS = {
+    "gdbext/symbols.py": ("LoadedSymbols",),
+    "gdbext/until.py": ("Run",),
+    "guest/doctor.py": ("Finding",),
+    "guest/guest.py": ("Place",),
+    "region/definitions.py": ("Definition",),
+    "session/probes.py": ("State",),
+    "session/session.py": ("Detached",),
+    "session/stats.py": ("Reading", "Count"),
+}
+"""Values that functions of the API answer with, beside those of ``session/inspect.py``."""
+
+
 def answers() -> tuple[Class, ...]:
     """What the functions that ask answer with."""
-    session = PACKAGE / "session"
-    path = session / "inspect.py"
+    path = PACKAGE / "session" / "inspect.py"
     found = [_class(path, node.name) for node in _tree(path).body if isinstance(node, ast.ClassDef)]
-    return (*found, _class(PACKAGE / "guest" / "guest.py", "Place"), _class(session / "probes.py", "State"))
+    return (*found, *(_class(PACKAGE / file, name) for file, names in _ANSWERS.items() for name in names))
 
 
 def errors() -> tuple[Class, ...]:

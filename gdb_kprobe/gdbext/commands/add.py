@@ -9,18 +9,15 @@ from collections import Counter
 from collections.abc import Collection
 
 from gdb_kprobe.errors import KprobeError, NameTakenError, RefusedError
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, Progress, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.signals import interruptible
 
 _PATTERN = re.compile(r"(?:\w+:)?[\w.]*[*?\[][\w.*?\[\]!-]*")
 _DISABLED, _ALL = "--disabled", "--all-functions"
 _MANY = 2000
 """From that many functions on, progress is shown."""
-_HEAR_EVERY = 64
-"""Functions between two looks for a Ctrl-C."""
 
 
 class Add(Command):
@@ -73,18 +70,17 @@ def add_definition(text: str, *, enabled: bool = True) -> None:
     started = time.monotonic()
     probe = api.add(text, enabled=enabled)
     taken = (time.monotonic() - started) * 1000
-    link = plugin.the_plugin().link
-    if link is None:
+    if not api.is_attached():
         write(f"{probe.name}: noted; it is armed by 'kprobe attach'.")
         return
     site = api.site(probe)
     if site is None:
-        write(f"{probe.name}: {_awaited(probe.spec.location.module, link.session.guest.loaded_modules())}")
+        write(f"{probe.name}: {_awaited(probe.spec.location.module, api.modules())}")
         return
     assert probe.place is not None
     state = f"armed, {site.rung}" if probe.enabled else "disabled"
     write(f"{probe.name}: {probe.place.in_full} ({site.insn}) {state}, in {taken:.0f} ms.")
-    clones = link.session.guest.clones_of(probe.place)
+    clones = api.clones(probe.place)
     if clones:
         write(f"Note: the compiler made others of this function, which are not probed by it: {', '.join(clones)}.")
 
@@ -102,9 +98,6 @@ def add_matching(pattern: str) -> None:
     tell = Progress(lambda done, of: f"{done} of {of} functions")
 
     def progress(done: int, of: int) -> None:
-        if done % _HEAR_EVERY == 0:
-            with interruptible():  # a Ctrl-C that came meanwhile is raised here
-                pass
         if of >= _MANY:
             tell(done, of)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import gdb
 
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
-from gdb_kprobe.gdbext.commands.attach import add_arguments, attach, profile_of
+from gdb_kprobe.gdbext.commands.attach import add_arguments, attach
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.model import Dispatch
-from gdb_kprobe.region.definitions import Definition
-from gdb_kprobe.session.probes import Probe
 
 
 class Adopt(Command):
@@ -28,18 +28,18 @@ class Adopt(Command):
 
     def run(self, argument: str) -> None:
         args = adopt_parser().parse_args(gdb.string_to_argv(argument))
-        attached, pending = attach(profile_of(args), Dispatch(args.dispatch))
-        probes, refused = plugin.the_plugin().adopt(attached)
-        write(f"Attached to {attached.guest.description}; {len(probes)} probe(s) taken over.")
-        for probe in probes[:_SHOWN]:
+        attached = attach(api.profile(args.profile, args.vmlinux), Dispatch(args.dispatch))
+        done = api.adopt()
+        write(f"Attached to {api.guest().description}; {len(done.probes)} probe(s) taken over.")
+        for probe in done.probes[:_SHOWN]:
             write(f"{probe.name}: {probe.place}, {probe.hits} hit(s), {probe.missed} missed.")
-        if len(probes) > _SHOWN:
-            write(f"... and {len(probes) - _SHOWN} more: 'kprobe list'.")
-        for name in _without_handler(probes, [definition for definition, _ in attached.left]):
+        if len(done.probes) > _SHOWN:
+            write(f"... and {len(done.probes) - _SHOWN} more: 'kprobe list'.")
+        for name in _without_handler(done.probes, attached.left):
             write(f"{name}: its handler in Python is gone with its gdb; it only counts.")
-        for text, reason in refused:
+        for text, reason in done.refused:
             write(f"not taken over: {text}: {reason}")
-        for probe, reason in pending:
+        for probe, reason in attached.refused:
             write(f"{probe.name}: not armed, still noted: {reason}")
 
     def candidates(self, text: str) -> list[str]:
@@ -50,7 +50,7 @@ _SHOWN = 20
 """Probes that are listed."""
 
 
-def _without_handler(probes: list[Probe], left: list[Definition]) -> list[str]:
+def _without_handler(probes: Iterable[api.Probe], left: Iterable[api.Definition]) -> list[str]:
     texts = {definition.text for definition in left if definition.had_handler}
     return [probe.name for probe in probes if probe.spec.text in texts]
 
@@ -68,14 +68,9 @@ class Restore(Command):
 
     def run(self, argument: str) -> None:
         args = _restore_parser().parse_args(gdb.string_to_argv(argument))
-        the_plugin = plugin.the_plugin()
-        pending, the_plugin.pending = the_plugin.pending, []
-        try:
-            attached, _ = attach(the_plugin.profile(args.profile), Dispatch.AUTO)
-            done = the_plugin.detach()
-        finally:
-            the_plugin.pending = pending
-        for definition, _ in attached.left[:_SHOWN]:
+        attached = attach(api.profile(args.profile), Dispatch.AUTO, arm_noted=False)
+        done = api.detach()
+        for definition in attached.left[:_SHOWN]:
             write(f"{definition.text}: {definition.hits} hit(s), {definition.missed} missed.")
         if not attached.left and not attached.messages:
             write("There was nothing to restore.")

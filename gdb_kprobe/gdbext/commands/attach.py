@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import gdb
 
-from gdb_kprobe.config.profile import KernelKind, Profile
-from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.config.profile import Profile
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.waiting import wait_for_kernel
 from gdb_kprobe.model import Dispatch
-from gdb_kprobe.session.attach import Attached
-from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.sites.modules import module_of
 
 
 class Attach(Command):
@@ -47,21 +40,22 @@ class Attach(Command):
 
     def run(self, argument: str) -> None:
         args = attach_parser().parse_args(gdb.string_to_argv(argument))
-        profile = profile_of(args)
+        profile = api.profile(args.profile, args.vmlinux)
         started = time.monotonic()
         if args.wait:
             with unpaged():
-                wait_for_kernel(profile)
-        attached, refused = attach(profile, Dispatch(args.dispatch))
-        session = attached.session
-        region = session.region.header
-        write(f"Attached to {attached.guest.description}; {len(session.machine.cpus())} vCPU(s).")
-        write(f"Hits are dispatched {'inside the guest' if session.dispatches_in_guest else 'by the stub'}.")
-        write(f"Region: {region.size >> 20} MiB at {region.virt:#x} (physical {region.phys:#x}).")
-        for probe in session.probes:
-            state = f"{probe.place} armed" if probe.place is not None else f"waits for module {module_of(probe)}"
-            write(f"{probe.name}: {state}.")
-        for probe, reason in refused:
+                api.wait_for_kernel(profile, tell_waiting)
+        attached = attach(profile, Dispatch(args.dispatch))
+        guest, region = api.guest(), api.region()
+        write(f"Attached to {guest.description}; {guest.vcpus} vCPU(s).")
+        write(f"Hits are dispatched {'inside the guest' if api.attachment().in_guest else 'by the stub'}.")
+        write(f"Region: {region.range.size >> 20} MiB at {region.range.start:#x} (physical {region.phys:#x}).")
+        refused = {id(probe) for probe, _ in attached.refused}
+        for probe in api.probes():
+            if id(probe) not in refused:
+                state = f"{probe.place} armed" if probe.place else f"waits for module {probe.spec.location.module}"
+                write(f"{probe.name}: {state}.")
+        for probe, reason in attached.refused:
             write(f"{probe.name}: not armed, still noted: {reason}")
         if profile.kernel.vmlinux is not None:
             write(f"Debug info: 'kprobe symbols' loads {profile.kernel.vmlinux} at the right addresses.")
@@ -88,28 +82,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("profile", nargs="?")
 
 
-def profile_of(args: argparse.Namespace) -> Profile:
-    """The profile that *args* name, changed as they say.
-
-    :raises KprobeError: there is no such profile, or no such vmlinux.
-    """
-    profile = plugin.the_plugin().profile(args.profile)
-    if args.vmlinux is None:
-        return profile
-    path = args.vmlinux.expanduser().absolute()
-    if profile.kernel.kind is not KernelKind.LINUX:
-        raise KprobeError("--vmlinux is for Linux guests", "load a bare-metal program with gdb's 'file'")
-    if not path.is_file():
-        raise KprobeError(f"--vmlinux: there is no file {path}", "the kernel's build has it at its top")
-    return replace(profile, kernel=replace(profile.kernel, vmlinux=path))
-
-
-def attach(profile: Profile, dispatch: Dispatch) -> tuple[Attached, list[tuple[Probe, str]]]:
-    """Attach, and say what was found on the way; the result is that of :meth:`Plugin.attach`."""
-    attached, refused = plugin.the_plugin().attach(profile, dispatch)
-    for message in (*attached.messages, *filter(None, [attached.lacks])):
+def attach(profile: Profile, dispatch: Dispatch, *, arm_noted: bool = True) -> api.AttachResult:
+    """Attach (:func:`api.attach`), and say what was found on the way."""
+    attached = api.attach(profile, dispatch, arm_noted=arm_noted)
+    for message in attached.messages:
         write(f"kprobe: {message}.")
-    return attached, refused
+    return attached
+
+
+def tell_waiting(why: str) -> None:
+    """Say what is waited for."""
+    write(f"waiting: {why}")
+    gdb.flush()
 
 
 def register() -> None:

@@ -9,16 +9,11 @@ from pathlib import Path
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.gdbext.views import check_view
-from gdb_kprobe.guest.linux import LinuxGuest
-from gdb_kprobe.guest.survey import survey as classify
-from gdb_kprobe.guest.symbol_text import read_references
-from gdb_kprobe.model import Rung
 from gdb_kprobe.render.check import check, survey
 
 
@@ -72,22 +67,9 @@ def _one(place: str) -> None:
 
 
 def _all(file: Path | None) -> None:
-    link = plugin.the_plugin().need_link()
-    session, boost = link.session, link.profile.policy.boost
-    guest = session.guest
-    if not isinstance(guest, LinuxGuest):
-        raise KprobeError(
-            "'kprobe check --all' is for Linux guests, which say where their text is",
-            "'kprobe check SYMBOL' checks one place",
-        )
-    with link.stopped():
-        guest.refresh()
-        snapshot, optimizes = guest.snapshot(session.table.text), Rung.OPTIMIZED in link.profile.policy.rungs
-    progress = Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text")
-    with interruptible():
-        references = read_references(snapshot) if optimizes else None
-        found = classify(guest, snapshot, session.region.slots.area, boost, progress, references)
-    write(survey(found, guest.description, guest.boost_rules))
+    found = api.survey(Progress(lambda done, of: f"{done * 100 // of} % of {of >> 20} MiB of text"))
+    guest = api.guest()
+    write(survey(found, guest.description, guest.rules))
     if file is not None:
         file.expanduser().write_text(json.dumps(found.as_json(guest.release), indent=2) + "\n")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from gdb_kprobe.config.installation import CONFIGS
 from gdb_kprobe.config.load import profile_names
 from gdb_kprobe.errors import ReportedError
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.language.completion import complete_definition
 
 Positional = Callable[[str], Iterable[str]]
@@ -65,8 +65,7 @@ def definition(text: str) -> list[str]:
 
 def places(token: str) -> list[str]:
     """Functions of the guest, and of one of its modules behind ``MODULE:``; nothing while not attached."""
-    link = plugin.the_plugin().link
-    return list(link.session.guest.match(token)) if link is not None and token else []
+    return list(api.matching(token)) if token else []
 
 
 def probes(token: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
 from gdb_kprobe.gdbext.views import handler_view, plan_view, probe_view
@@ -23,15 +23,13 @@ class Info(Command):
         if not argument:
             self._attachment()
             return
-        link = plugin.the_plugin().link
         for probe in api.named(argument, "kprobe info"):
             write(probe_info(probe_view(probe)))
-            site = link.session.table.of(probe) if link is not None else None
-            if site is not None and probe.place is not None:
-                write(plan_body(plan_view(probe, probe.place, site.plan)))
-                inside = handler_view(probe, site)
+            plan, inside = api.planned(probe), api.handler(probe)
+            if plan is not None and probe.place is not None:
+                write(plan_body(plan_view(probe, probe.place, plan)))
                 if inside is not None:
-                    write(handler(inside))
+                    write(handler(handler_view(inside)))
             if probe.last_error:
                 write(f"last error of its handler:\n{probe.last_error}")
 

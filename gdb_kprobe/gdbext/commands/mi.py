@@ -9,14 +9,13 @@ from typing import Any
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import api, plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands.adopt import adopt_parser
-from gdb_kprobe.gdbext.commands.attach import attach_parser, profile_of
+from gdb_kprobe.gdbext.commands.arguments import check_stats, counted, stats_parser
+from gdb_kprobe.gdbext.commands.attach import attach_parser, tell_waiting
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.errors import user_errors
-from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
-from gdb_kprobe.gdbext.views import plan_view
-from gdb_kprobe.gdbext.waiting import wait_for_kernel
+from gdb_kprobe.gdbext.views import plan_view, stats_view
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.stats import StatsView, as_data
 from gdb_kprobe.session.probes import Probe
@@ -48,16 +47,20 @@ def _attach(argv: list[str]) -> dict[str, Any]:
     be armed, each with a `reason`), `seconds`.
     """
     args = attach_parser().parse_args(argv)
-    profile = profile_of(args)
+    profile = api.profile(args.profile, args.vmlinux)
     if args.wait:
-        wait_for_kernel(profile)
-    attached, refused = plugin.the_plugin().attach(profile, Dispatch(args.dispatch))
-    region = attached.session.region.header
+        api.wait_for_kernel(profile, tell_waiting)
+    attached = api.attach(profile, Dispatch(args.dispatch))
+    region = api.region()
     return {
-        "guest": attached.guest.description,
-        "region": {"virt": hex(region.virt), "phys": hex(region.phys), "size": str(region.size)},
-        "messages": [*attached.messages, *filter(None, [attached.lacks])],
-        "refused": [{"definition": str(probe.spec), "reason": reason} for probe, reason in refused],
+        "guest": api.guest().description,
+        "region": {
+            "virt": hex(region.range.start),
+            "phys": hex(region.phys),
+            "size": str(region.range.size),
+        },
+        "messages": list(attached.messages),
+        "refused": [{"definition": str(probe.spec), "reason": str(reason)} for probe, reason in attached.refused],
         "seconds": f"{attached.seconds:.3f}",
     }
 
@@ -65,12 +68,11 @@ def _attach(argv: list[str]) -> dict[str, Any]:
 def _adopt(argv: list[str]) -> dict[str, Any]:
     """`probes` that were taken over, `refused` (definitions that could not be armed, each with a `reason`)."""
     args = adopt_parser().parse_args(argv)
-    the_plugin = plugin.the_plugin()
-    attached, _ = the_plugin.attach(profile_of(args), Dispatch(args.dispatch))
-    probes, refused = the_plugin.adopt(attached)
+    api.attach(api.profile(args.profile, args.vmlinux), Dispatch(args.dispatch))
+    done = api.adopt()
     return {
-        "probes": [_probe(probe) for probe in probes],
-        "refused": [{"definition": text, "reason": reason} for text, reason in refused],
+        "probes": [_probe(probe) for probe in done.probes],
+        "refused": [{"definition": text, "reason": str(reason)} for text, reason in done.refused],
     }
 
 
@@ -148,17 +150,21 @@ def _stats(argv: list[str]) -> dict[str, Any]:
     """`tables`, each as a line of `kprobe stats --json`: one of totals, or with `--interval` as many as `--count`
     says.
     """
-    args = parser("stats").parse_args(argv)
-    link = plugin.the_plugin().need_link()
-    probes = wanted(args.names)
-    check_arguments(args)
+    args = stats_parser("stats").parse_args(argv)
+    api.need_attached()
+    probes = counted(args.names)
+    check_stats(args)
     views: list[StatsView] = []
     if args.interval is None:
-        views.append(totals(link, probes, args.top))
+        views.append(stats_view(probes, None, api.counts(probes), args.top))
     else:
-        with contextlib.suppress(KeyboardInterrupt), link.interrupts.lent():  # then those that there are
-            for view in samples(link, probes, args.interval, args.count or 1, args.top):
-                views.append(view)
+
+        def tell(before: api.Reading, after: api.Reading) -> bool:
+            views.append(stats_view(probes, before, after, args.top))
+            return len(views) == (args.count or 1)
+
+        with contextlib.suppress(KeyboardInterrupt):  # then those that there are
+            api.sample(probes, args.interval, tell)
     return {"tables": [_strings(as_data(view)) for view in views]}
 
 

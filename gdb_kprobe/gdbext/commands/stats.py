@@ -8,15 +8,11 @@ from collections.abc import Sequence
 import gdb
 
 from gdb_kprobe.errors import GuestStateError
-from gdb_kprobe.gdbext import plugin
-from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.arguments import check_stats, counted, stats_parser
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
-from gdb_kprobe.gdbext.counters import need_live, read
 from gdb_kprobe.gdbext.output import InPlace, unpaged
-from gdb_kprobe.gdbext.plugin import Link
-from gdb_kprobe.gdbext.sampling import check_arguments, parser, samples, totals, wanted
-from gdb_kprobe.gdbext.ticker import Ticker
 from gdb_kprobe.gdbext.views import stats_view
 from gdb_kprobe.render.stats import StatsView, as_data, stats
 from gdb_kprobe.session.probes import Probe
@@ -44,25 +40,25 @@ class Stats(Command):
 
     def run(self, argument: str) -> None:
         args = _parser().parse_args(gdb.string_to_argv(argument))
-        check_arguments(args, live=args.live)
-        link = plugin.the_plugin().need_link()
-        probes = wanted(args.names)
+        check_stats(args, live=args.live)
+        api.need_attached()
+        probes = counted(args.names)
         if args.live:
-            if is_running():
+            if api.is_running():
                 raise GuestStateError("the guest runs already", "leave --live away: 'kprobe stats --interval 1'")
             if not args.json:
                 write("Ctrl-C stops the guest, and ends it.")
                 gdb.flush()
-            live = _Live(link, probes, args.count, args.top, args.json)
+            live = _Tables(probes, args.count, args.top, args.json, InPlace())
             with unpaged():
-                Ticker(link, args.interval or _INTERVAL, live.look).run()
+                api.watch(probes, args.interval or _INTERVAL, live.show)
         elif args.interval is None:
-            _show(totals(link, probes, args.top), args.json)
+            _show(stats_view(probes, None, api.counts(probes), args.top), args.json)
         else:
+            tables = _Tables(probes, args.count or 1, args.top, args.json)
             try:
-                with unpaged(), link.interrupts.lent():
-                    for view in samples(link, probes, args.interval, args.count or 1, args.top):
-                        _show(view, args.json)
+                with unpaged():
+                    api.sample(probes, args.interval, tables.show)
             except KeyboardInterrupt:
                 write("Ended; the guest runs on.")
 
@@ -71,7 +67,7 @@ class Stats(Command):
 
 
 def _parser() -> ArgumentParser:
-    made = parser("stats")
+    made = stats_parser("stats")
     made.add_argument("--live", action="store_true")
     made.add_argument("--json", action="store_true")
     return made
@@ -82,29 +78,25 @@ def _show(view: StatsView, as_json: bool) -> None:
     gdb.flush()
 
 
-class _Live:
-    """Shows a table each time that it is asked, *count* times."""
+class _Tables:
+    """Shows a table of each interval, *count* of them or any number; *screen*: each in the place of the one before."""
 
-    def __init__(self, link: Link, probes: Sequence[Probe], count: int | None, top: int | None, as_json: bool) -> None:
-        """:raises GuestStateError: the counters cannot be read while the guest runs."""
-        need_live(link, probes)
-        self._link = link
+    def __init__(
+        self, probes: Sequence[Probe], count: int | None, top: int | None, as_json: bool, screen: InPlace | None = None
+    ) -> None:
         self._probes = probes
         self._left = count
         self._top = top
         self._as_json = as_json
-        self._screen = InPlace()
-        self._before = read(link, probes)
+        self._screen = screen
 
-    def look(self) -> bool:
+    def show(self, before: api.Reading, after: api.Reading) -> bool:
         """Show the next one; whether it was the last."""
-        after = read(self._link, self._probes)
-        if self._as_json:
-            _show(stats_view(self._probes, self._before, after, self._top), as_json=True)
+        if self._screen is None or self._as_json:
+            _show(stats_view(self._probes, before, after, self._top), self._as_json)
         else:
             top = min(filter(None, (self._top, self._screen.rows)), default=None)
-            self._screen.show(stats(stats_view(self._probes, self._before, after, top)))
-        self._before = after
+            self._screen.show(stats(stats_view(self._probes, before, after, top)))
         if self._left is not None:
             self._left -= 1
         return self._left == 0

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-import gdb
-
-from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
-from gdb_kprobe.guest.linux import LinuxGuest
-from gdb_kprobe.linux.symbol_file import symbol_file
-from gdb_kprobe.linux.vmlinux import build_id_of
-from gdb_kprobe.model import AddressRange
 
 
 class Symbols(Command):
@@ -33,36 +25,11 @@ class Symbols(Command):
         return complete.paths(text)
 
     def run(self, argument: str) -> None:
-        link = plugin.the_plugin().need_link()
-        guest = link.session.guest
-        if not isinstance(guest, LinuxGuest):
-            raise KprobeError("only a Linux guest has kallsyms", "use gdb's 'symbol-file'")
-        path = Path(argument).expanduser() if argument else link.profile.kernel.vmlinux
-        if path is None:
-            with link.stopped():
-                guest.refresh()  # modules may have come since the last look
-                _load_kallsyms(guest)
-            return
-        found = build_id_of(path)
-        if found != guest.build_id:
-            raise KprobeError(
-                f"{path} is not the guest's kernel: its build id is {found.hex()}, the guest's {guest.build_id.hex()}",
-                f"the guest runs {guest.description}",
-            )
-        gdb.execute(f'symbol-file -o {guest.image.slide:#x} "{path}"', to_string=True)
-        write(f"Loaded {path} with offset {guest.image.slide:#x}.")
-
-
-def _load_kallsyms(guest: LinuxGuest) -> None:
-    symbols = [symbol for symbol in guest.kallsyms if symbol.type not in "aA" and symbol.addr >= guest.image.base]
-    image = AddressRange(guest.image.base, guest.image.end)
-    text = list(guest.text_ranges())
-    data = [AddressRange(end, image.end) for end in (window.end for window in text) if end in image]
-    with tempfile.NamedTemporaryFile(prefix="kallsyms-", suffix=".elf") as file:
-        file.write(symbol_file(symbols, text, data))
-        file.flush()
-        gdb.execute(f'symbol-file -readnow "{file.name}"', to_string=True)
-    write(f"Loaded {len(symbols)} symbols of the guest's kallsyms.")
+        loaded = api.load_symbols(Path(argument) if argument else None)
+        if loaded.file is None:
+            write(f"Loaded {loaded.count} symbols of the guest's kallsyms.")
+        else:
+            write(f"Loaded {loaded.file} with offset {loaded.offset:#x}.")
 
 
 def register() -> None:

@@ -8,13 +8,11 @@ import time
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import api, plugin
-from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.arguments import seconds
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.sampling import seconds
-from gdb_kprobe.gdbext.ticker import Ticker, run
 from gdb_kprobe.gdbext.views import hit_view
 from gdb_kprobe.render.hit import folded, hit_line
 from gdb_kprobe.session.probes import Hit, Probe, State
@@ -36,7 +34,7 @@ class Trace(Command):
         args = _parser().parse_args(gdb.string_to_argv(argument))
         if args.count is not None and args.count < 1:
             raise KprobeError(f"kprobe trace: -n {args.count} is not a count", "give a number from 1")
-        link = plugin.the_plugin().need_link()
+        api.need_attached()
         wanted = api.named(" ".join(args.names), "kprobe trace") if args.names else api.probes()
         if not any(api.state(probe) is State.ARMED for probe in wanted):
             raise KprobeError("kprobe trace: no probe is armed", "'kprobe add SYMBOL' first; 'kprobe list'")
@@ -50,14 +48,14 @@ class Trace(Command):
             gdb.flush()
             with unpaged():
                 if args.seconds is None:
-                    run(link)
+                    api.run()
                 else:
-                    Ticker(link, args.seconds, lambda: True).run()
+                    api.resume_until(args.seconds)
         except BaseException:
             trace.end()
             raise
         # Under an asynchronous MI front end the guest still runs here; then the stop ends the trace.
-        if not is_running():
+        if not api.is_running():
             trace.end()
 
     def candidates(self, text: str) -> list[str]:
@@ -90,7 +88,6 @@ class _Trace:
         self._over = True
         gdb.events.stop.disconnect(self._on_stop)
         self._unsubscribe()
-        plugin.the_plugin().stop_requested = False
         write(f"{self._shown} hit(s) in {time.monotonic() - self._started:.2f} s.")
 
     def _on_stop(self, event: gdb.StopEvent) -> None:
@@ -103,7 +100,7 @@ class _Trace:
         write(folded(hit_line(hit_view(hit, time.monotonic() - self._started)), _width()))
         gdb.flush()
         if self._shown == self._count:
-            plugin.the_plugin().stop_requested = True
+            api.stop_after_hit()
 
 
 def _width() -> int | None:

@@ -7,12 +7,10 @@ import argparse
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import api, plugin
-from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
+from gdb_kprobe.gdbext.commands.arguments import a_count, seconds
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
-from gdb_kprobe.gdbext.sampling import a_count, seconds
-from gdb_kprobe.gdbext.until import Until
 
 
 class RunUntil(Command):
@@ -31,24 +29,22 @@ class RunUntil(Command):
 
     def run(self, argument: str) -> None:
         args = _parser().parse_args(gdb.string_to_argv(argument))
-        link = plugin.the_plugin().need_link()
+        api.need_attached()
         if args.count is None:
             if args.within is not None:
                 raise KprobeError("kprobe until: --within needs NAME and COUNT", "for example: open 10 --within 5")
-            until = Until(link, _seconds_of(args.what))
-            until.run()
+            api.resume_until(_seconds_of(args.what))
             return
         probe = api.get(args.what)
-        until = Until(link, args.within, probe, args.count)
-        until.run()
-        if is_running():
+        run = api.resume_until(args.within, probe, args.count)
+        if not run.is_over:
             return
-        if not until.is_reached and args.within is not None:
+        if not run.is_reached and args.within is not None:
             raise KprobeError(
-                f"{probe.name} was hit {until.seen} time(s), and not {args.count}, before the guest was stopped",
+                f"{probe.name} was hit {run.hits} time(s), and not {args.count}, before the guest was stopped",
                 "the guest had too little time, or something else has stopped it",
             )
-        write(f"{probe.name}: {until.seen} hit(s).")
+        write(f"{probe.name}: {run.hits} hit(s).")
 
     def candidates(self, text: str) -> list[str]:
         return complete.arguments(_parser(), complete.probes, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gdb_kprobe.guest.doctor import memmap_for, set_aside
+from gdb_kprobe.guest.doctor import Finding, memmap_for, set_aside
 from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.render.doctor import doctor
@@ -44,6 +44,6 @@ def test_where_it_could_be(entries: list[tuple[int, int, int]], word: str) -> No
 
 
 def test_what_could_be_better_is_marked() -> None:
-    assert doctor([("QEMU", "7.2", "take 8.0"), ("region", "there", "")]) == (
+    assert doctor([Finding("QEMU", "7.2", "take 8.0"), Finding("region", "there")]) == (
         "! QEMU    7.2\n          hint: take 8.0\n  region  there"
     )
