@@ -1,6 +1,6 @@
 """gdb's own connection to the stub as a carrier of packets, shared with gdb itself.
 
-gdb keeps in its head which vCPU it last selected, and the registers it read. Neither hears of our packets, so whoever
+gdb keeps in its head which vCPU it last selected, and the registers it read. Neither hears of our packets, so who
 uses the channel does it inside :meth:`GdbChannel.borrowed`.
 
 The packets go over gdb's descriptor, not through gdb (``RemoteTargetConnection.send_packet``): that takes one reply for

@@ -84,7 +84,7 @@ def guest_calls(machine: Machine, guest: LinuxGuest) -> Iterator[Call]:
         registers = dict(zip(_ARGUMENTS, arguments, strict=False))
         inside = True
         machine.write_registers(cpu, {**registers, "rsp": stack, "eflags": _RESERVED, "rip": function})
-        # Whoever presses Ctrl-C gets it when the call is over, with its result in our hands; but not of one that hangs.
+        # A Ctrl-C is raised when the call is over, with its result in our hands; but not of a call that hangs.
         reached = machine.run_to((ret,), _CALL_SECONDS, heed=False)
         if reached is None:
             reached = machine.run_to((ret,), _CALL_PATIENCE - _CALL_SECONDS)

@@ -578,7 +578,7 @@ def open_linux(monitor: Monitor, memory: PhysicalMemory, vmlinux: Path | None = 
             f"the guest's IDT is not final: #BP leads to {found[0] if found else hex(handler)}, not to asm_exc_int3",
             "the kernel is booting; use 'kprobe attach --wait'",
         )
-    # The reference page table of the kernel half, whoever runs on the vCPU now.
+    # The reference page table of the kernel half, whichever task runs on the vCPU now.
     kernel_table = PageTable(memory, table.translate(kallsyms.address("init_top_pgt")), table.levels)
     gates = idt.read_idt(table, cpu.idt_base, cpu.idt_limit)
     guest = LinuxGuest(kernel_table, gates, image, kallsyms, vmlinux)

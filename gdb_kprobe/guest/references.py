@@ -1,4 +1,4 @@
-"""What goes where in live text, as far as it is asked. It takes numpy to load: not before somebody asks."""
+"""What goes where in live text, as far as it is asked. It takes numpy to load: not before the first question."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Verdict(IntEnum):
     HOST = 1
     """The host is to see the hit; then the guest goes on."""
     STOP = 2
-    """The user is to get the prompt, with the machine as it is at the probe; whoever is to see the hit does before."""
+    """The user is to get the prompt, with the machine as it is at the probe; all handlers are called before."""
 
 
 @dataclass(frozen=True, slots=True)

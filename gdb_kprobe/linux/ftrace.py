@@ -2,13 +2,13 @@
 
 ftrace keeps a ``struct dyn_ftrace`` (a *record*) for each nop: its address ``ip``, and ``flags``, whose low bits count
 the users. Whenever a tracer comes or goes it compares the bytes at ``ip`` with what they should be; at a difference it
-warns and switches itself off until the next boot (``ftrace_bug``). So whoever patches a nop, be it by a jump or by an
+warns and switches itself off until the next boot (``ftrace_bug``). So who patches a nop, be it by a jump or by an
 int3 on its first byte, must set FTRACE_FL_DISABLED in the record before, and clear it after the nop is back. What the
 kernel then does (kernel/trace/ftrace.c), by functions:
 
 ``__ftrace_hash_rec_update``
     skips a record that is DISABLED and not ENABLED: users that come are not counted in it, and those that go are not
-    taken off. So the bit must neither come nor go while somebody uses the function. A count of users that is left
+    taken off. So the bit must neither come nor go while a tracer uses the function. A count of users that is left
     behind, or one that is missing, is a warning and the end of ftrace when the last of them goes.
 ``ftrace_check_record``, through which every change of text goes (``ftrace_replace_code``, also for direct calls,
 function graph, livepatch, sysctl)
@@ -123,7 +123,7 @@ class FtraceSite:
         """What to write over *data* to borrow it; written back, *data* gives it back.
 
         The whole record, because its address is the proof that a record is still there: that of a module which was
-        unloaded meanwhile is somebody else's memory.
+        unloaded meanwhile is other memory.
         """
         return self._with_flags(self.flags | self.layout.disabled)
 
@@ -217,7 +217,7 @@ class _Tracer:
 
 @dataclass(frozen=True, slots=True)
 class FtraceTracers:
-    """The guest's registered tracers at one moment, whatever registered them; *changing*: somebody is about that."""
+    """The guest's registered tracers at one moment; *changing*: the guest is registering one, or taking one away."""
 
     tracers: tuple[_Tracer, ...]
     changing: bool

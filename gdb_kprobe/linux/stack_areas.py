@@ -77,7 +77,7 @@ def scan_all_stacks(
 def _left_by_their_tasks(table: PageTable, kallsyms: Kallsyms) -> set[AddressRange]:
     """The stacks that CPUs keep for the next task to come; whole ones, for else it is not known what they are.
 
-    Nobody is on them (kernel/fork.c, ``try_release_thread_stack_to_cache``: the task's last switch is over), and the
+    No task is on them (kernel/fork.c, ``try_release_thread_stack_to_cache``: the task's last switch is over), and the
     next task finds them cleared (``alloc_thread_stack_node``).
     """
     cached = kallsyms.find(_OF_VMAP_STACK)

@@ -1,7 +1,7 @@
 """A symbol file made of the guest's kallsyms: an ELF file with a symbol table and nothing else.
 
 For a debugger that has no vmlinux: names in backtraces, disassembly and breakpoints. It has sections, but no contents:
-whoever reads code reads it from the guest. Source of the format: System V ABI, "ELF-64 Object File Format".
+code is read from the guest. Source of the format: System V ABI, "ELF-64 Object File Format".
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _encoded(path: Path, changed: int, size: int) -> bytes:
 def _run(command: list[str], log: Path, path: Path) -> tuple[int, str]:
     """Run pahole on *path*; returns its status, and what it says, which is in *log* meanwhile.
 
-    Whoever holds SIGINT back, as a debugger's commands do while they are at work, ends it by a Ctrl-C all the same.
+    A caller that holds SIGINT back, as a debugger's commands do, ends it by a Ctrl-C all the same.
 
     :raises KprobeError: it is not installed, takes too long, or was ended.
     """

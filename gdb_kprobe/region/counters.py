@@ -101,7 +101,7 @@ class Counters:
     def take_over(self, objects: Collection[RegionObject], in_use: Collection[VirtAddr]) -> None:
         """Go on with the *objects* of an earlier session: those *in_use* are asked for by :meth:`at`.
 
-        Others that were ever given out wait for :meth:`release`: somebody may still add to them.
+        Others that were ever given out wait for :meth:`release`: a task may still add to them.
         """
         for found in objects:
             area = found.range(self._header.virt)
@@ -127,11 +127,11 @@ class Counters:
         return counter
 
     def free(self, counter: Counter) -> None:
-        """Give *counter* back; it waits for :meth:`release`, for somebody may be on the way to add to it."""
+        """Give *counter* back; it waits for :meth:`release`, for a task may be on the way to add to it."""
         self._quarantine.append(counter)
 
     def release(self) -> int:
-        """Nobody is in code any more that adds to counters that were given back; returns how many there are."""
+        """No task is in code any more that adds to counters that were given back; returns how many there are."""
         released = len(self._quarantine)
         self._free += self._quarantine
         self._quarantine.clear()

@@ -1,4 +1,4 @@
-"""What the probes are, in the region: so that whoever comes after a gdb that was killed can take them over.
+"""What the probes are, in the region: so that a gdb that comes after one that was killed can take them over.
 
 The entries of an object lie one behind the other, each 8-byte aligned, up to the first whose size is 0, or the object's
 end. All values are little-endian::
@@ -144,7 +144,7 @@ class Definitions:
 def read_definitions(memory: PhysicalMemory, header: Header) -> tuple[Definition, ...]:
     """The probes that *header*'s region has definitions of, with their counts, in the order of definition.
 
-    An entry that cannot be one of ours, for somebody has written over it, is left out.
+    An entry that cannot be one of ours, for the guest has written over it, is left out.
 
     :raises RegionError: the directory is not as a gdb_kprobe writes it.
     """

@@ -1,6 +1,6 @@
 """The directory of a region: which objects are in it, written down in guest memory.
 
-Whoever comes later (a new gdb after the old one was killed) finds all objects by it, of whichever kind: what is whose,
+A later session (of a new gdb, after the old one was killed) finds all objects by it, of whichever kind: what is whose,
 which memory is in use, and where to look for what. An entry is little-endian::
 
     +0   u16  kind; 0: the entry is free

@@ -141,7 +141,7 @@ class Generation:
 
         Then some of it was written to what came.
         """
-        with contextlib.suppress(TargetError, ConnectionLostError):  # nobody answers: whoever looks next will see
+        with contextlib.suppress(TargetError, ConnectionLostError):  # no answer: the next look will see
             self._lost |= self._memory.read_physical(self._addr, MARK_SIZE) not in (self._mark, self._before)
         return self._lost
 

@@ -1,6 +1,6 @@
 """The region's first page: whose it is, and of which boot of which kernel.
 
-Written before any text is patched, so that whoever comes later (a new gdb after the old one was killed) finds out from
+Written before any text is patched, so that a later session (of a new gdb, after the old one was killed) finds out from
 the guest's memory alone what was patched, with what, and whether it still is. All values are little-endian. What else
 is in the region is in its directory (:mod:`gdb_kprobe.region.directory`).
 """

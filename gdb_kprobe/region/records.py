@@ -90,7 +90,7 @@ class Record:
         """Say why it is no record of *header*'s region, whatever its checksum is; or None.
 
         What undoes a record writes *old* where there is *new*. So *new* must be what is put over text, and lead to
-        where our code is: else whoever forges a record chooses what is written, and over what.
+        where our code is: else the forger of a record chooses what is written, and over what.
         """
         addr, new = self.patch.addr, self.patch.new
         if addr + len(new) >= 1 << 64 or self.patch.range.overlaps(header.range):

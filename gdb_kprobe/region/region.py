@@ -77,7 +77,7 @@ class Region:
         self.giving_back: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None
         """Brings the guest that has lent the memory to where it can take it back; gives what has it do so."""
         self.left: tuple[RegionObject, ...] = ()
-        """What earlier sessions have made, and somebody may still come back to."""
+        """What earlier sessions have made, and a task may still come back to."""
         self.changes = 0
         """How often it was changed what is where in it."""
         self._shared: tuple[RegionObject, ...] = ()
@@ -144,13 +144,13 @@ class Region:
             raise
 
     def remove(self, known: RegionObject) -> None:
-        """Give *known* back: nobody comes to it any more."""
+        """Give *known* back: no task comes to it any more."""
         self.changes += 1
         self._directory.remove(known)
         self._pages.release(known.zone, *known.pages)
 
     def commit(self) -> None:
-        """Before code is written to slots: have the guest, and whoever comes later, know of the pages that they are in.
+        """Before code is written to slots: have the guest, and later sessions, know of the pages that they are in.
 
         :raises RegionError: the directory has no room for that, or its page tables are not what they were.
         """
@@ -184,7 +184,7 @@ class Region:
     def use_rest(self) -> None:
         """Use what an earlier session has not used of its pieces of code: it is all zeros.
 
-        For guests of which it is never known that nobody is in the rest.
+        For guests of which it is never known whether a task is in the rest.
         """
         for known in [known for known in self.left if known.kind == Kind.CODE and known not in self._shared]:
             data = self.memory.read_physical(offset(self.header.phys, known.start), known.size)
@@ -429,7 +429,7 @@ def create_mapped(
 def adopt(
     memory: PhysicalMemory, direct: PhysicalMemory, guest: Booted, header: Header, saved: Iterable[Record] = ()
 ) -> Region:
-    """Go on with the region that *header* describes; what there was is not given out again while somebody is in it.
+    """Go on with the region that *header* describes; what there was is not given out again while a task is in it.
 
     :param saved: the records that stay: of jumps that kprobes of the guest's own have saved.
 

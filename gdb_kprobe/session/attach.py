@@ -36,7 +36,7 @@ class Attached:
     """A session, what was found on the way (*messages*, for the user), and how long it took in seconds.
 
     *memory* is the session's own view of the guest's memory. *left* are the probes of a session that was cut off, whose
-    text is restored; with each the counter to go on with, where somebody may still add to it.
+    text is restored; with each the counter to go on with, where a task may still add to it.
     """
 
     session: Session

@@ -60,7 +60,7 @@ def rescue(session: Session, stub: QemuStub, address: str, has_ended: Callable[[
 
 
 def rescue_leftover(leftover: Leftover, stub: QemuStub, address: str) -> str:
-    """The same for a guest that somebody else left armed."""
+    """The same for a guest that another session has left armed."""
     try:
         with RspSocket(address) as channel:
             stub.use_channel(channel)

@@ -75,7 +75,7 @@ class Session:
         self.table = SiteTable()
         self.listeners = Listeners()
         self.failed: list[Probe] = []
-        """Probes that were disabled because their handler raised; for whoever tells the user, and takes them out."""
+        """Probes that were disabled because their handler raised; the adapter tells the user, and takes them out."""
         self.notes: list[str] = []
         """What else the user is to be told."""
         self.stops = 0
@@ -267,7 +267,7 @@ class Session:
 
     @property
     def is_quiet(self) -> bool:
-        """Nobody is on the way through the region: no word on any kernel stack points into it, as far as is known.
+        """No task is on the way through the region: no word on any kernel stack points into it, as far as is known.
 
         So no hit is under way that is not counted yet. vCPUs are out of it at every stop of the user's.
         """
@@ -336,8 +336,8 @@ class Session:
 
         The sites count as armed: :meth:`arm_all` writes their text again.
 
-        So whoever looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's own, and
-        step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
+        So a user who looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's, and step
+        over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
 
         :raises GuestResetError: the guest's memory is not what it was. Nothing was written.
         """
@@ -533,7 +533,7 @@ class Session:
             self._disarm_all()
 
     def _forget(self, site: Site) -> None:
-        """*site* belongs to somebody else now. A probe of a module waits for the next one of that name."""
+        """The text of *site* is gone. A probe of a module waits for the next one of that name."""
         for probe in self.sites.forget(site):
             if module_of(probe):
                 self.modules.wait(probe)
@@ -619,7 +619,7 @@ class Session:
         def about_to() -> None:
             if self._generation.look() is not MemoryState.NOW:
                 raise was_loaded()
-            self._generation.end()  # it may be somebody else's memory in a moment
+            self._generation.end()  # the guest may use that memory from now on
 
         self.region.unmap(self.machine, about_to)
         return None

@@ -13,7 +13,7 @@ from gdb_kprobe.session.probes import Probe, Site
 class SiteTable(Mapping[VirtAddr, Site]):
     """All sites, those that are disabled, or that only watch a fixup, included.
 
-    Whoever is at a hit, or at an address, finds the site here. Only :mod:`gdb_kprobe.session.sites` changes it.
+    What handles a hit finds its site here. Only :mod:`gdb_kprobe.session.sites` changes it.
     """
 
     def __init__(self) -> None:

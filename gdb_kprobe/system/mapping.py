@@ -125,7 +125,7 @@ def map_pages(
 ) -> None:
     """Fill the leaves of *virt* to *virt* + *size*, which are in our own tables, with *phys* on.
 
-    Each is empty, or was filled so by somebody who was cut off then.
+    Each is empty, or was filled so by an attach that was cut off then.
 
     No TLB flush is needed: an entry that is not present is never cached.
 
@@ -150,7 +150,7 @@ def map_pages(
             raise RegionError(
                 f"{offset(virt, at):#x} cannot be mapped: its {LEVEL_NAMES[wrong[0].level]} entry, at physical "
                 f"{wrong[0].addr:#x}, holds {wrong[0].value:#x}",
-                "somebody has changed the region's page tables: detach, and attach again",
+                "the guest, or another debugger, has changed the region's page tables: detach, and attach again",
             )
         runs.append((leaf.addr, struct.pack(f"<{count}Q", *wanted)))
         at += count * PAGE_SIZE

@@ -10,7 +10,7 @@ and such that keep every register (paravirt calls), and the text does not tell w
 A fault or an interrupt on the way is no read: the frame saves RFLAGS, the registers are saved and restored, and the
 instruction that was interrupted goes on with them. Only code that looks at the saved values sees a dead one changed:
 an oops, a debugger, another probe. The fixup of an exception table is another matter. It is a way on that the text does
-not show, so whoever gives the instructions must end at those that have one; and at text that may be other text later
+not show, so the caller's instructions must end at those that have one; and at text that may be other text later
 (jump labels, static calls, the nop of ftrace), for the answer is used for as long as the probe is there.
 """
 

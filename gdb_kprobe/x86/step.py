@@ -9,8 +9,8 @@ instruction pushes (:mod:`gdb_kprobe.target.stub`); so ``popf``, ``cli``, ``sti`
 ``pushf`` is only checked.
 
 A step of a repeated string instruction executes one iteration and stays in the slot. Wherever that ends, at an
-exception or because somebody has enough of it, the registers say what is left to do, and the original address is where
-to go on.
+exception or because the stepper makes no more of them, the registers say what is left to do, and the original address
+is where to go on.
 """
 
 from __future__ import annotations

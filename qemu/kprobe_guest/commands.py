@@ -26,7 +26,7 @@ _SETTINGS = (
 
 
 class GuestCommands(ABC):
-    """Commands over the channel of a guest; whoever inherits has the channel and looks after the guest."""
+    """Commands over the channel of a guest; a subclass has the channel and looks after the guest."""
 
     def __init__(self) -> None:
         self._jobs = 0
@@ -160,7 +160,7 @@ class GuestCommands(ABC):
         """Start *command* in the background; returns the job's number for :meth:`finish`.
 
         Without *wait* it may not have been started yet, and *timeout* is for a shell that was interrupted before. So it
-        is for one that makes somebody stop the machine: stopped at once, the shell could not say that it has done so.
+        is for one that has a debugger stop the machine: stopped at once, the shell could not say that it has done so.
         """
         self._jobs += 1
         base = f"/tmp/job{self._jobs}"

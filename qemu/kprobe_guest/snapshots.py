@@ -18,7 +18,7 @@ _TIMEOUT = 60
 
 
 class Snapshots:
-    """The snapshots of *guest*, for whoever asks the same ones. They are gone with it."""
+    """The snapshots of *guest*, for all that ask for the same ones. They are gone with it."""
 
     def __init__(self, guest: GuestVm) -> None:
         """:raises GuestError: QEMU cannot make the image."""

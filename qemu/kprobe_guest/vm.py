@@ -96,7 +96,7 @@ class GuestVm(GuestCommands):
 
     @property
     def qmp_path(self) -> Path:
-        """A QMP socket for whoever wants one; the harness has another."""
+        """A QMP socket for tests and users; the harness has another."""
         return self.paths.qmp
 
     @property
@@ -200,7 +200,7 @@ class GuestVm(GuestCommands):
             copy_memory(self._saved.ram, self.paths.ram)
         with private_file(self.paths.stderr).open("wb") as stderr:
             # setpriv asks the kernel to kill QEMU when the thread that started it ends, however it ends. In a group of
-            # its own, QEMU is not ended by a Ctrl-C that is meant for whoever started it.
+            # its own, QEMU is not ended by a Ctrl-C that is meant for the program that started it.
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", *command],
                 stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, umask=UMASK, process_group=0,
@@ -456,7 +456,7 @@ class GuestVm(GuestCommands):
             self.wait_ready(timeout)
 
     def expect_reset(self) -> None:
-        """Somebody else is about to reset the machine: :meth:`wait_ready` waits until it is up again."""
+        """Another program is about to reset the machine: :meth:`wait_ready` waits until it is up again."""
         # With -no-reboot a reset from outside, too, would end QEMU; and the firmware, when it finds that it has run
         # before, resets the machine once more by itself. Taken back when the guest is up.
         self.qmp("set-action", reboot="reset")

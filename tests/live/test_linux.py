@@ -14,7 +14,6 @@ import pytest
 from capstone import CS_ARCH_X86, CS_MODE_64, Cs
 
 from gdb_kprobe.errors import GuestStateError, TargetError
-from gdb_kprobe.system import idt, paging
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import read_e820
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
@@ -25,6 +24,7 @@ from gdb_kprobe.linux.state import read_state
 from gdb_kprobe.linux.tasks import cpu_stacks, current_tasks, read_tasks, scan_stacks, task_stacks
 from gdb_kprobe.linux.text import read_text_facts
 from gdb_kprobe.model import AddressRange, PhysAddr, Reason, VirtAddr, offset
+from gdb_kprobe.system import idt, paging
 from gdb_kprobe.system.mapping import CODE_FLAGS, find_hole, map_pages, plan_mapping
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.probed import Booted

@@ -15,7 +15,7 @@ class HostGate:
         self.gate = gate
         self._breakpoints = breakpoints
         self._asks: dict[VirtAddr, Asked] = {}
-        """By its answer; also what somebody may only come back to."""
+        """By its answer; also what no site has any more, and a task may come back to."""
         self._stopping: set[VirtAddr] = set()
         self._is_open = False
 

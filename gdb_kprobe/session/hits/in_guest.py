@@ -63,7 +63,7 @@ class GuestDispatch:
         """
         self.path = path
         self.unattended = region.counters.allocate().missed_addr
-        """Counts the hits that nobody was there for, and that are of no probe."""
+        """Counts the hits that no host was there for, and that are of no probe."""
         self._region = region
         self._memory = memory
         self._handlers: dict[VirtAddr, VirtAddr] = {}
@@ -139,7 +139,7 @@ class GuestDispatch:
         kept = self._kept()
         if 8 * (len(self._handlers) - len(kept)) < 1 << self._table.bits:
             return False
-        # Nobody is searching: what is written in between is read by nobody.
+        # No vCPU is searching: none reads what is written in between.
         start = offset(self._region.header.phys, self._table.place.start)
         self._region.memory.write_physical(start, bytes(self._table.place.size))
         self._table.addrs.clear()

@@ -159,7 +159,7 @@ class Int3Dispatch:
 
     def _unhook(self, in_guest: GuestDispatch) -> None:
         if not self.all_disarmed:
-            # Whoever is between our int3 and the hook must not get to the guest's own handler.
+            # A vCPU between our int3 and the hook must not get to the guest's own handler.
             self._evacuation.undo()
             self._take_hook_out(in_guest)
         self._hooked = False

@@ -29,7 +29,7 @@ class Trap:
     """The context of a hit for the host. All registers but those that are here are in the vCPU, untouched.
 
     :ivar rip: the int3's own address, if the vCPU stands at the #BP entry.
-    :ivar answer: what the guest goes on with if nobody answers, if the vCPU stands at the gate in the region.
+    :ivar answer: what the guest goes on with if no host answers, if the vCPU stands at the gate in the region.
     """
 
     cs: int

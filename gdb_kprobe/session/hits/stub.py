@@ -6,9 +6,9 @@ context is then, is the business of a :class:`~gdb_kprobe.session.hits.stop_poin
 probes want is done here; at the gate in the region only what the guest does not do by itself, for the probes whose
 programs ask.
 
-We may be killed between any two requests, and somebody may let the guest run then who knows nothing of us. So registers
-are written at once, after what they need on the stack, and a slot leads back by itself: a vCPU goes on right from
-whatever has been done to it.
+We may be killed between any two requests, and another debugger, which knows nothing of us, may let the guest run then.
+So registers are written at once, after what they need on the stack, and a slot leads back by itself: a vCPU goes on
+right from whatever has been done to it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class StubDispatcher:
         """Send a vCPU that stands at the gate because of a site of ours back to the probed instruction.
 
         For when the site's text is about to be restored: no handler runs, nothing is counted. Where some programs have
-        had their effects, it goes on as if nobody was there; *wholly*: then it stays where it is.
+        had their effects, it goes on as if no host was there; *wholly*: then it stays where it is.
         """
         trap = self.trap_of(cpu)
         if trap is None:
@@ -231,7 +231,7 @@ class StubDispatcher:
         self._writing = self._stepping = None
 
     def forget(self, site: Site) -> None:
-        """*site* is not probed any more: nobody comes back to it."""
+        """*site* is not probed any more: no vCPU comes back to it."""
         for table in (self._faulted, self._stopped):
             for key in [key for key in table if key[0] == site.addr]:
                 del table[key]

@@ -1,8 +1,8 @@
-"""Probes that somebody left armed, found before anything is known of the guest's kernel.
+"""Probes that another session has left armed, found before anything is known of the guest's kernel.
 
-Whoever connects to such a guest must not let it run: its next hit would be an int3 that nobody handles. So the region
-is looked for at every connection, by what costs milliseconds: the page tables, and the magic of a header where a
-mapping begins. No symbols are read, and no profile is needed.
+A debugger that connects to such a guest must not let it run: its next hit would be an int3 that nothing handles. So
+the region is looked for at every connection, by what costs milliseconds: the page tables, and the magic of a header
+where a mapping begins. No symbols are read, and no profile is needed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Leftover:
     def restore(self, machine: Machine) -> tuple[str, ...]:
         """Put the text back; the region stays mapped, empty. Returns what was left alone, and why.
 
-        Not when the guest is another one meanwhile, or somebody else has restored it: then nothing is written.
+        Not when the guest is another one meanwhile, or another program has restored it: then nothing is written.
 
         :raises TargetError: the machine did not do as asked.
         """

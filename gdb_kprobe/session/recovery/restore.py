@@ -24,7 +24,7 @@ from gdb_kprobe.target.protocols import Machine, Memory, PhysicalMemory
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was found and done. *kept* is the header whose slots must stay, for somebody may still be in one.
+    """What was found and done. *kept* is the header whose slots must stay, for a task may still be in one.
 
     *definitions* are the probes there were, with their counts. *saved* are the jumps that must stay, for kprobes of the
     guest's own have saved them (:mod:`gdb_kprobe.session.sites.saved_jumps`).

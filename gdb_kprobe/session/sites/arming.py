@@ -78,7 +78,7 @@ class Arming:
             self._int3.open(site)
             undo.callback(self._borrows.give_back, plan.patch.range)
             self._borrows.borrow(plan.patch.range, borrowed)
-            # It counts as armed from here: should the connection be lost in the middle of the write, whoever undoes
+            # It counts as armed from here: should the connection be lost in the middle of the write, what undoes
             # the session must know of it.
             self._sites.mark_armed(site)
             undo.callback(self._mark_disarmed, site, keep_record=True)
@@ -103,7 +103,7 @@ class Arming:
         self._mark_disarmed(site, comes_back=comes_back)
 
     def lose(self, site: Site) -> None:
-        """The text of *site* belongs to somebody else now, or is gone: nothing is written there."""
+        """The text of *site* is other text now, or gone: nothing is written there."""
         self._borrows.drop(site.plan.patch.range)
         self._mark_disarmed(site)
 

@@ -107,7 +107,7 @@ class Jumps:
     def is_behind_an_int3(self, addr: VirtAddr) -> bool:
         """Whether a vCPU may have executed an int3 that ends at *addr*, and not have come back from it.
 
-        Nobody sleeps in between: the kernel handles an int3 of its own with preemption off (``exc_int3`` and
+        No task sleeps in between: the kernel handles an int3 of its own with preemption off (``exc_int3`` and
         ``kprobe_int3_handler``). What a sleeping task has of *addr* on its stack is a remnant.
         """
         words = self._guest.stack_words_into(AddressRange(addr, offset(addr, 1)), self._stack_pointers(), on_vcpus=True)

@@ -31,7 +31,7 @@ COMES, GOES = "do_init_module", "free_module"
 class Acts:
     """What the session does for us.
 
-    *arm* a probe at a place, *drop* one from its site, *forget* a site whose text is somebody else's; *act* is around
+    *arm* a probe at a place, *drop* one from its site, *forget* a site whose text is gone; *act* is around
     changes of its sites.
     """
 

@@ -97,7 +97,7 @@ class Planner:
         return replace(facts, detour=detour)
 
     def flags_under(self, place: Place) -> tuple[Flags, bool]:
-        """How the detour of our jump at *place* saves the flags, and whether nobody reads them there.
+        """How the detour of our jump at *place* saves the flags, and whether they are dead there.
 
         A kprobe of the guest's is on it.
         """

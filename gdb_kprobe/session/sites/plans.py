@@ -112,13 +112,13 @@ class SitePlans:
         self._slots.discard(plan.slot)
 
     def free(self, plan: Plan) -> None:
-        """*plan* is replaced by another one: its slot waits until nobody is there."""
+        """*plan* is replaced by another one: its slot waits until no task is in it."""
         self._slots.free(plan.slot)
 
     def flags_under(self, place: Place) -> tuple[Flags, bool]:
         """How the detour of our jump at *place*, which has a kprobe of the guest's on it, saves the flags.
 
-        And whether nobody reads them there.
+        And whether no instruction reads them before they are written.
         """
         return self._planner.flags_under(place)
 

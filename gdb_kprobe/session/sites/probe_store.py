@@ -47,7 +47,7 @@ class ProbeStore:
         return counter
 
     def make_room(self) -> bool:
-        """Give what nobody can come back to any more free for use; whether there was any."""
+        """Give what no task can come back to any more free for use; whether there was any."""
         return self._quarantine.end()
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Who is on the way through the region: what was freed there is used again, or unmapped, only when nobody is."""
+"""Tasks and vCPUs on the way through the region: what was freed is used again, or unmapped, when there are none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdb_kprobe.target.protocols import Cpus
 
 
 class Quarantine:
-    """Whether somebody may still come back to the freed slots and counters of *region*."""
+    """Whether a task or a vCPU may still come back to the freed slots and counters of *region*."""
 
     def __init__(self, machine: Cpus, guest: Guest, region: Region, generation: Generation) -> None:
         self._machine = machine
@@ -21,7 +21,7 @@ class Quarantine:
         self._generation = generation
 
     def why_not_quiet(self) -> str | None:
-        """Why the region must stay: who may come back to it; ``None`` when nobody does, as far as is known.
+        """Why the region must stay: what may come back to it; ``None`` when nothing does, as far as is known.
 
         The vCPUs themselves may be in it.
         """
@@ -33,7 +33,7 @@ class Quarantine:
         return None
 
     def end(self) -> bool:
-        """Free for use what nobody can come back to; whether there was any."""
+        """Free for use what no task can come back to; whether there was any."""
         words = ways_back(self._machine, self._guest, self._region)
         if words is None:
             return False
@@ -41,20 +41,20 @@ class Quarantine:
         released = self._region.slots.release(words) > 0
         released |= self._region.release_left(words) > 0
         if not self._region.slots.quarantined and not self._region.left:
-            # Whoever adds to one does it in a slot.
+            # Only code in a slot adds to one.
             released |= self._region.counters.release() > 0
         if released:
             self._generation.change()
         return released
 
     def is_clear(self, code: AddressRange) -> bool:
-        """Whether nobody is in *code*, which is in the region, or comes back to it, a kprobe of the guest's apart."""
+        """Whether no vCPU or task is in *code*, which is in the region, or comes back to it, a kprobe of the guest's apart."""
         words = _words(self._machine, self._guest, self._region)
         return words is not None and not any(word in code for word in words + _positions(self._machine))
 
 
 def make_room(machine: Cpus, guest: Guest, region: Region) -> None:
-    """Free for use what earlier sessions have left in *region*, as far as nobody can come back to it.
+    """Free for use what earlier sessions have left in *region*, as far as no task can come back to it.
 
     Before this session puts anything there. Of a guest in which that is never known, what they have not used is used.
     """
@@ -68,7 +68,7 @@ def make_room(machine: Cpus, guest: Guest, region: Region) -> None:
 
 
 def ways_back(machine: Cpus, guest: Guest, region: Region) -> list[int] | None:
-    """Where somebody comes back to in *region*; also a kprobe of the guest's own that has saved a jump there.
+    """Where a task or a vCPU comes back to in *region*; also a kprobe of the guest's own that has saved a jump there.
 
     ``None``: that is not known.
     """

@@ -38,7 +38,7 @@ class SavedSites:
     def look(self) -> tuple[list[str], list[Site]]:
         """Which jumps have kprobes of the guest's own saved by now? What to tell of them, and the sites that are free.
 
-        The latter were saved before; nobody has them now.
+        The latter were saved before, and are not now.
         """
         kprobes = self._guest.own_kprobes()
         saved = {kprobe.addr for kprobe in savers(kprobes, self._region.header.code)}
@@ -144,7 +144,7 @@ class SavedSites:
         return [site for site in sites if site is not None and site.armed and site.is_jump and not site.saved]
 
     def _quieten(self, site: Site) -> None:
-        """Have the detour of *site* count nothing, if nobody is in it; what it counts in may become somebody else's."""
+        """Have the detour of *site*, if no task is in it, count nothing: its counters may be given to other probes."""
         assert site.plan.detour is not None
         if self._quarantine.is_clear(site.plan.slot.range):
             code = replace(site.plan.detour, action=Action()).emit(site.plan.slot.code)

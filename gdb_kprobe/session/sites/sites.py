@@ -135,7 +135,7 @@ class Sites:
         self._drop_unused(site)
 
     def forget(self, site: Site) -> tuple[Probe, ...]:
-        """Drop *site* and write nothing to its text: it belongs to somebody else now. Returns its probes.
+        """Drop *site* and write nothing to its text: it is other text now. Returns its probes.
 
         They are gone; :meth:`Int3Dispatch.tidy` takes away what nobody needs any more.
         """

@@ -57,7 +57,7 @@ def _codename(archive: str, suite: str) -> str:
         try:
             run_tool([_HELPER, "download-file", f"{archive}/dists/{suite}/InRelease", str(file)], package="apt")
         except BuildError:
-            return suite  # whoever needs it says what is wrong
+            return suite  # the caller that needs it says what is wrong
         found = re.search(r"^Codename: ([a-z][a-z-]*)$", file.read_text(errors="replace"), re.M)
     return found[1] if found else suite
 
