@@ -336,8 +336,8 @@ class Session:
 
         The sites count as armed: :meth:`arm_all` writes their text again.
 
-        So a user who looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's, and step
-        over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, while it is stopped.
+        So a user who looks at a stopped guest sees its own text. A debugger would take our int3 for the guest's, and
+        step over it by adding one to RIP. And nothing is left behind if we are killed, or cut off, meanwhile.
 
         :raises GuestResetError: the guest's memory is not what it was. Nothing was written.
         """

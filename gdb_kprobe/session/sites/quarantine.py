@@ -48,7 +48,7 @@ class Quarantine:
         return released
 
     def is_clear(self, code: AddressRange) -> bool:
-        """Whether no vCPU or task is in *code*, which is in the region, or comes back to it, a kprobe of the guest's apart."""
+        """Whether no vCPU or task is in *code*, of the region, or comes back to it; a kprobe of the guest's apart."""
         words = _words(self._machine, self._guest, self._region)
         return words is not None and not any(word in code for word in words + _positions(self._machine))
 
