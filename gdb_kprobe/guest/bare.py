@@ -22,7 +22,47 @@ from gdb_kprobe.system.paging import PageTable, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
 
 
-class BareGuest:
+class WithoutKernel:
+    """What a program without a kernel around it has none of: function tracing, kprobes, known stacks, modules.
+
+    :class:`~gdb_kprobe.guest.guest.GuestFtrace`, ``GuestKprobing``, ``GuestStacks`` and ``GuestModules``.
+    """
+
+    def ftrace_sites(self, text: AddressRange) -> tuple[FtraceSite, ...]:
+        return ()
+
+    def ftrace_use(self, text: AddressRange) -> None:
+        return None
+
+    def ftrace_tracers(self) -> FtraceTracers:
+        return FtraceTracers((), changing=False)
+
+    def redirects(self) -> Mapping[VirtAddr, Redirect]:
+        return {}
+
+    def own_kprobes(self) -> GuestKprobes:
+        return GuestKprobes()
+
+    def stack_words_into(
+        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
+    ) -> list[int] | None:
+        return None
+
+    def owner_of(self, addr: VirtAddr) -> str:
+        return ""
+
+    @property
+    def takes_modules(self) -> bool:
+        return False
+
+    def loaded_modules(self) -> Mapping[str, str]:
+        return {}
+
+    def admit_module(self, module: VirtAddr) -> None:
+        pass
+
+
+class BareGuest(WithoutKernel):
     """A :class:`~gdb_kprobe.guest.guest.Guest` of which nobody promises anything.
 
     *text* is the range that may be probed; its end ends the last function.
@@ -105,21 +145,6 @@ class BareGuest:
     def references(self, text: TextMap) -> References | None:
         return None
 
-    def ftrace_sites(self, text: AddressRange) -> tuple[FtraceSite, ...]:
-        return ()
-
-    def ftrace_use(self, text: AddressRange) -> None:
-        return None
-
-    def ftrace_tracers(self) -> FtraceTracers:
-        return FtraceTracers((), changing=False)
-
-    def redirects(self) -> Mapping[VirtAddr, Redirect]:
-        return {}
-
-    def own_kprobes(self) -> GuestKprobes:
-        return GuestKprobes()
-
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
         return None
 
@@ -136,24 +161,6 @@ class BareGuest:
 
     def init_functions(self, pattern: str) -> tuple[Place, ...]:
         return ()
-
-    def stack_words_into(
-        self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
-    ) -> list[int] | None:
-        return None
-
-    def owner_of(self, addr: VirtAddr) -> str:
-        return ""
-
-    @property
-    def takes_modules(self) -> bool:
-        return False
-
-    def loaded_modules(self) -> Mapping[str, str]:
-        return {}
-
-    def admit_module(self, module: VirtAddr) -> None:
-        pass
 
     def is_same_boot(self, monitor: Monitor) -> bool:
         return runs_from(monitor, self.memory.memory, self.bp_entry, self._bp_text)

@@ -57,24 +57,12 @@ class Place:
         return f"{self.symbol.name}+{self.offset:#x}" + (f" [{self.symbol.module}]" if self.symbol.module else "")
 
 
-class Guest(Protocol):
-    """The software in the guest. Everything is read from guest memory; nothing here writes."""
+class GuestIdentity(Protocol):
+    """Which software runs in the guest, and whether it still does."""
 
     @property
     def description(self) -> str:
         """One line: kind and version."""
-
-    @property
-    def memory(self) -> PageTable:
-        """The kernel's address space."""
-
-    @property
-    def bp_entry(self) -> VirtAddr:
-        """First instruction of the #BP handler: IDT[3]."""
-
-    @property
-    def gates(self) -> Mapping[VirtAddr, Gate]:
-        """Exception and interrupt entries by address."""
 
     @property
     def text_base(self) -> VirtAddr:
@@ -84,11 +72,53 @@ class Guest(Protocol):
     def build_id(self) -> bytes:
         """20 bytes that tell this kernel from another."""
 
+    def is_same_boot(self, monitor: Monitor) -> bool:
+        """Whether the machine still runs the boot that this was made from. Asks the vCPUs, trusts nothing known."""
+
+
+class GuestTraps(Protocol):
+    """Where its exceptions lead."""
+
+    @property
+    def bp_entry(self) -> VirtAddr:
+        """First instruction of the #BP handler: IDT[3]."""
+
+    @property
+    def gates(self) -> Mapping[VirtAddr, Gate]:
+        """Exception and interrupt entries by address."""
+
+
+class GuestSymbols(Protocol):
+    """Its functions by name and by address."""
+
     def resolve(self, location: Location) -> Place:
         """Return the place that the user named.
 
         :raises RefusedError: there is no such symbol, there are several, or the offset is outside of it.
         """
+
+    def place_of(self, addr: VirtAddr) -> Place:
+        """Return the function around *addr*; without one, the place is just the address."""
+
+    def match(self, prefix: str) -> Iterable[str]:
+        """Functions that begin with *prefix*, as a definition names them, for completion; nothing is read for it."""
+
+    def clones_of(self, place: Place) -> tuple[str, ...]:
+        """The names of the other functions that the compiler has made of the same source as the one at *place*."""
+
+    def functions(self, pattern: str) -> Iterable[Place]:
+        """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""
+
+    def init_functions(self, pattern: str) -> Iterable[Place]:
+        """The same of init text, which symbols tell of for ever, and which is freed."""
+
+
+class GuestText(Protocol):
+    """What it says of its text: what must not be touched, and what goes where."""
+
+    @property
+    def memory(self) -> PageTable:
+        """The kernel's address space."""
 
     def place_of(self, addr: VirtAddr) -> Place:
         """Return the function around *addr*; without one, the place is just the address."""
@@ -113,6 +143,13 @@ class Guest(Protocol):
         The first question takes some tenths of a second.
         """
 
+    def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
+        """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""
+
+
+class GuestFtrace(Protocol):
+    """Its own function tracing; of a guest without one there are no records, and nothing is traced."""
+
     def ftrace_sites(self, text: AddressRange) -> Sequence[FtraceSite]:
         """The records of the guest's ftrace that share a byte with *text*, as they are now."""
 
@@ -125,23 +162,16 @@ class Guest(Protocol):
     def redirects(self) -> Mapping[VirtAddr, Redirect]:
         """The functions whose calls go elsewhere now, by the address of the nop at their entry."""
 
+
+class GuestKprobing(Protocol):
+    """Its own kprobes."""
+
     def own_kprobes(self) -> GuestKprobes:
         """The guest's own kprobes as they are now; those that can be read (:attr:`GuestKprobes.unread`)."""
 
-    def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:
-        """Where the guest's exception table leads after a fault of the instruction at *addr*; ``None`` if nowhere."""
 
-    def match(self, prefix: str) -> Iterable[str]:
-        """Functions that begin with *prefix*, as a definition names them, for completion; nothing is read for it."""
-
-    def clones_of(self, place: Place) -> tuple[str, ...]:
-        """The names of the other functions that the compiler has made of the same source as the one at *place*."""
-
-    def functions(self, pattern: str) -> Iterable[Place]:
-        """The functions of live text whose names match the shell pattern ``[MODULE:]GLOB``, each address once."""
-
-    def init_functions(self, pattern: str) -> Iterable[Place]:
-        """The same of init text, which symbols tell of for ever, and which is freed."""
+class GuestStacks(Protocol):
+    """Its kernel stacks."""
 
     def stack_words_into(
         self, target: AddressRange, stack_pointers: Mapping[CpuId, int], *, on_vcpus: bool = False
@@ -150,6 +180,10 @@ class Guest(Protocol):
 
         :param on_vcpus: only on those of the tasks that are on a vCPU now; more, where these cannot be told.
         """
+
+
+class GuestModules(Protocol):
+    """Its modules; a guest without any has nothing that comes or goes."""
 
     def owner_of(self, addr: VirtAddr) -> str:
         """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
@@ -167,8 +201,19 @@ class Guest(Protocol):
     def admit_module(self, module: VirtAddr) -> None:
         """The ``struct module`` at *module* is about to be initialized: its text may be probed from now on."""
 
-    def is_same_boot(self, monitor: Monitor) -> bool:
-        """Whether the machine still runs the boot that this was made from. Asks the vCPUs, trusts nothing known."""
+
+class Guest(
+    GuestIdentity,
+    GuestTraps,
+    GuestSymbols,
+    GuestText,
+    GuestFtrace,
+    GuestKprobing,
+    GuestStacks,
+    GuestModules,
+    Protocol,
+):
+    """The software in the guest. Everything is read from guest memory; nothing here writes."""
 
     def refresh(self) -> None:
         """Forget what may change while the guest runs (page tables, modules)."""

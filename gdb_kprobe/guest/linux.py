@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gdb_kprobe.errors import GuestStateError, NeedsTypesError, RefusedError
+from gdb_kprobe.errors import GuestStateError, NeedsTypesError
 from gdb_kprobe.guest.guest import Place, runs_from
+from gdb_kprobe.guest.resolve import function_at, resolve
 from gdb_kprobe.guest.symbol_text import Snapshot, piece_at, take_snapshot
 from gdb_kprobe.kprobes.kernel_rules import Rules, rules_of
 from gdb_kprobe.kprobes.patch import TextMap
@@ -50,7 +50,7 @@ from gdb_kprobe.linux.text import TextFacts, is_padding, read_text_facts
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.linux.vmlinux import build_id_of, types_of
-from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.system import idt
 from gdb_kprobe.system.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -63,12 +63,6 @@ MODULES = AddressRange(VirtAddr(0xFFFF_FFFF_C000_0000), VirtAddr(0xFFFF_FFFF_FF0
 
 BUILD_ID_SIZE = 20
 _KERNEL_HALF = 1 << 63
-_CLOSE_NAMES = 3
-_LEAST_CONTAINED = 4
-"""Characters of a name from which on other names that contain it are proposed."""
-_GENERATED = ("__pfx_", "__cfi_", "__ia32_", "__x32_", "__do_sys_", "__se_sys_", "__traceiter_", "__probestub_",
-              "trace_", "perf_trace_", "event_")  # fmt: skip
-"""How functions begin that macros make beside the one that is meant, which is proposed first."""
 _FEATURE_CX16 = 4 * 32 + 13
 _FEATURE_LAHF_LM = 6 * 32
 """X86_FEATURE_CX16 and X86_FEATURE_LAHF_LM, arch/x86/include/asm/cpufeatures.h."""
@@ -137,37 +131,10 @@ class LinuxGuest:
     # -- places -------------------------------------------------------------------------------------------------
 
     def resolve(self, location: Location) -> Place:
-        if location.address is not None:
-            if location.address < _KERNEL_HALF:
-                refusal = Refusal(
-                    Reason.NOT_TEXT,
-                    location.address,
-                    f"{location.address:#x} is an address of user space",
-                    "a kprobe is for an instruction of the kernel",
-                )
-                raise RefusedError(f"cannot probe {location}", refusal)
-            return self.place_of(location.address)
-        symbol = self._symbol(location)
-        end = self.kallsyms.end(symbol)
-        addr = offset(symbol.addr, location.offset)
-        if not symbol.addr <= addr < end:
-            raise RefusedError(
-                f"cannot probe {location}",
-                Refusal(
-                    Reason.OFFSET_OUTSIDE_SYMBOL,
-                    addr,
-                    f"{symbol} is {end - symbol.addr} bytes long",
-                    f"offsets 0 to {end - symbol.addr - 1:#x} are inside",
-                ),
-            )
-        return Place(addr, symbol.addr, end, symbol)
+        return resolve(self.kallsyms, location, has_modules=self._has_modules, has_types=self.has_types)
 
     def place_of(self, addr: VirtAddr) -> Place:
-        found = self.kallsyms.symbol_at(addr)
-        if found is None:
-            return Place(addr, addr, addr, None)
-        symbol, _ = found
-        return Place(addr, symbol.addr, self.kallsyms.end(symbol), symbol)
+        return function_at(self.kallsyms, addr)
 
     def refusal_at(self, place: Place, length: int) -> Refusal | None:
         return self._facts.reason_at(place.addr, length) or self._ftrace_refusal(place, length)
@@ -482,70 +449,6 @@ class LinuxGuest:
     _ftrace_read: FtraceRecords | None = None
     _kprobes_read: GuestKprobes | None = None
     _redirects_read: Mapping[VirtAddr, Redirect] | None = None
-
-    def _symbol(self, location: Location) -> Symbol:
-        what = f"cannot probe {location}"
-        all_found = self.kallsyms.lookup(location.symbol)
-        found = [symbol for symbol in all_found if symbol.is_text and location.module in ("", symbol.module)]
-        if len({symbol.addr for symbol in found}) == 1:
-            return found[0]
-        if found:
-            places = ", ".join(
-                f"{symbol.addr:#x}" + (f" [{symbol.module}]" if symbol.module else "") for symbol in found
-            )
-            raise RefusedError(
-                what,
-                Refusal(
-                    Reason.AMBIGUOUS_SYMBOL,
-                    found[0].addr,
-                    f"{len(found)} functions are called {location.symbol}: {places}",
-                    "name the one you mean by its address, or by MODULE:SYMBOL",
-                ),
-            )
-        elsewhere = next((symbol for symbol in all_found if symbol.is_text), None)
-        if elsewhere is not None:
-            home = f"module {elsewhere.module}" if elsewhere.module else "the core kernel"
-            detail = f"{location.module} has no {location.symbol}; it is in {home}"
-            prefix = f"{elsewhere.module}:" if elsewhere.module else ""
-            refusal = Refusal(Reason.NO_SYMBOL, elsewhere.addr, detail, f"write {prefix}{location.symbol}")
-            raise RefusedError(what, refusal)
-        if all_found:
-            other = all_found[0]
-            detail = f"{location.symbol} is data (type {other.type})"
-            hint = "a probe needs the address of an instruction: name a function"
-            raise RefusedError(what, Refusal(Reason.NOT_TEXT, other.addr, detail, hint))
-        if location.module and not self._has_modules:
-            detail = f"there is no module {location.module}: the guest's kernel has none (no CONFIG_MODULES)"
-            hint = f"what is built in is probed by its name alone: {location.symbol}"
-            raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), detail, hint))
-        close = self._close_names(location.symbol)
-        detail = f"{location.symbol} is not in kallsyms"
-        hint = f"did you mean {', '.join(close)}?" if close else "'kprobe add PREFIX<TAB>' completes symbols"
-        if self._has_modules and not self.has_types:
-            error = NeedsTypesError("what is in modules")
-            detail = f"{location.symbol} is not in the core kernel's kallsyms, and {error.message}"
-            hint = f"{hint} If it is in a module, {error.hint}" if close and not location.module else error.hint
-        raise RefusedError(what, Refusal(Reason.NO_SYMBOL, VirtAddr(0), detail, hint))
-
-    def _close_names(self, name: str) -> list[str]:
-        """Functions whose names are like *name*.
-
-        The same in another case; else those that contain it, the shortest first; else those spelled like it, which are
-        looked for only among those that share its beginning, for there are 100,000.
-        """
-        lower = name.lower()
-        functions = {symbol.name for symbol in self.kallsyms if symbol.is_text}
-        same = sorted(other for other in functions if other.lower() == lower)
-        if same:
-            return same[:_CLOSE_NAMES]
-        containing = [other for other in functions if lower in other.lower()] if len(name) >= _LEAST_CONTAINED else []
-        if containing:
-            return sorted(containing, key=lambda other: (other.startswith(_GENERATED), len(other), other))[
-                :_CLOSE_NAMES
-            ]
-        beginning = lower[: max(3, len(name) // 2)]
-        near = [other for other in functions if other.lower().startswith(beginning)]
-        return difflib.get_close_matches(lower, sorted(near)[:5000], n=_CLOSE_NAMES)
 
 
 def _is_part(name: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gdb_kprobe.guest.guest import Guest
+from gdb_kprobe.guest.guest import GuestSymbols
 from gdb_kprobe.model import CpuId, VirtAddr
 from gdb_kprobe.session.hits.stub import StubDispatcher
 from gdb_kprobe.session.probes import Probe, Site
@@ -52,7 +52,7 @@ class Stepping:
     def __init__(
         self,
         machine: Cpus,
-        guest: Guest,
+        guest: GuestSymbols,
         breakpoints: Breakpoints,
         sites: SiteTable,
         dispatcher: StubDispatcher,

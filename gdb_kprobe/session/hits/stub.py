@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from enum import Enum, auto
 
 from gdb_kprobe.errors import SessionOverError, TargetError
-from gdb_kprobe.guest.guest import Guest
+from gdb_kprobe.guest.guest import GuestTraps
 from gdb_kprobe.model import CpuId, Rung, VirtAddr
 from gdb_kprobe.session.hit_context import Registers
 from gdb_kprobe.session.hits.handler_calls import Called, HandlerCalls
@@ -62,7 +62,7 @@ class StubDispatcher:
     def __init__(
         self,
         machine: Cpus,
-        guest: Guest,
+        guest: GuestTraps,
         sites: SiteTable,
         gate: HostGate,
         trampolines: ResumeTrampolines,
