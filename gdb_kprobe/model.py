@@ -55,6 +55,21 @@ TEXT_TYPES = "tTwW"
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleLoad:
+    """One load of a module of the guest's: of *name*, with its ``struct module`` at *addr*.
+
+    *number* tells it from another load at the same address (the id of the directory that sysfs has of it).
+    """
+
+    name: str
+    addr: VirtAddr
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.addr:#x}#{self.number:x}"
+
+
+@dataclass(frozen=True, slots=True)
 class Symbol:
     """One line of the guest's symbol table.
 

@@ -16,7 +16,7 @@ from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.linux.redirects import Redirect
-from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, CpuId, ModuleLoad, Reason, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.system import idt
 from gdb_kprobe.system.paging import PageTable, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -48,14 +48,14 @@ class WithoutKernel:
     ) -> list[int] | None:
         return None
 
-    def owner_of(self, addr: VirtAddr) -> str:
-        return ""
+    def owner_of(self, addr: VirtAddr) -> None:
+        return None
 
     @property
     def takes_modules(self) -> bool:
         return False
 
-    def loaded_modules(self) -> Mapping[str, str]:
+    def loaded_modules(self) -> Mapping[str, ModuleLoad]:
         return {}
 
     def admit_module(self, module: VirtAddr) -> None:

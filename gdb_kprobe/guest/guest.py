@@ -18,7 +18,7 @@ from gdb_kprobe.linux.branch_targets import References
 from gdb_kprobe.linux.ftrace import FtraceSite, FtraceTracers
 from gdb_kprobe.linux.guest_kprobes import GuestKprobes
 from gdb_kprobe.linux.redirects import Redirect
-from gdb_kprobe.model import AddressRange, CpuId, PhysAddr, Refusal, Symbol, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, CpuId, ModuleLoad, PhysAddr, Refusal, Symbol, VirtAddr, offset
 from gdb_kprobe.system.idt import Gate, find_breakpoint_handler, read_registers
 from gdb_kprobe.system.paging import PageTable, Translation, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -185,15 +185,15 @@ class GuestStacks(Protocol):
 class GuestModules(Protocol):
     """Its modules; a guest without any has nothing that comes or goes."""
 
-    def owner_of(self, addr: VirtAddr) -> str:
-        """Which module the text at *addr* belongs to, one load of it told from another; empty for what never goes."""
+    def owner_of(self, addr: VirtAddr) -> ModuleLoad | None:
+        """Which load of which module the text at *addr* belongs to; ``None`` for what never goes."""
 
     @property
     def takes_modules(self) -> bool:
         """Whether there can be modules; without, a probe in one waits in vain."""
 
-    def loaded_modules(self) -> Mapping[str, str]:
-        """The modules whose text may be probed, by name: what tells this load of one from another (:meth:`owner_of`).
+    def loaded_modules(self) -> Mapping[str, ModuleLoad]:
+        """The modules whose text may be probed, by name, each with this load of it.
 
         Not those that go, nor those that come, but for :meth:`admit_module`.
         """

@@ -31,7 +31,7 @@ from gdb_kprobe.linux.guest_kprobes import GuestKprobes, read_guest_kprobes
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import read_core_symbols
-from gdb_kprobe.linux.modules import Module, ModuleState, module_at, read_module_symbols, read_modules
+from gdb_kprobe.linux.modules import Module, ModuleState, load_of, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.redirects import Redirect, read_redirects
 from gdb_kprobe.linux.stack_areas import scan_all_stacks
@@ -50,7 +50,7 @@ from gdb_kprobe.linux.text import TextFacts, is_padding, read_text_facts
 from gdb_kprobe.linux.types import Types
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.linux.vmlinux import build_id_of, types_of
-from gdb_kprobe.model import AddressRange, CpuId, Reason, Refusal, VirtAddr, offset
+from gdb_kprobe.model import AddressRange, CpuId, ModuleLoad, Reason, Refusal, VirtAddr, offset
 from gdb_kprobe.system import idt
 from gdb_kprobe.system.paging import PageTable, kernel_root, loaded_table
 from gdb_kprobe.target.protocols import Monitor, PhysicalMemory
@@ -331,9 +331,9 @@ class LinuxGuest:
             words += [word.value for word in scan_stacks(self.memory, (stack,), target) if word.addr >= floor]
         return words
 
-    def owner_of(self, addr: VirtAddr) -> str:
+    def owner_of(self, addr: VirtAddr) -> ModuleLoad | None:
         module = module_at(self._modules, addr)
-        return "" if module is None else _load_of(module)
+        return None if module is None else load_of(module)
 
     @property
     def takes_modules(self) -> bool:
@@ -343,11 +343,11 @@ class LinuxGuest:
     def _has_modules(self) -> bool:
         return self._core.find("modules") is not None  # CONFIG_MODULES
 
-    def loaded_modules(self) -> Mapping[str, str]:
-        return {module.name: _load_of(module) for module in self._ready() if module.state is ModuleState.LIVE}
+    def loaded_modules(self) -> Mapping[str, ModuleLoad]:
+        return {module.name: load_of(module) for module in self._ready() if module.state is ModuleState.LIVE}
 
     def admit_module(self, module: VirtAddr) -> None:
-        self._admitted = next((_load_of(found) for found in self._modules if found.raw.addr == module), None)
+        self._admitted = next((load_of(found) for found in self._modules if found.raw.addr == module), None)
         self._forget_text()
 
     def is_same_boot(self, monitor: Monitor) -> bool:
@@ -431,7 +431,7 @@ class LinuxGuest:
         """
         return tuple(
             replace(module, state=ModuleState.LIVE)
-            if module.state is ModuleState.COMING and _load_of(module) == self._admitted
+            if module.state is ModuleState.COMING and load_of(module) == self._admitted
             else module
             for module in self._modules
         )
@@ -441,7 +441,7 @@ class LinuxGuest:
         self._references = None
         self._ftrace_read = None
 
-    _admitted: str | None = None
+    _admitted: ModuleLoad | None = None
     _facts_read: TextFacts | None = None
     _references: References | None = None
     _core_runs: list[Run] | None = None
@@ -454,10 +454,6 @@ class LinuxGuest:
 def _is_part(name: str) -> bool:
     """Whether it is no function, but what the compiler has moved out of one: ``elf_map.cold``, ``f.part.0.cold``."""
     return name.endswith(".cold") or ".cold." in name
-
-
-def _load_of(module: Module) -> str:
-    return f"{module.name}@{module.raw.addr:#x}#{module.load:x}"
 
 
 def open_linux(monitor: Monitor, memory: PhysicalMemory, vmlinux: Path | None = None) -> LinuxGuest:

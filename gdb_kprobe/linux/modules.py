@@ -14,7 +14,7 @@ from gdb_kprobe.linux.kallsyms_table import SymbolTable
 from gdb_kprobe.linux.strings import c_string, letters
 from gdb_kprobe.linux.structs import Struct, for_each_struct, read_struct
 from gdb_kprobe.linux.types import Types
-from gdb_kprobe.model import AddressRange, VirtAddr
+from gdb_kprobe.model import AddressRange, ModuleLoad, VirtAddr
 from gdb_kprobe.system.bounds import Steps, damaged, guest_range, read_array
 from gdb_kprobe.target.protocols import Memory
 
@@ -134,6 +134,11 @@ def _memory_before_6_4(raw: Struct) -> _Memory:
 
 def _range(raw: Struct, start: int, size: int) -> AddressRange:
     return guest_range(f"memory of the module at {raw.addr:#x}", start, start + size)
+
+
+def load_of(module: Module) -> ModuleLoad:
+    """What tells *module* from an earlier or later load of the same module."""
+    return ModuleLoad(module.name, module.raw.addr, module.load)
 
 
 def read_module_symbols(memory: Memory, module: Module) -> SymbolTable:

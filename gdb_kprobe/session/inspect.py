@@ -215,7 +215,7 @@ def _site(session: Session, site: Site) -> SiteInfo:
         plan.patch.new,
         plan.slot.range,
         plan.declined,
-        site.owner,
+        "" if site.owner is None else str(site.owner),
         tuple(probe.name for probe in site.probes if probe.is_the_users),
     )
 

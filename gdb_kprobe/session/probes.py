@@ -13,7 +13,7 @@ from gdb_kprobe.kprobes.action import ASK_SIZE, MISS_SIZE, Action
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.kprobes.slots import Slot
 from gdb_kprobe.language.spec import FetchArg, ProbeSpec
-from gdb_kprobe.model import CpuId, Rung, VirtAddr, offset
+from gdb_kprobe.model import CpuId, ModuleLoad, Rung, VirtAddr, offset
 from gdb_kprobe.region.counters import Counter
 from gdb_kprobe.session.hit_context import Handler, Watch
 
@@ -161,8 +161,8 @@ class Site:
     armed: bool = False
     fixup: VirtAddr | None = None
     """Where the guest goes on when a fault of the instruction is fixed up: a site of its own while this is armed."""
-    owner: str = ""
-    """The module that the text belongs to (:meth:`Guest.owner_of`)."""
+    owner: ModuleLoad | None = None
+    """The load of the module that the text belongs to (:meth:`Guest.owner_of`)."""
     watchers: set[VirtAddr] = field(default_factory=set)
     """Sites whose :attr:`fixup` this one is."""
     saved: bool = False

@@ -22,7 +22,7 @@ from gdb_kprobe.errors import ConnectionLostError, TargetError
 from gdb_kprobe.guest.bare import BareGuest
 from gdb_kprobe.kprobes.patch import CodePatch
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import GENERAL_REGISTERS, AddressRange, CpuId, PhysAddr, Rung, VirtAddr
+from gdb_kprobe.model import GENERAL_REGISTERS, AddressRange, CpuId, ModuleLoad, PhysAddr, Rung, VirtAddr
 from gdb_kprobe.region.directory import Kind
 from gdb_kprobe.region.header import Header, read_header
 from gdb_kprobe.region.layout import DIRECTORY_OFFSET, FIRST_PAGE, MARK_OFFSET, MARK_SIZE
@@ -509,10 +509,10 @@ class ToyGuest(BareGuest):
         gates = idt.read_idt(table, symbols["idt"], 16 * 32 - 1)
         super().__init__(table, gates, symbols, AddressRange(VirtAddr(TEXT), VirtAddr(TEXT + 0x1000)))
         self._machine = machine
-        self.owner = ""
+        self.owner: ModuleLoad | None = None
         """What all text belongs to."""
 
-    def owner_of(self, addr: VirtAddr) -> str:
+    def owner_of(self, addr: VirtAddr) -> ModuleLoad | None:
         return self.owner
 
     def fixup_of(self, addr: VirtAddr) -> VirtAddr | None:

@@ -139,7 +139,7 @@ class Arming:
 
     def is_gone(self, site: Site) -> bool:
         """Whether the module that *site* is in was unloaded, or unloaded and loaded again: its text is not ours."""
-        if not site.owner:
+        if site.owner is None:
             return False  # the core kernel's stays
         if self._guest.owner_of(site.addr) != site.owner:
             return True

@@ -18,7 +18,7 @@ from gdb_kprobe.errors import KprobeError, SessionOverError
 from gdb_kprobe.guest.guest import Guest
 from gdb_kprobe.language.definition import parse_definition
 from gdb_kprobe.language.spec import Location
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import ModuleLoad, VirtAddr
 from gdb_kprobe.session.hit_context import Registers
 from gdb_kprobe.session.probes import Probe, Site
 from gdb_kprobe.session.site_table import SiteTable
@@ -53,7 +53,7 @@ class ModuleWatch:
         self._acts = acts
         self._watchers: list[Probe] = []
         self._impossible = False
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, ModuleLoad] = {}
         """By name of the probe, the load of its module that it could not be armed in."""
 
     def may_come(self, probe: Probe) -> bool:
@@ -75,7 +75,7 @@ class ModuleWatch:
 
     def update(self) -> None:
         """Watch modules exactly as long as that is needed. Before the machine runs."""
-        wanted = bool(self.waiting) or any(site.owner for site in self._sites.values())
+        wanted = bool(self.waiting) or any(site.owner is not None for site in self._sites.values())
         if wanted and not self._watchers and not self._impossible:
             for symbol, look in ((COMES, self._on_come), (GOES, self._on_go)):
                 watch = partial(self._watch, symbol, look)
@@ -114,13 +114,13 @@ class ModuleWatch:
         self.look()
 
     def _on_go(self, module: VirtAddr) -> None:
-        gone = [site for site in self._sites.values() if f"@{module:#x}#" in site.owner]
+        gone = [site for site in self._sites.values() if site.owner is not None and site.owner.addr == module]
         if gone:
             with self._acts.act():
                 for site in gone:
                     self._acts.forget(site)
 
-    def _arm(self, probe: Probe, load: str) -> None:
+    def _arm(self, probe: Probe, load: ModuleLoad) -> None:
         module = module_of(probe)
         self.waiting.remove(probe)
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from gdb_kprobe.errors import ConnectionLostError, GuestStateError, UnmappedError
 from gdb_kprobe.language.definition import parse_definition
-from gdb_kprobe.model import VirtAddr
+from gdb_kprobe.model import ModuleLoad, VirtAddr
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.sites import modules as module_watch
 from tests.support.toy import Toy
@@ -82,7 +82,7 @@ def test_a_probe_that_waits_waits_on_when_arming_it_fails(
         raise ZeroDivisionError
 
     (waiting,) = toy.session.modules.waiting
-    monkeypatch.setattr(toy.guest, "loaded_modules", lambda: {"other": "other@0x1#1"})
+    monkeypatch.setattr(toy.guest, "loaded_modules", lambda: {"other": ModuleLoad("other", VirtAddr(1), 1)})
     monkeypatch.setattr(toy.session.sites, "put", fail)
     assert toy.call("f_push", rdi=MODULE) == MODULE + SI
     assert toy.session.modules.waiting == [waiting]

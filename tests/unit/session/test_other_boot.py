@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gdb_kprobe.errors import GuestResetError, KprobeError
+from gdb_kprobe.model import ModuleLoad, VirtAddr
 from gdb_kprobe.session.probes import Hit, State
 from tests.support.toy import Toy
 
@@ -45,10 +46,10 @@ def test_after_a_reset_every_act_is_an_error_that_writes_nothing(
 
 
 def test_a_probe_of_an_unloaded_module_is_gone_and_its_text_never_written(toy: Toy) -> None:
-    toy.guest.owner = "mod@1"
+    toy.guest.owner = ModuleLoad("mod", VirtAddr(1), 1)
     probe = toy.add("f_push")
     assert toy.session.state_of(probe) is State.ARMED
-    toy.guest.owner = ""
+    toy.guest.owner = None
     toy.machine.log.clear()
     toy.session.settle()
     assert toy.session.state_of(probe) is State.GONE
@@ -60,7 +61,7 @@ def test_a_probe_of_an_unloaded_module_is_gone_and_its_text_never_written(toy: T
 
 
 def test_a_module_that_is_back_at_the_same_place_is_probed_anew(toy: Toy) -> None:
-    toy.guest.owner = "mod@1"
+    toy.guest.owner = ModuleLoad("mod", VirtAddr(1), 1)
     old = toy.add("f_push")
     toy.machine.write_physical(toy.guest.memory.translate(toy.addr("f_push")), b"\x55")
     new = toy.add("p:again f_push")
