@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from gdb_kprobe.errors import GuestStateError, KprobeError
-from gdb_kprobe.gdbext import plugin, settings
+from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.doctor import doctor
 from gdb_kprobe.gdbext.inspect import (
@@ -54,6 +54,7 @@ from gdb_kprobe.gdbext.inspect import (
     state,
     survey,
 )
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.gdbext.profiles import profile
 from gdb_kprobe.gdbext.runs import (
     counts,
@@ -191,15 +192,13 @@ def add(
     :raises GuestStateError: the guest runs.
     :raises KprobeError: *definition* cannot be read.
     """
-    the_plugin = plugin.the_plugin()
+    link = the_plugin().attachments.link
     new = Probe(_parse(definition), pre, post, enabled, settings.settings().strategy, stop=stop)
-    if the_plugin.link is None:
-        if any(other.name == new.name for other in the_plugin.pending):
-            raise KprobeError(f"there is a probe named {new.name} already", f"'kprobe delete {new.name}' first")
-        the_plugin.pending.append(new)
+    if link is None:
+        the_plugin().noted.add(new)
         return new
-    with the_plugin.link.stopped():
-        return the_plugin.link.session.add(new)
+    with link.stopped():
+        return link.session.add(new)
 
 
 def add_many(
@@ -211,7 +210,7 @@ def add_many(
 
     :raises KprobeError: a definition cannot be read; none is added.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     strategy = settings.settings().strategy
     new = [Probe(_parse(definition), pre, strategy=strategy) for definition in definitions]
     with link.stopped():
@@ -236,7 +235,7 @@ def add_matching(
             raise_ctrl_c()
         progress(done, len(new))
 
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     strategy = settings.settings().strategy
     with link.stopped():
         link.session.guest.refresh()
@@ -281,7 +280,7 @@ def plan(definition: str) -> tuple[Probe, Place, Plan]:
     :raises GuestStateError: the guest runs.
     :raises KprobeError: not attached, or *definition* cannot be read.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     new = Probe(_parse(definition))
     with link.stopped():
         place, made = link.session.plan(new.spec, settings.settings().strategy)
@@ -290,8 +289,8 @@ def plan(definition: str) -> tuple[Probe, Place, Plan]:
 
 def probes() -> tuple[Probe, ...]:
     """All probes, the noted ones last."""
-    the_plugin = plugin.the_plugin()
-    return (*(the_plugin.link.session.probes if the_plugin.link else ()), *the_plugin.pending)
+    link = the_plugin().attachments.link
+    return (*(() if link is None else link.session.probes), *the_plugin().noted)
 
 
 def get(name: str) -> Probe:
@@ -324,11 +323,10 @@ def set_enabled(probe: Probe, enabled: bool) -> None:
     :raises GuestStateError: the guest runs, and that needs more than one store.
     :raises KprobeError: *probe* was deleted.
     """
-    the_plugin = plugin.the_plugin()
-    if probe in the_plugin.pending:
+    if probe in the_plugin().noted:
         probe.enabled = enabled
         return
-    link = the_plugin.need_link()
+    link = the_plugin().attachments.need_link()
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(link.stopped())
@@ -344,11 +342,10 @@ def delete(probe: Probe) -> None:
     :raises GuestStateError: the guest runs.
     :raises KprobeError: *probe* was deleted already.
     """
-    the_plugin = plugin.the_plugin()
-    if probe in the_plugin.pending:
-        the_plugin.pending.remove(probe)
+    if probe in the_plugin().noted:
+        the_plugin().noted.remove((probe.name,))
         return
-    link = the_plugin.need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         link.session.delete(probe)
 
@@ -358,13 +355,12 @@ def delete_many(probes: Iterable[Probe]) -> None:
 
     :raises GuestStateError: the guest runs.
     """
-    the_plugin = plugin.the_plugin()
     names = {probe.name for probe in probes}
-    the_plugin.pending = [probe for probe in the_plugin.pending if probe.name not in names]
-    if the_plugin.link is not None:
-        with the_plugin.link.stopped():
-            session = the_plugin.link.session
-            session.delete_many(probe for probe in session.probes if probe.name in names)
+    the_plugin().noted.remove(names)
+    link = the_plugin().attachments.link
+    if link is not None:
+        with link.stopped():
+            link.session.delete_many(probe for probe in link.session.probes if probe.name in names)
 
 
 def _at_entry(place: Place, *, by_address: bool) -> ProbeSpec:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gdb_kprobe.errors import GuestStateError, TargetError
 from gdb_kprobe.gdbext.channel import is_running
-from gdb_kprobe.gdbext.plugin import Link
+from gdb_kprobe.gdbext.link import Link
 from gdb_kprobe.session.probes import Probe
 from gdb_kprobe.session.stats import Reading, read_counts
 

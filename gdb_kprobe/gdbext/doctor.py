@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gdb
-
 from gdb_kprobe.errors import GuestStateError, KprobeError
-from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import GdbChannel
-from gdb_kprobe.gdbext.plugin import Link
+from gdb_kprobe.gdbext.connection import is_connected
+from gdb_kprobe.gdbext.link import Link
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.guest.doctor import Finding, examine
 from gdb_kprobe.guest.linux import LinuxGuest, open_linux
+from gdb_kprobe.session.data_plane import data_plane_of
 from gdb_kprobe.target.ram import RamView, SharedRam
 from gdb_kprobe.target.socket_peer import peer_processes
 from gdb_kprobe.target.stub import QemuStub
@@ -22,7 +22,7 @@ def doctor() -> tuple[Finding, ...]:
     :raises KprobeError: gdb is connected to no guest.
     :raises GuestStateError: the guest runs, or is no Linux.
     """
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return _connected() if link is None else _attached(link)
 
 
@@ -32,11 +32,11 @@ def _attached(link: Link) -> tuple[Finding, ...]:
         if not isinstance(guest, LinuxGuest):
             raise GuestStateError("'kprobe doctor' knows Linux guests only", "'kprobe info' shows the attachment")
         found = examine(link.stub, guest, len(link.session.machine.cpus()))
-        return (*found, Finding("counters", link.data_plane()))
+        return (*found, Finding("counters", data_plane_of(link.memory, link.session.region)))
 
 
 def _connected() -> tuple[Finding, ...]:
-    if not isinstance(gdb.selected_inferior().connection, gdb.RemoteTargetConnection):
+    if not is_connected():
         raise KprobeError("not connected to a guest", "'target remote ADDRESS', or 'kprobe attach PROFILE'")
     channel = GdbChannel()
     stub = QemuStub(channel)

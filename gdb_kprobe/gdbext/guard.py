@@ -10,10 +10,11 @@ import sys
 
 import gdb
 
-from gdb_kprobe.errors import RegionError, ReportedError
+from gdb_kprobe.errors import ConnectionLostError, RegionError, ReportedError
 from gdb_kprobe.gdbext.breakpoints import GdbBreakpoints
 from gdb_kprobe.gdbext.channel import GdbChannel, selected_cpu
 from gdb_kprobe.gdbext.signals import uninterrupted
+from gdb_kprobe.model import PhysAddr
 from gdb_kprobe.session.recovery.orphans import Leftover, find_leftover
 from gdb_kprobe.session.rescue import cut, rescue_leftover
 from gdb_kprobe.target.stub import QemuStub
@@ -67,8 +68,65 @@ class Guard:
         return hit
 
 
-def guard_connection() -> Guard | None:
-    """Look at the guest that gdb has just been connected to, and guard it if it needs that."""
+class ConnectionGuard:
+    """The guard of the guest that gdb is connected to, if that needs one; and whether it was looked at for that."""
+
+    def __init__(self) -> None:
+        self._guard: Guard | None = None
+        self._looked_at = 0
+        """gdb's number of the last connection whose guest was looked at."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a guard."""
+        return self._guard is not None
+
+    def look(self, *, again: bool = False) -> None:
+        """At the first stop of each connection, which is made while gdb connects.
+
+        *again*: also when that was done, for the guest may be another one meanwhile.
+        """
+        connection = gdb.selected_inferior().connection
+        if connection is not None and (connection.num != self._looked_at or again):
+            self._looked_at = connection.num
+            self._guard = _guard_guest()
+
+    def restore_elsewhere(self, stub: QemuStub, region: PhysAddr) -> None:
+        """A session is about to take over, and has restored what was in the *region*: restore all else."""
+        if self._guard is not None and self._guard.leftover.header.phys != region:
+            self._guard.leftover.restore(stub)
+
+    def release(self) -> None:
+        """A session has taken over."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.release()
+
+    def rescue(self) -> None:
+        """The connection is lost."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.rescue()
+
+    def leave(self, *, killed: bool = False) -> None:
+        """gdb leaves a guest that an earlier session left armed: not without its text.
+
+        *killed*: nothing may be asked of gdb any more.
+        """
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        with uninterrupted():
+            try:
+                if killed:
+                    raise ConnectionLostError("gdb is being ended")
+                guard.restore()
+            except (ReportedError, gdb.error):
+                guard.rescue()
+
+
+def _guard_guest() -> Guard | None:
+    """Look at the guest that gdb is connected to, and guard it if it needs that."""
     try:
         if gdb.selected_frame().architecture().name() != "i386:x86-64":
             return None

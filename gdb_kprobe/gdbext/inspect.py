@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.gdbext.signals import interruptible
 from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.guest.linux import LinuxGuest
@@ -19,19 +19,20 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.session import inspect
 from gdb_kprobe.session.check import Examination, examine
+from gdb_kprobe.session.data_plane import data_plane_of
 from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, HandlerInfo, RegionInfo, SiteInfo
 from gdb_kprobe.session.probes import Probe, State
 
 
 def attachment() -> Attachment:
     """How the guest is reached; also while it runs."""
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     session = link.session
     return Attachment(
         link.address,
         link.profile.path,
         session.dispatches_in_guest,
-        link.data_plane(),
+        data_plane_of(link.memory, session.region),
         "" if link.attached is None else link.attached.types,
         session.stops,
         link.watchdog.pid,
@@ -40,7 +41,7 @@ def attachment() -> Attachment:
 
 def guest() -> GuestInfo:
     """The software in the guest; also while it runs."""
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     if is_running():  # then the stub answers nothing
         return inspect.guest_of(link.session, len(link.stub.last_cpus))
     with link.stopped():
@@ -49,42 +50,42 @@ def guest() -> GuestInfo:
 
 def region() -> RegionInfo:
     """The guest memory that is the session's; also while the guest runs."""
-    return inspect.region_of(plugin.the_plugin().need_link().session)
+    return inspect.region_of(the_plugin().attachments.need_link().session)
 
 
 def sites() -> tuple[SiteInfo, ...]:
     """What is patched in the guest's text, by address; also while the guest runs."""
-    return inspect.sites_of(plugin.the_plugin().need_link().session)
+    return inspect.sites_of(the_plugin().attachments.need_link().session)
 
 
 def site(probe: Probe) -> SiteInfo | None:
     """The site of *probe*; ``None`` while it has none: it is only noted, or its module is not there."""
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return None if link is None else inspect.site_of(link.session, probe)
 
 
 def state(probe: Probe) -> State:
     """Where *probe* is in its life."""
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return State.PENDING if link is None else link.session.state_of(probe)
 
 
 def redirected(probe: Probe) -> str:
     """Why the hits of *probe* are not the calls of its function, as of the last stop; empty: they are."""
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return "" if link is None else link.session.redirected(probe)
 
 
 def planned(probe: Probe) -> Plan | None:
     """The plan that *probe* is armed by, or is to be when it is enabled; ``None`` while it has no site."""
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     found = None if link is None else link.session.table.of(probe)
     return None if found is None else found.plan
 
 
 def handler(probe: Probe) -> HandlerInfo | None:
     """What a hit of *probe* runs inside the guest; ``None``: it has no site, or the host handles every hit there."""
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return None if link is None else inspect.handler_of(link.session, probe)
 
 
@@ -93,7 +94,7 @@ def matching(prefix: str) -> tuple[str, ...]:
 
     Nothing is read from the guest for it. None while not attached.
     """
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     return () if link is None else tuple(link.session.guest.match(prefix))
 
 
@@ -102,7 +103,7 @@ def modules() -> tuple[str, ...]:
 
     :raises KprobeError: not attached.
     """
-    return tuple(plugin.the_plugin().need_link().session.guest.loaded_modules())
+    return tuple(the_plugin().attachments.need_link().session.guest.loaded_modules())
 
 
 def clones(place: Place) -> tuple[str, ...]:
@@ -112,12 +113,12 @@ def clones(place: Place) -> tuple[str, ...]:
 
     :raises KprobeError: not attached.
     """
-    return plugin.the_plugin().need_link().session.guest.clones_of(place)
+    return the_plugin().attachments.need_link().session.guest.clones_of(place)
 
 
 def is_quiet() -> bool:
     """Whether no task of the stopped guest is on its way through a probe: each hit so far is counted."""
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         return link.session.is_quiet
 
@@ -127,7 +128,7 @@ def place(where: str | int) -> Place:
 
     :raises KprobeError: there is no such function, or there are several.
     """
-    return inspect.place_of(plugin.the_plugin().need_link().session, where)
+    return inspect.place_of(the_plugin().attachments.need_link().session, where)
 
 
 def original(addr: int) -> Place | None:
@@ -135,7 +136,7 @@ def original(addr: int) -> Place | None:
 
     For a fault in displaced code: the guest's oops names the region. The guest must be stopped.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         found = link.session.instruction_at(addr)
         return None if found is None else link.session.guest.place_of(found)
@@ -146,7 +147,7 @@ def function(where: str | int) -> FunctionInfo:
 
     :raises KprobeError: there is no such function, or there are several.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         link.session.guest.refresh()
         return inspect.function_of(link.session, where)
@@ -157,7 +158,7 @@ def address(symbol: str) -> VirtAddr:
 
     :raises KprobeError: there is none.
     """
-    found = plugin.the_plugin().need_link().session.guest
+    found = the_plugin().attachments.need_link().session.guest
     if isinstance(found, LinuxGuest):
         return found.kallsyms.address(symbol)
     return found.resolve(Location(symbol)).addr
@@ -168,7 +169,7 @@ def read(addr: int, size: int) -> bytes:
 
     :raises KprobeError: the guest runs, or has not mapped all of them.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         link.session.guest.memory.invalidate()
         return link.session.guest.memory.read(VirtAddr(addr), size)
@@ -179,7 +180,7 @@ def check(where: str) -> Examination:
 
     :raises KprobeError: there is no such place.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     session, policy = link.session, link.profile.policy
     location = parse_definition(f"p {where}").location
     with link.stopped():
@@ -199,7 +200,7 @@ def survey(progress: Callable[[int, int], None] = lambda done, of: None) -> Surv
     :raises KprobeError: not attached, or the guest is no Linux, which says where its text is.
     :raises KeyboardInterrupt: by a Ctrl-C.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     session, policy = link.session, link.profile.policy
     found = session.guest
     if not isinstance(found, LinuxGuest):

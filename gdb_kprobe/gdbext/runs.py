@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from gdb_kprobe.errors import GuestStateError, KprobeError
-from gdb_kprobe.gdbext import plugin, ticker
+from gdb_kprobe.gdbext import ticker
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.counters import need_live, read_now
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.gdbext.until import Run, Until
 from gdb_kprobe.session.probes import Hit, Probe
 from gdb_kprobe.session.stats import Reading
@@ -21,7 +22,7 @@ def run() -> None:
 
     :raises KprobeError: not attached, or the guest was reset meanwhile, or is gone.
     """
-    ticker.run(plugin.the_plugin().need_link())
+    ticker.run(the_plugin().attachments.need_link())
 
 
 def run_until(seconds: float | None = None, probe: Probe | None = None, hits: int = 1) -> bool:
@@ -51,7 +52,7 @@ def resume_until(seconds: float | None = None, probe: Probe | None = None, hits:
         raise KprobeError("run_until: neither seconds nor a probe", "without an end it is gdb.execute('continue')")
     if (seconds is not None and not 0 < seconds < float("inf")) or hits < 1:
         raise KprobeError(f"run_until: {seconds} seconds, {hits} hits", "both are to be above 0")
-    return Until(plugin.the_plugin().need_link(), seconds, probe, hits).run()
+    return Until(the_plugin().attachments.need_link(), seconds, probe, hits).run()
 
 
 def counts(probes: Sequence[Probe]) -> Reading:
@@ -60,7 +61,7 @@ def counts(probes: Sequence[Probe]) -> Reading:
     :raises GuestStateError: the guest runs, and its counters cannot be read meanwhile.
     :raises KprobeError: not attached.
     """
-    return read_now(plugin.the_plugin().need_link(), probes)
+    return read_now(the_plugin().attachments.need_link(), probes)
 
 
 def watch(probes: Sequence[Probe], interval: float, tell: Callable[[Reading, Reading], bool]) -> None:
@@ -70,7 +71,7 @@ def watch(probes: Sequence[Probe], interval: float, tell: Callable[[Reading, Rea
     :raises GuestStateError: the guest runs already, or its counters cannot be read while it runs.
     :raises KprobeError: not attached, or the guest is gone.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     need_live(link, probes)
     before = read_now(link, probes)
 
@@ -94,7 +95,7 @@ def sample(probes: Sequence[Probe], interval: float, tell: Callable[[Reading, Re
     :raises KprobeError: not attached.
     :raises KeyboardInterrupt: by a Ctrl-C; the guest runs on.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.interrupts.lent():
         if not is_running():
             raise GuestStateError(
@@ -126,7 +127,7 @@ def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = Non
     :raises GuestStateError: the guest runs.
     :raises KprobeError: not attached.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     with link.stopped():
         link.session.listen(listener, probes)
     return lambda: link.session.unlisten(listener)
@@ -137,4 +138,4 @@ def stop_after_hit() -> None:
 
     :raises KprobeError: not attached.
     """
-    plugin.the_plugin().need_link().stop_requested = True
+    the_plugin().attachments.need_link().stop_requested = True

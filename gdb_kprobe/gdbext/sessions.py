@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdb_kprobe.config.profile import Profile
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.gdbext.profiles import chosen
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.session.inspect import AdoptResult, AttachResult
@@ -25,7 +25,7 @@ def attach(
     :raises GuestStateError: the guest's software is not up, or cannot dispatch as asked for.
     :raises RegionError: the region cannot be used as the profile describes it.
     """
-    return plugin.the_plugin().attach(chosen(profile), dispatch, arm_noted=arm_noted)
+    return the_plugin().attachments.attach(chosen(profile), dispatch, arm_noted=arm_noted)
 
 
 def adopt() -> AdoptResult:
@@ -36,7 +36,7 @@ def adopt() -> AdoptResult:
 
     :raises KprobeError: not attached.
     """
-    return plugin.the_plugin().adopt()
+    return the_plugin().attachments.adopt()
 
 
 def detach() -> Detached:
@@ -44,12 +44,12 @@ def detach() -> Detached:
 
     :raises KprobeError: not attached; or a site cannot be restored: then gdb stays attached.
     """
-    return plugin.the_plugin().detach()
+    return the_plugin().attachments.detach()
 
 
 def is_attached() -> bool:
     """Whether gdb is attached to a guest."""
-    return plugin.the_plugin().link is not None
+    return the_plugin().attachments.link is not None
 
 
 def need_attached() -> None:
@@ -57,4 +57,4 @@ def need_attached() -> None:
 
     :raises KprobeError: it is not.
     """
-    plugin.the_plugin().need_link()
+    the_plugin().attachments.need_link()

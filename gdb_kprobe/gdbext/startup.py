@@ -11,5 +11,5 @@ def load() -> None:
     if new is not None:
         settings.register()
         commands.register()
-        frames.register(new.original_of)
-        stops.install(new.on_stop, new.on_resumed, new.on_register, new.on_lost, new.on_exit)
+        frames.register(new.attachments.original_of)
+        stops.install(new.events)

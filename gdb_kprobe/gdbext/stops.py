@@ -7,49 +7,43 @@ Python's stop event. So it is in ``hook-stop`` that the machine is settled: what
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import gdb
 
+from gdb_kprobe.gdbext.events import Events
 from gdb_kprobe.gdbext.signals import uninterruptible
 
 HOOKS = {
-    "hook-stop": "on_stop",
-    "hook-detach": "before_detach",
-    "hook-disconnect": "before_detach",
-    "hook-kill": "before_detach",
-    "hook-interrupt": "before_interrupt",
-    "hook-stepi": "before_stepi",
-    "hook-nexti": "before_step",
-    "hook-step": "before_step",
-    "hook-next": "before_step",
-    "hook-until": "before_step",
-    "hook-jump": "before_move",
-    "hook-return": "before_move",
-    "hookpost-monitor": "after_monitor",
+    "hook-stop": "events.on_stop",
+    "hook-detach": "events.before_detach",
+    "hook-disconnect": "events.before_detach",
+    "hook-kill": "events.before_detach",
+    "hook-interrupt": "attachments.interrupt",
+    "hook-stepi": "steps.before_stepi",
+    "hook-nexti": "steps.before_step",
+    "hook-step": "steps.before_step",
+    "hook-next": "steps.before_step",
+    "hook-until": "steps.before_step",
+    "hook-jump": "events.before_move",
+    "hook-return": "events.before_move",
+    "hookpost-monitor": "events.after_monitor",
 }
-"""User-defined hook of gdb -> function of :mod:`gdb_kprobe.gdbext.plugin` that it calls."""
+"""User-defined hook of gdb -> what of :class:`gdb_kprobe.gdbext.plugin.Plugin` it calls."""
 
 
-def install(
-    on_stop: Callable[[], None],
-    on_resumed: Callable[[bool], None],
-    on_register: Callable[[gdb.RegisterChangedEvent], None],
-    on_lost: Callable[[str], None],
-    on_exit: Callable[[bool], None],
-) -> None:
+def install(events: Events) -> None:
     """Define gdb's hooks (keeping what the user's own do) and connect to its events."""
-    for hook, function in HOOKS.items():
-        _define_hook(hook, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.{function}()")
+    for hook, method in HOOKS.items():
+        _define_hook(hook, f"python import gdb_kprobe.gdbext.plugin; gdb_kprobe.gdbext.plugin.the_plugin().{method}()")
     # A hook that the user defines after us replaces ours; then the event settles the machine, late but in time.
-    gdb.events.stop.connect(lambda event: on_stop())
+    gdb.events.stop.connect(lambda event: events.on_stop())
     # gdb 13 makes this event when it calls its threads running, which is before it sends the packet that resumes.
-    gdb.events.cont.connect(uninterruptible(on_resumed))
-    gdb.events.register_changed.connect(on_register)
-    gdb.events.connection_removed.connect(lambda event: on_lost(event.connection.details or ""))
+    gdb.events.cont.connect(uninterruptible(events.on_resumed))
+    gdb.events.register_changed.connect(events.on_register)
+    gdb.events.connection_removed.connect(lambda event: events.on_lost())
     # Twice: should gdb end while it ends (a SIGTERM during quit), the second one is not in use yet.
-    gdb.events.gdb_exiting.connect(uninterruptible(on_exit))
-    gdb.events.gdb_exiting.connect(uninterruptible(on_exit))
+    gdb.events.gdb_exiting.connect(uninterruptible(events.on_exit))
+    gdb.events.gdb_exiting.connect(uninterruptible(events.on_exit))
 
 
 def _define_hook(hook: str, line: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import gdb
 
 from gdb_kprobe.errors import KprobeError
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.linux.symbol_file import symbol_file
 from gdb_kprobe.linux.vmlinux import build_id_of
@@ -36,7 +36,7 @@ def load_symbols(vmlinux: Path | None = None) -> LoadedSymbols:
     :param vmlinux: the kernel's file; ``None``: the one that the profile names, else the guest's own kallsyms.
     :raises KprobeError: not attached, or the guest is no Linux; or *vmlinux* is another kernel, or none.
     """
-    link = plugin.the_plugin().need_link()
+    link = the_plugin().attachments.need_link()
     guest = link.session.guest
     if not isinstance(guest, LinuxGuest):
         raise KprobeError("only a Linux guest has kallsyms", "use gdb's 'symbol-file'")

@@ -10,9 +10,8 @@ from collections.abc import Callable
 import gdb
 
 from gdb_kprobe.errors import GuestStateError, KprobeError, ReportedError
-from gdb_kprobe.gdbext import plugin
 from gdb_kprobe.gdbext.channel import is_running
-from gdb_kprobe.gdbext.plugin import Link
+from gdb_kprobe.gdbext.link import Link
 from gdb_kprobe.gdbext.signals import uninterrupted
 
 
@@ -93,7 +92,7 @@ class Ticker:
         self._posted = False
         if self._over.is_set() or self._is_enough:
             return
-        if plugin.the_plugin().link is not self._link:
+        if self._link.is_over:
             self._end()
             return
         try:
@@ -112,5 +111,5 @@ def run(link: Link) -> None:
     """
     with contextlib.suppress(KeyboardInterrupt):
         gdb.execute("continue")
-    if plugin.the_plugin().link is not link:
+    if link.is_over:
         raise KprobeError("the guest is not attached any more", "'kprobe attach' again")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gdb_kprobe.errors import GuestStateError
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.counters import need_live
-from gdb_kprobe.gdbext.plugin import Link
+from gdb_kprobe.gdbext.link import Link
 from gdb_kprobe.gdbext.ticker import Ticker
 from gdb_kprobe.session.probes import Probe, State
 

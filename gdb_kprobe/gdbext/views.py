@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gdb_kprobe.bpf.insn import text
-from gdb_kprobe.gdbext import plugin
+from gdb_kprobe.gdbext.plugin import the_plugin
 from gdb_kprobe.guest.guest import Place
 from gdb_kprobe.kprobes.plan import Plan
 from gdb_kprobe.model import VirtAddr
@@ -36,7 +36,7 @@ def place_view(place: Place) -> PlaceView:
 
 
 def probe_view(probe: Probe) -> ProbeView:
-    link = plugin.the_plugin().link
+    link = the_plugin().attachments.link
     site = link.session.table.of(probe) if link is not None else None
     return ProbeView(
         probe.name,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from gdb_kprobe.config.profile import KernelKind, Profile
 from gdb_kprobe.errors import GuestPanickedError, GuestResetError, KprobeError
 from gdb_kprobe.gdbext.channel import GdbChannel, flush_registers
-from gdb_kprobe.gdbext.plugin import connect
+from gdb_kprobe.gdbext.connection import connect
 from gdb_kprobe.gdbext.profiles import chosen
 from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.guest.bare import open_bare

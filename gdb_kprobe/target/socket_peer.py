@@ -7,7 +7,8 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _ESTABLISHED = "01"
@@ -19,6 +20,9 @@ _CONNECTED = "03"
 _UCRED = struct.Struct("3i")
 """``struct ucred``: pid, uid, gid (unix(7))."""
 
+
+_LOOK_EVERY = 0.01
+"""Seconds between two looks whether a process has ended."""
 
 _DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -105,6 +109,16 @@ def _unix_peers() -> dict[int, int]:
                     at += max(size + 3 & -4, _ATTRIBUTE.size)
                 data = data[length + 3 & -4 :]
     return found
+
+
+def have_ended(pids: Collection[int], within: float) -> bool:
+    """Whether all the processes *pids* have ended, or do so within some seconds; not if none is known."""
+    deadline = time.monotonic() + within
+    while pids and time.monotonic() < deadline:
+        if not any(is_alive(pid) for pid in pids):
+            return True
+        time.sleep(_LOOK_EVERY)
+    return False
 
 
 def is_alive(pid: int) -> bool:

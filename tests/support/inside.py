@@ -19,4 +19,4 @@ def take_for_qemu(pid: int) -> str:
 
     A machine where a wrong one is a candidate has two that hold the same socket, which no test can make by itself.
     """
-    return f"python from gdb_kprobe.gdbext import plugin; plugin.peer_processes = lambda descriptor: ({pid},)"
+    return f"python from gdb_kprobe.gdbext import link; link.peer_processes = lambda descriptor: ({pid},)"
