@@ -20,7 +20,7 @@ from gdb_kprobe.model import Rung, VirtAddr
 from gdb_kprobe.session import inspect
 from gdb_kprobe.session.check import Examination, examine
 from gdb_kprobe.session.data_plane import data_plane_of
-from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, HandlerInfo, RegionInfo, SiteInfo
+from gdb_kprobe.session.inspect import Attachment, FunctionInfo, GuestInfo, HandlerInfo, ProbeInfo, RegionInfo, SiteInfo
 from gdb_kprobe.session.probes import Probe, State
 
 
@@ -74,6 +74,15 @@ def redirected(probe: Probe) -> str:
     """Why the hits of *probe* are not the calls of its function, as of the last stop; empty: they are."""
     link = the_plugin().attachments.link
     return "" if link is None else link.session.redirected(probe)
+
+
+def info(probe: Probe) -> ProbeInfo:
+    """What there is to say of *probe*; also while the guest runs, where its counters can be read then.
+
+    :raises GuestStateError: the guest runs, and they cannot.
+    """
+    link = the_plugin().attachments.link
+    return inspect.probe_of(None if link is None else link.session, probe)
 
 
 def planned(probe: Probe) -> Plan | None:

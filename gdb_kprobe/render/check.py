@@ -3,62 +3,44 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.survey import BY_PLACE, Jumps, Survey
 from gdb_kprobe.model import Reason, Rung
-from gdb_kprobe.render.plan import listing, located
+from gdb_kprobe.render.place import located
+from gdb_kprobe.render.plan import listing
 from gdb_kprobe.render.text import WIDTH, hex_bytes, table
-from gdb_kprobe.render.views import InsnView, PlaceView
+from gdb_kprobe.session.check import Examination
 
 _LABEL = 13
 
 
-@dataclass(frozen=True, slots=True)
-class TrialView:
-    """One rung: *refusal* is why not, empty for yes; *listing* is what would be in the slot."""
-
-    rung: Rung
-    refusal: str
-    listing: Sequence[InsnView] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CheckView:
-    """One place; *insn* is empty where no instruction begins. *kernel* are lines about the kernel's own verdict."""
-
-    place: PlaceView
-    answer: str
-    hint: str = ""
-    insn: str = ""
-    raw: bytes = b""
-    boundary: str = ""
-    rungs: Sequence[TrialView] = ()
-    tables: Sequence[str] = ()
-    kernel: Sequence[str] = ()
-
-
-def check(view: CheckView) -> str:
+def check(found: Examination) -> str:
     """One place in full."""
-    lines = [_field("at", located(view.place)), *_wrapped("answer", view.answer)]
-    if view.hint:
-        lines += _wrapped("", f"hint: {view.hint}")
-    if view.insn:
-        lines += [
-            *_wrapped("boundary", view.boundary),
-            _field("bytes", hex_bytes(view.raw)),
-            _field("instruction", view.insn),
-        ]
-    for rung in view.rungs:
-        lines += _wrapped(rung.rung, f"no: {rung.refusal}" if rung.refusal else "yes, in the slot:")
-        if rung.listing:
-            lines.append(textwrap.indent(listing(rung.listing), "  "))
-    for text in view.tables:
+    refusal = found.refusal
+    best = next((trial.rung for trial in found.rungs if trial.refusal is None), None)
+    answer = f"it can be probed, {best}" if refusal is None else refusal.text
+    lines = [_field("at", located(found.place)), *_wrapped("answer", answer)]
+    if refusal is not None and refusal.hint:
+        lines += _wrapped("", f"hint: {refusal.hint}")
+    if found.insn is None:
+        return "\n".join(lines)
+    lines += [
+        *_wrapped("boundary", f"yes: instruction {found.number} of the function, decoded from its start"),
+        _field("bytes", hex_bytes(found.insn.raw)),
+        _field("instruction", f"{found.insn} ({found.family})"),
+    ]
+    for trial in found.rungs:
+        why = trial.refusal.text if trial.refusal is not None else "" if refusal is None else str(refusal.reason)
+        lines += _wrapped(trial.rung, f"no: {why}" if why else "yes, in the slot:")
+        if not why and trial.at is not None and trial.code:
+            lines.append(textwrap.indent(listing(trial.code, trial.at), "  "))
+    for text in found.tables:
         lines += _wrapped("table", text)
-    for text in view.kernel:
-        lines += _wrapped("the kernel", text)
+    if found.kernel is not None:
+        rules = found.kernel.rules
+        for rule, why_not in (("can_probe", found.kernel.probe), ("can_boost", found.kernel.boost)):
+            lines += _wrapped("the kernel", f"{rule} ({rules}): {'yes' if why_not is None else f'no, {why_not}'}")
     return "\n".join(lines)
 
 

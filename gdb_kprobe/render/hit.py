@@ -5,19 +5,14 @@ from __future__ import annotations
 import textwrap
 
 from gdb_kprobe.language.spec import FetchType
-from gdb_kprobe.render.text import symbolic
-from gdb_kprobe.render.views import HitView, PlaceView
+from gdb_kprobe.render.place import traced
+from gdb_kprobe.session.probes import Hit
 
 
 def value(raw: int, type_: FetchType) -> str:
     """A fetched value as the kernel prints its type: ``u`` and ``s`` in decimal, ``x`` as ``0x...`` without padding."""
     number = type_.extract(raw)
     return f"{number:#x}" if type_.startswith("x") else f"{number}"
-
-
-def place(view: PlaceView) -> str:
-    """``vfs_read+0x0/0x370 [module]``; the bare address where no symbol covers it."""
-    return symbolic(view.symbol, view.offset, view.size, view.module) if view.symbol else f"{view.addr:#x}"
 
 
 def folded(line: str, width: int | None) -> str:
@@ -30,8 +25,8 @@ def folded(line: str, width: int | None) -> str:
     )
 
 
-def hit_line(hit: HitView) -> str:
-    """``[001]    12.345678: open: (do_sys_openat2+0x0/0x140) dfd=0xffffff9c``, the time only where there is one."""
-    time = "" if hit.time is None else f" {hit.time:12.6f}:"
-    args = "".join(f" {arg.name}={value(arg.value, arg.type)}" for arg in hit.args)
-    return f"[{hit.cpu:03d}]{time} {hit.name}: ({place(hit.place)}){args}"
+def hit_line(hit: Hit, seconds: float) -> str:
+    """``[001]    12.345678: open: (do_sys_openat2+0x0/0x140) dfd=0xffffff9c``, so many *seconds* after the begin."""
+    assert hit.probe.place is not None
+    args = "".join(f" {arg.name}={value(raw, arg.type)}" for arg, raw in hit.args)
+    return f"[{hit.cpu - 1:03d}] {seconds:12.6f}: {hit.probe.name}: ({traced(hit.probe.place)}){args}"

@@ -3,69 +3,63 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 
+from gdb_kprobe.bpf.insn import text as bpf_text
+from gdb_kprobe.guest.guest import Place
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.model import Refusal, Rung, VirtAddr
+from gdb_kprobe.render.place import located
 from gdb_kprobe.render.text import WIDTH, address, hex_bytes
-from gdb_kprobe.render.views import DeclinedView, HandlerView, InsnView, PlaceView, PlanView
+from gdb_kprobe.session.inspect import HandlerInfo
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.x86.decode import DecodeError, iter_insns
 
 _LABEL = 13
 
 
-def listing(insns: Sequence[InsnView]) -> str:
-    """One instruction a line: address, bytes, text, and the notes in a column of their own."""
-    raw = max((len(hex_bytes(insn.raw)) for insn in insns), default=0)
-    text = max((len(insn.text) for insn in insns), default=0)
-    lines = (
-        f"{insn.addr:#018x}:  {hex_bytes(insn.raw):{raw}}  {insn.text:{text}}"
-        + (f"  ; {insn.note}" if insn.note else "")
-        for insn in insns
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def listing(code: bytes, at: VirtAddr) -> str:
+    """*code*, which is for the address *at*, one instruction a line: address, bytes, text."""
+    try:
+        insns = [(insn.addr, hex_bytes(insn.raw), str(insn)) for insn in iter_insns(code, at)]
+    except DecodeError:
+        insns = [(at, hex_bytes(code), "(data)")]
+    width = max((len(raw) for _, raw, _ in insns), default=0)
+    return "\n".join(f"{addr:#018x}:  {raw:{width}}  {text}" for addr, raw, text in insns)
 
 
-def located(view: PlaceView) -> str:
-    """``0xffffffff81234567 (vfs_read+0x17)``, or ``0xffffffff81234555 (vfs_read+0x0 at +0x5)``: what is patched."""
-    text = address(view.addr + view.behind, view.symbol, view.offset, view.module)
-    return text[:-1] + f"{patched_at(view)})" if view.behind else text
+def plan(probe: Probe, place: Place, made: Plan) -> str:
+    """The dry run of *probe*: what is there, what it becomes, where it goes, and why not a better rung."""
+    return "\n".join([_field("probe", probe.name), _field("at", located(place)), plan_body(made)])
 
 
-def patched_at(view: PlaceView) -> str:
-    """``" at +0x5"``: which bytes of the function are patched, where those are not the ones at *view*'s own address."""
-    return f" at +{view.offset + view.behind:#x}" if view.behind else ""
-
-
-def plan(view: PlanView) -> str:
-    """The dry run of one probe: what is there, what it becomes, where it goes, and why not a better rung."""
-    return "\n".join([_field("probe", view.name), _field("at", located(view.place)), plan_body(view)])
-
-
-def plan_body(view: PlanView) -> str:
+def plan_body(made: Plan) -> str:
     """The same without saying again which probe it is, and where."""
     lines = [
-        _field("instruction", view.insn),
-        _field("bytes", f"{hex_bytes(view.old)}  ->  {hex_bytes(view.new)}"),
-        _field("rung", view.rung),
-        _field("slot", address(view.slot)),
+        _field("instruction", f"{made.insn} ({made.family})"),
+        _field("bytes", f"{hex_bytes(made.patch.old)}  ->  {hex_bytes(made.patch.new)}"),
+        _field("rung", made.rung),
+        _field("slot", address(made.slot.code)),
     ]
-    if view.listing:
-        lines.append(textwrap.indent(listing(view.listing), "  "))
-    lines += [line for declined in view.declined for line in _declined(declined)]
+    if made.code:
+        lines.append(textwrap.indent(listing(made.code, made.slot.code), "  "))
+    lines += [line for rung, refusal in made.declined for line in _declined(rung, refusal)]
     return "\n".join(lines)
 
 
-def handler(view: HandlerView) -> str:
+def handler(inside: HandlerInfo) -> str:
     """The eBPF program of a probe, and the code that it has become where that is not in the slot."""
-    width = len(str(len(view.program)))
-    program = "\n".join(f"{index:{width}}: {line}" for index, line in enumerate(view.program))
+    width = len(str(len(inside.program)))
+    program = "\n".join(f"{index:{width}}: {bpf_text(insn)}" for index, insn in enumerate(inside.program))
     lines = [_field("eBPF", ""), textwrap.indent(program, "  ")]
-    if view.listing:
-        lines += [_field("handler", address(view.listing[0].addr)), textwrap.indent(listing(view.listing), "  ")]
+    if inside.code:
+        code = textwrap.indent(listing(inside.code, inside.entry), "  ")
+        lines += [_field("handler", address(inside.entry)), code]
     return "\n".join(lines)
 
 
-def _declined(view: DeclinedView) -> list[str]:
-    lines = _wrapped(f"not {view.rung}", view.reason)
-    return lines + _wrapped("", f"hint: {view.hint}") if view.hint else lines
+def _declined(rung: Rung, refusal: Refusal) -> list[str]:
+    lines = _wrapped(f"not {rung}", refusal.text)
+    return lines + _wrapped("", f"hint: {refusal.hint}") if refusal.hint else lines
 
 
 def _field(label: str, text: str) -> str:

@@ -2,102 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gdb_kprobe.render.probes import flags
 from gdb_kprobe.render.text import duration, symbolic, table
-from gdb_kprobe.render.views import ProbeView
+from gdb_kprobe.session.inspect import ProbeInfo
+from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.stats import Change, Statistics
 
 
-@dataclass(frozen=True, slots=True)
-class RateView:
-    """What a probe has counted in the interval: hits and misses, and hits a second."""
-
-    hits: int
-    missed: int
-    rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class StatsRow:
-    """One probe; *rate* is None where there is no interval."""
-
-    probe: ProbeView
-    rate: RateView | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StatsView:
-    """The rows to show, in order, and over how many seconds their rates are; *seconds* is None where there are none.
-
-    *hits*, *missed* and *rate* are the totals of all *count* probes, also of those that are not shown.
-    """
-
-    rows: tuple[StatsRow, ...]
-    count: int
-    hits: int
-    missed: int
-    rate: RateView | None = None
-    seconds: float | None = None
-
-
-def stats(view: StatsView) -> str:
+def stats(found: Statistics) -> str:
     """The table, with a line of totals at its end. Columns in which no probe has anything are left out."""
     headers = ("hits/s", "hits", "missed", "probe", "symbol", "flags")
+    timed = found.seconds is not None
     cells = [
-        (
-            _rate(row.rate),
-            str(row.probe.hits),
-            str(row.probe.missed),
-            row.probe.name,
-            _symbol(row.probe),
-            flags(row.probe),
-        )
-        for row in view.rows
+        (*_counts(change, timed), probe.name, _symbol(probe), _flags(probe, change)) for probe, change in found.rows
     ]
     shown = len(cells)
-    what = f"total of {view.count}" + (f", {shown} shown" if shown < view.count else "")
-    cells.append((_rate(view.rate), str(view.hits), str(view.missed), what, "", ""))
+    what = f"total of {found.count}" + (f", {shown} shown" if shown < found.count else "")
+    cells.append((*_counts(found.total, timed), what, "", ""))
     kept = [index for index in range(len(headers)) if any(row[index] for row in cells)]
     text = table([headers[index] for index in kept], [[row[index] for index in kept] for row in cells])
-    return text if view.seconds is None else f"over {duration(view.seconds)}:\n{text}"
+    return text if found.seconds is None else f"over {duration(found.seconds)}:\n{text}"
 
 
-def as_data(view: StatsView) -> dict[str, object]:
+def as_data(found: Statistics) -> dict[str, object]:
     """The same as numbers and text, for programs.
 
     ``seconds``, ``rate``, ``new_hits`` and ``new_missed`` (those of the interval) are there only with an interval.
     """
+    timed = found.seconds is not None
     return {
-        **({} if view.seconds is None else {"seconds": round(view.seconds, 6)}),
-        "probes": [_row_data(row) for row in view.rows],
-        "total": {"probes": view.count, "hits": view.hits, "missed": view.missed, **_rate_data(view.rate)},
+        **({} if found.seconds is None else {"seconds": round(found.seconds, 6)}),
+        "probes": [
+            {
+                "name": probe.name,
+                "place": _symbol(probe),
+                "flags": _flags(probe, change),
+                **_data(change, timed),
+            }
+            for probe, change in found.rows
+        ],
+        "total": {"probes": found.count, **_data(found.total, timed)},
     }
 
 
-def _row_data(row: StatsRow) -> dict[str, object]:
-    return {
-        "name": row.probe.name,
-        "place": _symbol(row.probe),
-        "flags": flags(row.probe),
-        "hits": row.probe.hits,
-        "missed": row.probe.missed,
-        **_rate_data(row.rate),
-    }
+def _data(change: Change, timed: bool) -> dict[str, object]:
+    total = {"hits": change.total.hits, "missed": change.total.missed}
+    if not timed:
+        return {**total}
+    return {**total, "new_hits": change.hits, "new_missed": change.missed, "rate": round(change.rate, 1)}
 
 
-def _rate_data(rate: RateView | None) -> dict[str, object]:
-    if rate is None:
-        return {}
-    return {"new_hits": rate.hits, "new_missed": rate.missed, "rate": round(rate.rate, 1)}
+def _counts(change: Change, timed: bool) -> tuple[str, str, str]:
+    return f"{change.rate:.1f}" if timed else "", str(change.total.hits), str(change.total.missed)
 
 
-def _rate(rate: RateView | None) -> str:
-    return "" if rate is None else f"{rate.rate:.1f}"
+def _flags(probe: Probe, change: Change) -> str:
+    return flags(ProbeInfo(probe, change.total.hits, change.total.missed))
 
 
-def _symbol(view: ProbeView) -> str:
-    place = view.place
+def _symbol(probe: Probe) -> str:
+    place = probe.place
     if place is None:
         return ""
-    return symbolic(place.symbol, place.offset, module=place.module) if place.symbol else f"{place.addr:#x}"
+    if place.symbol is None:
+        return f"{place.addr:#x}"
+    return symbolic(place.symbol.name, place.offset, module=place.symbol.module)

@@ -67,6 +67,25 @@ class SiteInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeInfo:
+    """One probe at a moment.
+
+    :ivar hits: how often it was hit.
+    :ivar missed: how often the instruction ran without its handlers.
+    :ivar rung: the rung of its site; ``None`` while it has none.
+    :ivar is_saved: a kprobe of the guest's own has saved the jump of its site.
+    :ivar redirected: why its hits are not the calls of its function, as of the last stop; empty: they are.
+    """
+
+    probe: Probe
+    hits: int
+    missed: int
+    rung: Rung | None = None
+    is_saved: bool = False
+    redirected: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RegionInfo:
     """The guest memory that is the session's, and what fills it.
 
@@ -218,6 +237,17 @@ def _site(session: Session, site: Site) -> SiteInfo:
         "" if site.owner is None else str(site.owner),
         tuple(probe.name for probe in site.probes if probe.is_the_users),
     )
+
+
+def probe_of(session: Session | None, probe: Probe) -> ProbeInfo:
+    """What there is to say of *probe*, which *session* need not have (``None``: there is none, and it is noted).
+
+    :raises GuestStateError: the machine runs, and its memory is not shared with the host.
+    """
+    site = None if session is None else session.table.of(probe)
+    if session is None or site is None:
+        return ProbeInfo(probe, probe.hits, probe.missed)
+    return ProbeInfo(probe, probe.hits, probe.missed, site.plan.rung, site.saved, session.redirected(probe))
 
 
 def handler_of(session: Session, probe: Probe) -> HandlerInfo | None:

@@ -48,6 +48,22 @@ class Change:
     """Hits a second."""
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What probes have counted.
+
+    :ivar rows: the probes to show, each with what it has counted, the fastest first.
+    :ivar count: how many probes there are, also those that are not shown.
+    :ivar total: what all of them have counted together.
+    :ivar seconds: over how many seconds the changes and rates are; ``None``: there are only totals.
+    """
+
+    rows: tuple[tuple[Probe, Change], ...]
+    count: int
+    total: Change
+    seconds: float | None = None
+
+
 def read_counts(memory: PhysicalMemory, probes: Sequence[Probe]) -> Reading:
     """Read what *probes* have counted.
 
@@ -62,6 +78,18 @@ def read_counts(memory: PhysicalMemory, probes: Sequence[Probe]) -> Reading:
         hits, missed = (0, 0) if probe.counter is None else found[probe.counter.addr]
         counts[probe.name] = Count(probe.seen + hits, probe.failures + missed)
     return Reading(moment, counts)
+
+
+def statistics(probes: Sequence[Probe], before: Reading | None, after: Reading, top: int | None) -> Statistics:
+    """What *probes* had counted at *after*, and since *before*, if there is such a reading; the *top* fastest, or all.
+
+    :raises KprobeError: a count went down: it is not the same guest, or the memory was written to.
+    """
+    found = changes(before, after)
+    by_name = {probe.name: probe for probe in probes}
+    rows = tuple((by_name[name], found[name]) for name in fastest(found, top))
+    seconds = None if before is None else after.moment - before.moment
+    return Statistics(rows, len(found), sum_of(found.values()), seconds)
 
 
 def changes(before: Reading | None, after: Reading) -> dict[str, Change]:

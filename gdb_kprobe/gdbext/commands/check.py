@@ -13,7 +13,6 @@ from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, Progress, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.views import check_view
 from gdb_kprobe.render.check import check, survey
 
 
@@ -63,7 +62,7 @@ def _one(place: str) -> None:
             if original is not None:
                 write(f"{place} is in the code of a probe. It stands for {original} ({original.addr:#x}):")
                 place = f"{original.addr:#x}"
-    write(check(check_view(api.check(place))))
+    write(check(api.check(place)))
 
 
 def _all(file: Path | None) -> None:

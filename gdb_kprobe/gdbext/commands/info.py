@@ -5,7 +5,6 @@ from __future__ import annotations
 from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
-from gdb_kprobe.gdbext.views import handler_view, plan_view, probe_view
 from gdb_kprobe.render.plan import handler, plan_body
 from gdb_kprobe.render.probes import probe_info
 from gdb_kprobe.render.region import region_use
@@ -24,12 +23,12 @@ class Info(Command):
             self._attachment()
             return
         for probe in api.named(argument, "kprobe info"):
-            write(probe_info(probe_view(probe)))
+            write(probe_info(api.info(probe)))
             plan, inside = api.planned(probe), api.handler(probe)
-            if plan is not None and probe.place is not None:
-                write(plan_body(plan_view(probe, probe.place, plan)))
+            if plan is not None:
+                write(plan_body(plan))
                 if inside is not None:
-                    write(handler(handler_view(inside)))
+                    write(handler(inside))
             if probe.last_error:
                 write(f"last error of its handler:\n{probe.last_error}")
 

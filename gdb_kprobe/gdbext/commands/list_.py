@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands.base import Command, write
-from gdb_kprobe.gdbext.views import probe_view
 from gdb_kprobe.render.probes import probe_list
 
 
@@ -17,7 +16,7 @@ class List(Command):
       kprobe list"""
 
     def run(self, argument: str) -> None:
-        write(probe_list([probe_view(probe) for probe in api.probes()]))
+        write(probe_list([api.info(probe) for probe in api.probes()]))
 
 
 def register() -> None:

@@ -15,10 +15,10 @@ from gdb_kprobe.gdbext.commands.arguments import check_stats, counted, stats_par
 from gdb_kprobe.gdbext.commands.attach import attach_parser, tell_waiting
 from gdb_kprobe.gdbext.commands.base import ArgumentParser
 from gdb_kprobe.gdbext.errors import user_errors
-from gdb_kprobe.gdbext.views import plan_view, stats_view
 from gdb_kprobe.model import Dispatch
-from gdb_kprobe.render.stats import StatsView, as_data
+from gdb_kprobe.render.stats import as_data
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.stats import statistics
 
 
 def _probe(probe: Probe) -> dict[str, str]:
@@ -107,17 +107,17 @@ def _plan(argv: list[str]) -> dict[str, Any]:
     """
     if not argv:
         raise KprobeError("-kprobe-plan: where? nothing was given", "for example: -kprobe-plan vfs_read+5")
-    view = plan_view(*api.plan(" ".join(argv)))
+    _, place, made = api.plan(" ".join(argv))
     return {
         "plan": {
-            "addr": hex(view.place.addr + view.place.behind),
-            "asked": hex(view.place.addr),
-            "insn": view.insn,
-            "rung": view.rung,
-            "slot": hex(view.slot),
-            "old": view.old.hex(),
-            "new": view.new.hex(),
-            "declined": [{"rung": item.rung, "reason": item.reason} for item in view.declined],
+            "addr": hex(place.at),
+            "asked": hex(place.addr),
+            "insn": f"{made.insn} ({made.family})",
+            "rung": made.rung,
+            "slot": hex(made.slot.code),
+            "old": made.patch.old.hex(),
+            "new": made.patch.new.hex(),
+            "declined": [{"rung": rung, "reason": refusal.text} for rung, refusal in made.declined],
         }
     }
 
@@ -154,18 +154,18 @@ def _stats(argv: list[str]) -> dict[str, Any]:
     api.need_attached()
     probes = counted(args.names)
     check_stats(args)
-    views: list[StatsView] = []
+    tables: list[dict[str, object]] = []
     if args.interval is None:
-        views.append(stats_view(probes, None, api.counts(probes), args.top))
+        tables.append(as_data(statistics(probes, None, api.counts(probes), args.top)))
     else:
 
         def tell(before: api.Reading, after: api.Reading) -> bool:
-            views.append(stats_view(probes, before, after, args.top))
-            return len(views) == (args.count or 1)
+            tables.append(as_data(statistics(probes, before, after, args.top)))
+            return len(tables) == (args.count or 1)
 
         with contextlib.suppress(KeyboardInterrupt):  # then those that there are
             api.sample(probes, args.interval, tell)
-    return {"tables": [_strings(as_data(view)) for view in views]}
+    return {"tables": [_strings(table) for table in tables]}
 
 
 def _strings(value: object) -> Any:

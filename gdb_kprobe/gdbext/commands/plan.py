@@ -6,7 +6,6 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.base import Command, write
-from gdb_kprobe.gdbext.views import plan_view
 from gdb_kprobe.render.plan import plan as render_plan
 
 
@@ -23,7 +22,7 @@ class Plan(Command):
     def run(self, argument: str) -> None:
         if not argument:
             raise KprobeError("kprobe plan: where? nothing was given", "for example: kprobe plan vfs_read+5")
-        write(render_plan(plan_view(*api.plan(argument))))
+        write(render_plan(*api.plan(argument)))
 
     def candidates(self, text: str) -> list[str]:
         return complete.definition(text)

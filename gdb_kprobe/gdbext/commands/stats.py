@@ -13,9 +13,9 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.arguments import check_stats, counted, stats_parser
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.output import InPlace, unpaged
-from gdb_kprobe.gdbext.views import stats_view
-from gdb_kprobe.render.stats import StatsView, as_data, stats
+from gdb_kprobe.render.stats import as_data, stats
 from gdb_kprobe.session.probes import Probe
+from gdb_kprobe.session.stats import Statistics, statistics
 
 _INTERVAL = 1.0
 """Seconds between two tables of ``--live``, unless it is told."""
@@ -53,7 +53,7 @@ class Stats(Command):
             with unpaged():
                 api.watch(probes, args.interval or _INTERVAL, live.show)
         elif args.interval is None:
-            _show(stats_view(probes, None, api.counts(probes), args.top), args.json)
+            _show(statistics(probes, None, api.counts(probes), args.top), args.json)
         else:
             tables = _Tables(probes, args.count or 1, args.top, args.json)
             try:
@@ -73,8 +73,8 @@ def _parser() -> ArgumentParser:
     return made
 
 
-def _show(view: StatsView, as_json: bool) -> None:
-    write(json.dumps(as_data(view)) if as_json else stats(view))
+def _show(found: Statistics, as_json: bool) -> None:
+    write(json.dumps(as_data(found)) if as_json else stats(found))
     gdb.flush()
 
 
@@ -93,10 +93,10 @@ class _Tables:
     def show(self, before: api.Reading, after: api.Reading) -> bool:
         """Show the next one; whether it was the last."""
         if self._screen is None or self._as_json:
-            _show(stats_view(self._probes, before, after, self._top), self._as_json)
+            _show(statistics(self._probes, before, after, self._top), self._as_json)
         else:
             top = min(filter(None, (self._top, self._screen.rows)), default=None)
-            self._screen.show(stats(stats_view(self._probes, before, after, top)))
+            self._screen.show(stats(statistics(self._probes, before, after, top)))
         if self._left is not None:
             self._left -= 1
         return self._left == 0

@@ -13,7 +13,6 @@ from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.commands.arguments import seconds
 from gdb_kprobe.gdbext.commands.base import ArgumentParser, Command, write
 from gdb_kprobe.gdbext.output import unpaged
-from gdb_kprobe.gdbext.views import hit_view
 from gdb_kprobe.render.hit import folded, hit_line
 from gdb_kprobe.session.probes import Hit, Probe, State
 
@@ -97,7 +96,7 @@ class _Trace:
         if self._count is not None and self._shown >= self._count:
             return
         self._shown += 1
-        write(folded(hit_line(hit_view(hit, time.monotonic() - self._started)), _width()))
+        write(folded(hit_line(hit, time.monotonic() - self._started), _width()))
         gdb.flush()
         if self._shown == self._count:
             api.stop_after_hit()

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from gdb_kprobe.language.spec import FetchType
-from gdb_kprobe.model import Rung, VirtAddr
+from gdb_kprobe.guest.guest import Place
+from gdb_kprobe.kprobes.patch import CodePatch
+from gdb_kprobe.kprobes.plan import Plan
+from gdb_kprobe.kprobes.slots import Slot
+from gdb_kprobe.language.definition import parse_definition
+from gdb_kprobe.language.spec import FetchArg, FetchType
+from gdb_kprobe.model import CpuId, Reason, Refusal, Rung, Symbol, VirtAddr, offset
 from gdb_kprobe.render.hit import folded, hit_line, value
 from gdb_kprobe.render.plan import listing, plan
 from gdb_kprobe.render.probes import flags, probe_info, probe_list
 from gdb_kprobe.render.text import WIDTH
-from gdb_kprobe.render.views import ArgView, DeclinedView, HitView, InsnView, PlaceView, PlanView, ProbeView
+from gdb_kprobe.session.inspect import ProbeInfo
+from gdb_kprobe.session.probes import Hit, Probe
+from gdb_kprobe.x86.decode import decode
+from gdb_kprobe.x86.families import Family, classify
 
-PLACE = PlaceView(VirtAddr(0xFFFF_FFFF_8123_4560), "do_sys_openat2", 0, 0x140)
-MODULE_PLACE = PlaceView(VirtAddr(0xFFFF_FFFF_C000_1234), "ext4_sync_fs", 4, 0x80, "ext4")
+START = VirtAddr(0xFFFF_FFFF_8123_4560)
+PLACE = Place(START, START, offset(START, 0x140), Symbol("do_sys_openat2", START, "T"))
+_EXT4 = VirtAddr(0xFFFF_FFFF_C000_1230)
+MODULE_PLACE = Place(offset(_EXT4, 4), _EXT4, offset(_EXT4, 0x80), Symbol("ext4_sync_fs", _EXT4, "t", "ext4"))
 SLOT = VirtAddr(0xFFFF_FFFF_C800_1000)
+
+
+def probe(definition: str, place: Place | None = None, *, enabled: bool = True, gone: bool = False) -> Probe:
+    return Probe(parse_definition(definition), place=place, enabled=enabled, gone=gone)
 
 
 @pytest.mark.parametrize(
@@ -35,60 +49,70 @@ def test_values_are_printed_as_the_kernel_prints_them(raw: int, type_: FetchType
 
 
 def test_a_hit_is_a_line_of_the_kernels_trace() -> None:
-    hit = HitView("open", PLACE, 1, (ArgView("dfd", 0xFFFF_FF9C), ArgView("n", 3, FetchType.S32)), 12.3456789)
-    assert hit_line(hit) == "[001]    12.345679: open: (do_sys_openat2+0x0/0x140) dfd=0xffffff9c n=3"
+    args = ((FetchArg("dfd", "di"), 0xFFFF_FF9C), (FetchArg("n", "si", FetchType.S32), 3))
+    assert (
+        hit_line(Hit(probe("p:open f", PLACE), CpuId(2), args), 12.3456789)
+        == "[001]    12.345679: open: (do_sys_openat2+0x0/0x140) dfd=0xffffff9c n=3"
+    )
 
 
-def test_a_hit_without_time_symbol_or_arguments() -> None:
-    assert hit_line(HitView("p_0x401000", PlaceView(VirtAddr(0x40_1000)), 0)) == "[000] p_0x401000: (0x401000)"
+def test_a_hit_without_symbol_or_arguments() -> None:
+    at = VirtAddr(0x40_1000)
+    hit = Hit(probe("p 0x401000", Place(at, at, at, None)), CpuId(1), ())
+    assert hit_line(hit, 0.5) == "[000]     0.500000: p_0x401000: (0x401000)"
 
 
 def test_a_hit_in_a_module() -> None:
-    assert hit_line(HitView("sync", MODULE_PLACE, 12)) == "[012] sync: (ext4_sync_fs+0x4/0x80 [ext4])"
+    hit = Hit(probe("p:sync f", MODULE_PLACE), CpuId(13), ())
+    assert hit_line(hit, 1) == "[012]     1.000000: sync: (ext4_sync_fs+0x4/0x80 [ext4])"
 
 
 def test_a_listing_has_its_columns_aligned() -> None:
-    insns = (
-        InsnView(SLOT, b"\x55", "push rbp"),
-        InsnView(VirtAddr(SLOT + 1), bytes.fromhex("e95f355b b9"), "jmp 0xffffffff81234561", "back"),
+    assert listing(bytes.fromhex("55 e95f355bb9"), SLOT) == (
+        "0xffffffffc8001000:  55              push rbp\n0xffffffffc8001001:  e9 5f 35 5b b9  jmp 0xffffffff815b4565"
     )
-    assert listing(insns) == (
-        "0xffffffffc8001000:  55              push rbp\n"
-        "0xffffffffc8001001:  e9 5f 35 5b b9  jmp 0xffffffff81234561  ; back"
-    )
-    assert listing(()) == ""
+    assert listing(b"", SLOT) == ""
+
+
+def test_what_cannot_be_decoded_is_listed_as_data() -> None:
+    assert listing(b"\x06\x07", SLOT) == "0xffffffffc8001000:  06 07  (data)"
 
 
 def test_a_plan() -> None:
-    view = PlanView(
-        name="open",
-        place=PLACE,
-        insn="push rbp",
-        old=b"\x55",
-        new=b"\xcc",
+    insn = decode(b"\x55", START)
+    family = classify(insn)
+    assert isinstance(family, Family)
+    made = Plan(
+        insn=insn,
+        family=family,
         rung=Rung.SINGLE_STEP,
-        slot=SLOT,
-        listing=(InsnView(SLOT, b"\x55", "push rbp", "the original"),),
+        slot=Slot(offset(SLOT, -8), 16),
+        code=b"\x55",
+        patch=CodePatch(START, b"\x55", b"\xcc"),
         declined=(
-            DeclinedView(Rung.OPTIMIZED, "not implemented yet"),
-            DeclinedView(
+            (Rung.OPTIMIZED, Refusal(Reason.POLICY, START)),
+            (
                 Rung.BOOSTED,
-                "a post-handler needs the single step: it runs after the instruction, before anything else there",
-                "give no post-handler",
+                Refusal(
+                    Reason.NEEDS_SINGLE_STEP,
+                    START,
+                    "it runs after the instruction, before anything else there",
+                    "give no post-handler",
+                ),
             ),
         ),
     )
     assert (
-        plan(view)
+        plan(probe("p:open f"), PLACE, made)
         == """\
 probe        open
 at           0xffffffff81234560 (do_sys_openat2+0x0)
-instruction  push rbp
+instruction  push rbp (plain)
 bytes        55  ->  cc
 rung         single-step
 slot         0xffffffffc8001000
-  0xffffffffc8001000:  55  push rbp  ; the original
-not optimized   not implemented yet
+  0xffffffffc8001000:  55  push rbp
+not optimized   not allowed by the profile's policy
 not boosted     a post-handler needs the single step: it runs after the
                 instruction, before anything else there
                 hint: give no post-handler"""
@@ -97,10 +121,10 @@ not boosted     a post-handler needs the single step: it runs after the
 
 def test_the_list_has_the_kernels_columns_first() -> None:
     probes = [
-        ProbeView("open", PLACE, Rung.BOOSTED, 2000),
-        ProbeView("sync", MODULE_PLACE, Rung.SINGLE_STEP, 12, 3, is_enabled=False),
-        ProbeView("gone", MODULE_PLACE, None, is_gone=True),
-        ProbeView("later", None),
+        ProbeInfo(probe("p:open f", PLACE), 2000, 0, Rung.BOOSTED),
+        ProbeInfo(probe("p:sync f", MODULE_PLACE, enabled=False), 12, 3, Rung.SINGLE_STEP),
+        ProbeInfo(probe("p:gone f", MODULE_PLACE, gone=True), 0, 0),
+        ProbeInfo(probe("p:later f"), 0, 0),
     ]
     assert (
         probe_list(probes)
@@ -109,12 +133,12 @@ address              symbol              module  flags       hits  missed  rung 
 ffffffff81234560  k  do_sys_openat2+0x0                      2000       0  boosted      open
 ffffffffc0001234  k  ext4_sync_fs+0x4    [ext4]  [DISABLED]    12       3  single-step  sync
 ffffffffc0001234  k  ext4_sync_fs+0x4    [ext4]  [GONE]         0       0               gone
--                 k                              [PENDING]      0       0               later"""
+-                 k  f                           [PENDING]      0       0               later"""
     )
 
 
 def test_columns_that_would_be_empty_are_left_out() -> None:
-    rendered = probe_list([ProbeView("open", PLACE, Rung.BOOSTED, 2000)])
+    rendered = probe_list([ProbeInfo(probe("p:open f", PLACE), 2000, 0, Rung.BOOSTED)])
     assert rendered == (
         "address              symbol              hits  missed  rung     name\n"
         "ffffffff81234560  k  do_sys_openat2+0x0  2000       0  boosted  open"
@@ -124,14 +148,14 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
 
 
 def test_flags_may_come_together() -> None:
-    assert flags(ProbeView("x", None, is_enabled=False)) == "[DISABLED][PENDING]"
-    assert flags(ProbeView("x", PLACE)) == ""
+    assert flags(ProbeInfo(probe("p f", enabled=False), 0, 0)) == "[DISABLED][PENDING]"
+    assert flags(ProbeInfo(probe("p f", PLACE), 0, 0)) == ""
 
 
 def test_one_probe_in_full() -> None:
-    view = ProbeView("open", PLACE, Rung.BOOSTED, 2000, 1, definition="p:kprobes/open do_sys_openat2 dfd=%di")
+    info = ProbeInfo(probe("p:open do_sys_openat2 dfd=%di", PLACE), 2000, 1, Rung.BOOSTED)
     assert (
-        probe_info(view)
+        probe_info(info)
         == """\
 probe        open
 definition   p:kprobes/open do_sys_openat2 dfd=%di
@@ -141,9 +165,10 @@ hits         2000
 missed       1"""
     )
     assert (
-        probe_info(ProbeView("x", None, where="veth:veth_xmit"))
+        probe_info(ProbeInfo(probe("p:x veth:veth_xmit"), 0, 0))
         == """\
 probe        x
+definition   p:kprobes/x veth:veth_xmit
 at           veth:veth_xmit, not found yet
 state        [PENDING]
 hits         0
@@ -161,5 +186,5 @@ def test_a_long_line_of_a_trace_breaks_between_its_arguments() -> None:
 
 
 def test_a_probe_without_a_place_is_listed_with_what_was_asked_for() -> None:
-    text = probe_list([ProbeView("x", None, where="veth:veth_xmit")])
+    text = probe_list([ProbeInfo(probe("p:x veth:veth_xmit"), 0, 0)])
     assert text.splitlines()[1].split() == ["-", "k", "veth:veth_xmit", "[PENDING]", "0", "0", "x"]

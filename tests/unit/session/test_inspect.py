@@ -6,7 +6,16 @@ import pytest
 
 from gdb_kprobe.errors import KprobeError, RefusedError
 from gdb_kprobe.model import Reason, Rung
-from gdb_kprobe.session.inspect import function_of, guest_of, place_of, region_of, site_of, sites_of
+from gdb_kprobe.session.inspect import (
+    ProbeInfo,
+    function_of,
+    guest_of,
+    place_of,
+    probe_of,
+    region_of,
+    site_of,
+    sites_of,
+)
 from tests.support.toy import Toy
 
 REGION_SIZE = 2 << 20
@@ -33,6 +42,13 @@ def test_each_site_is_told_with_what_the_memory_holds(toy: Toy) -> None:
         toy.addr("f_push"): (("f_push", "again"), Rung.BOOSTED),
         toy.addr("f_lea"): (("f_lea",), Rung.SINGLE_STEP),
     }
+
+
+def test_a_probe_is_told_with_the_rung_of_its_site_and_a_noted_one_without(toy: Toy) -> None:
+    probe = toy.add("f_push")
+    assert probe_of(toy.session, probe) == ProbeInfo(probe, 0, 0, Rung.BOOSTED)
+    toy.session.delete(probe)
+    assert probe_of(toy.session, probe) == probe_of(None, probe) == ProbeInfo(probe, 0, 0)
 
 
 def test_a_disabled_site_is_told_and_is_not_in_the_text(toy: Toy) -> None:

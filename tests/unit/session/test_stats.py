@@ -13,7 +13,17 @@ from gdb_kprobe.model import PhysAddr, VirtAddr
 from gdb_kprobe.region.counters import SIZE as COUNTER_SIZE
 from gdb_kprobe.region.counters import Counter
 from gdb_kprobe.session.probes import Probe
-from gdb_kprobe.session.stats import Change, Count, Reading, changes, fastest, read_counts, sum_of
+from gdb_kprobe.session.stats import (
+    Change,
+    Count,
+    Reading,
+    Statistics,
+    changes,
+    fastest,
+    read_counts,
+    statistics,
+    sum_of,
+)
 
 SIZE = 16 << 20
 PHYS = PhysAddr(0x1000_0000)
@@ -113,3 +123,15 @@ def test_no_time_between_two_readings_is_no_rate() -> None:
 def test_a_count_that_went_down_is_another_guests(after: Count) -> None:
     with pytest.raises(KprobeError, match="a had 100 hits"):
         changes(Reading(1.0, {"a": Count(100, 1)}), Reading(2.0, {"a": after}))
+
+
+def test_statistics_show_the_fastest_and_sum_up_all() -> None:
+    memory = Memory()
+    probes = [probe(memory, name, None) for name in ("slow", "fast")]
+    before = Reading(10.0, {"slow": Count(1, 0), "fast": Count(1, 0)})
+    after = Reading(12.0, {"slow": Count(2, 0), "fast": Count(9, 1)})
+    found = statistics(probes, before, after, 1)
+    assert found == Statistics(((probes[1], Change(Count(9, 1), 8, 1, 4.0)),), 2, Change(Count(11, 1), 9, 1, 4.5), 2.0)
+    assert statistics(probes, None, after, None) == Statistics(
+        ((probes[1], Change(Count(9, 1))), (probes[0], Change(Count(2, 0)))), 2, Change(Count(11, 1))
+    )
