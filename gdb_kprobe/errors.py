@@ -41,6 +41,10 @@ class GuestResetError(SessionOverError):
     """The guest is not the boot that was attached to any more; nothing that is known of it holds."""
 
 
+class NotAttachedError(KprobeError):
+    """gdb is attached to no guest."""
+
+
 class RefusedError(KprobeError):
     """A probe was asked for where the rules say no."""
 

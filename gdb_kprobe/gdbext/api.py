@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from gdb_kprobe.errors import GuestStateError, KprobeError
+from gdb_kprobe.errors import GuestStateError, KprobeError, NotAttachedError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.channel import is_running
 from gdb_kprobe.gdbext.doctor import doctor
@@ -300,9 +300,15 @@ def probes() -> tuple[Probe, ...]:
 def get(name: str) -> Probe:
     """The probe called *name*.
 
+    :raises NotAttachedError: there is none, and no guest that could have it.
     :raises KprobeError: there is none.
     """
     found = next((probe for probe in probes() if probe.name == name), None)
+    if found is None and not is_attached():
+        raise NotAttachedError(
+            f"not attached to a guest, and there is no probe named {name}",
+            "'kprobe attach PROFILE' first; 'kprobe list' shows what is noted",
+        )
     if found is None:
         raise KprobeError(
             f"there is no probe named {name}", f"probes: {', '.join(p.name for p in probes()) or 'none'}; 'kprobe list'"

@@ -8,7 +8,7 @@ import sys
 import gdb
 
 from gdb_kprobe.config.profile import KernelKind, Profile
-from gdb_kprobe.errors import KprobeError, ReportedError
+from gdb_kprobe.errors import KprobeError, NotAttachedError, ReportedError
 from gdb_kprobe.gdbext import settings
 from gdb_kprobe.gdbext.connection import connect, is_connected
 from gdb_kprobe.gdbext.errors import STOPPED
@@ -38,9 +38,9 @@ class Attachments:
         """A link that was over when the guest was about to run, until that stops."""
 
     def need_link(self) -> Link:
-        """:raises KprobeError: not attached."""
+        """:raises NotAttachedError: there is none."""
         if self.link is None:
-            raise KprobeError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
+            raise NotAttachedError("not attached to a guest", "'kprobe attach PROFILE' first; 'help kprobe attach'")
         return self.link
 
     # -- the begin ----------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def matching(prefix: str) -> tuple[str, ...]:
 def modules() -> tuple[str, ...]:
     """The names of the guest's modules whose text may be probed: not of those that are coming, or going.
 
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     return tuple(the_plugin().attachments.need_link().session.guest.loaded_modules())
 
@@ -120,7 +120,7 @@ def clones(place: Place) -> tuple[str, ...]:
 
     A call of the function in the source may be a call of any of them.
 
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     return the_plugin().attachments.need_link().session.guest.clones_of(place)
 

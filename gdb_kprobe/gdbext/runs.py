@@ -59,7 +59,7 @@ def counts(probes: Sequence[Probe]) -> Reading:
     """What *probes* have counted since they were added; also while the guest runs.
 
     :raises GuestStateError: the guest runs, and its counters cannot be read meanwhile.
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     return read_now(the_plugin().attachments.need_link(), probes)
 
@@ -92,7 +92,7 @@ def sample(probes: Sequence[Probe], interval: float, tell: Callable[[Reading, Re
 
     :param tell: called with the reading before and the one now; returns whether that is enough.
     :raises GuestStateError: the guest does not run, or there are hits that gdb would have to handle.
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     :raises KeyboardInterrupt: by a Ctrl-C; the guest runs on.
     """
     link = the_plugin().attachments.need_link()
@@ -125,7 +125,7 @@ def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = Non
 
     :param probes: those at whose hits *listener* is called; ``None``: all probes. Other probes go on as before.
     :raises GuestStateError: the guest runs.
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     link = the_plugin().attachments.need_link()
     with link.stopped():
@@ -136,6 +136,6 @@ def on_hit(listener: Callable[[Hit], None], probes: Iterable[Probe] | None = Non
 def stop_after_hit() -> None:
     """From a listener: have the guest stop for the user as soon as the hit is handled.
 
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     the_plugin().attachments.need_link().stop_requested = True

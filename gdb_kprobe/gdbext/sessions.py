@@ -34,7 +34,7 @@ def adopt() -> AdoptResult:
     They keep their counts. Handlers in Python were in the other gdb: such a probe counts, and no more. A second call
     finds nothing to adopt.
 
-    :raises KprobeError: not attached.
+    :raises NotAttachedError: gdb is attached to no guest.
     """
     return the_plugin().attachments.adopt()
 
@@ -55,6 +55,6 @@ def is_attached() -> bool:
 def need_attached() -> None:
     """Go on only if gdb is attached to a guest.
 
-    :raises KprobeError: it is not.
+    :raises NotAttachedError: it is not.
     """
     the_plugin().attachments.need_link()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import gdb
 
 from gdb_kprobe.model import Rung
+from gdb_kprobe.render.nearest import nearest
 
 AUTO = "auto"
 
@@ -92,8 +92,8 @@ def _no_setting(verb: str, argument: str) -> str:
     if not argument:
         return f"which setting?\n  hint: {verb} kprobe {'|'.join(names)}; 'show kprobe' shows them"
     word = argument.split()[0]
-    near = difflib.get_close_matches(word, names, n=1)
-    question = f"did you mean '{near[0]}'? " if near else ""
+    near = nearest(word, names)
+    question = "" if near is None else f"did you mean '{near}'? "
     return f"kprobe has no setting {word!r}\n  hint: {question}There are {', '.join(names)}"
 
 

@@ -116,7 +116,13 @@ def test_a_probe_before_the_attach_is_noted(gdb: GdbMi) -> None:
     ("command", "said", "hint"),
     [
         ("kprobe frobnicate", "kprobe has no command 'frobnicate'", "help kprobe"),
-        ("kprobe plan vfs_read", "not attached to a guest", "kprobe attach PROFILE"),
+        (
+            "kprobe info x",
+            "kprobe info: not attached to a guest, and there is no probe named x",
+            "kprobe attach PROFILE",
+        ),
+        ("kprobe check zzz", "kprobe check: not attached to a guest", "kprobe attach PROFILE"),
+        ("kprobe plan vfs_read", "kprobe plan: not attached to a guest", "kprobe attach PROFILE"),
         ("kprobe detach", "not attached to a guest", "kprobe attach PROFILE"),
         ("kprobe trace", "not attached to a guest", "kprobe attach PROFILE"),
         ("kprobe info", "not attached to a guest", "kprobe attach PROFILE"),
@@ -221,8 +227,14 @@ def test_apropos_finds_every_command_and_setting(gdb: GdbMi) -> None:
     [
         (
             "kprobe attch debian",
-            "kprobe has no command 'attch'\n  hint: did you mean 'kprobe attach'? 'help kprobe' lists them; a "
+            "kprobe has no command 'attch'\n  hint: did you mean 'kprobe attach'? 'help kprobe' says what each does; a "
             "definition begins with p: or p",
+        ),
+        (
+            "kprobe explain vfs_read",
+            "kprobe has no command 'explain'\n  hint: there are add, adopt, attach, check, delete, detach, disable, "
+            "doctor, enable, info, list, plan, restore, stats, symbols, trace, until; 'help kprobe' says what each "
+            "does; a definition begins with p: or p",
         ),
         (
             "kprobe r100:many vfs_read",
@@ -270,4 +282,4 @@ except Exception:
     command = ["gdb", "-nx", "-q", "-batch", "-ex", f"source {LOADER}", "-x", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "KprobeError: not attached to a guest" in done.stderr
+    assert "NotAttachedError: not attached to a guest" in done.stderr

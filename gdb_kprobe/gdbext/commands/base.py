@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 import gdb
 
-from gdb_kprobe.errors import KprobeError
+from gdb_kprobe.errors import KprobeError, NotAttachedError
 from gdb_kprobe.gdbext.commands import complete
 from gdb_kprobe.gdbext.errors import user_errors
 
@@ -30,10 +31,11 @@ class Command(gdb.Command):
     """One sub-command; a subclass's docstring is its help, its :meth:`run` does the work."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"kprobe {name}", gdb.COMMAND_BREAKPOINTS)
+        self._name = f"kprobe {name}"
+        super().__init__(self._name, gdb.COMMAND_BREAKPOINTS)
 
     def invoke(self, argument: str, from_tty: bool) -> None:
-        with user_errors():
+        with user_errors(), naming(self._name):
             self.run(argument.strip())
 
     def run(self, argument: str) -> None:
@@ -46,6 +48,16 @@ class Command(gdb.Command):
     def candidates(self, text: str) -> Iterable[str]:
         """What the last word of *text* may become: whole words, which need not begin with what there is of it."""
         return ()
+
+
+@contextlib.contextmanager
+def naming(command: str) -> Iterator[None]:
+    """Name the *command* in the error that gdb is attached to no guest, which can be of any of them."""
+    try:
+        yield
+    except NotAttachedError as error:
+        error.message = f"{command}: {error.message}"
+        raise
 
 
 class Progress:

@@ -13,7 +13,7 @@ from gdb_kprobe.gdbext import api
 from gdb_kprobe.gdbext.commands.adopt import adopt_parser
 from gdb_kprobe.gdbext.commands.arguments import check_stats, counted, stats_parser
 from gdb_kprobe.gdbext.commands.attach import attach_parser, tell_waiting
-from gdb_kprobe.gdbext.commands.base import ArgumentParser
+from gdb_kprobe.gdbext.commands.base import ArgumentParser, naming
 from gdb_kprobe.gdbext.errors import user_errors
 from gdb_kprobe.model import Dispatch
 from gdb_kprobe.render.stats import as_data
@@ -177,11 +177,12 @@ def _strings(value: object) -> Any:
 
 class _MiCommand(gdb.MICommand):
     def __init__(self, name: str, function: Callable[[list[str]], dict[str, Any]]) -> None:
-        super().__init__(f"-kprobe-{name}")
+        self._name = f"-kprobe-{name}"
+        super().__init__(self._name)
         self._function = function
 
     def invoke(self, argv: list[str]) -> dict[str, Any]:
-        with user_errors():
+        with user_errors(), naming(self._name):
             return self._function(argv)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import gdb
@@ -11,6 +10,7 @@ from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.gdbext.commands import add, complete, delete
 from gdb_kprobe.gdbext.commands.base import Command
 from gdb_kprobe.gdbext.errors import user_errors
+from gdb_kprobe.render.nearest import nearest
 
 
 class KprobePrefix(gdb.Command):
@@ -50,10 +50,12 @@ def unknown(text: str) -> KprobeError:
         return KprobeError("not implemented yet: return probes", "probe the function's entry: kprobe p:NAME SYMBOL")
     if re.match(r"p\d+\b", word):
         return KprobeError(f"{word!r}: only return probes have a number of instances", "kprobe p:NAME SYMBOL")
-    near = difflib.get_close_matches(word.lower(), _commands(), n=1)
-    question = f"did you mean 'kprobe {near[0]}'? " if near else ""
+    commands = _commands()
+    near = nearest(word, commands)
+    which = f"there are {', '.join(commands)}" if near is None else f"did you mean 'kprobe {near}'?"
     return KprobeError(
-        f"kprobe has no command {word!r}", f"{question}'help kprobe' lists them; a definition begins with p: or p"
+        f"kprobe has no command {word!r}",
+        f"{which}{';' * (near is None)} 'help kprobe' says what each does; a definition begins with p: or p",
     )
 
 
