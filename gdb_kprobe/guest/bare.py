@@ -48,7 +48,7 @@ class WithoutKernel:
     ) -> list[int] | None:
         return None
 
-    def owner_of(self, addr: VirtAddr) -> None:
+    def owner_of(self, addr: VirtAddr) -> ModuleLoad | None:
         return None
 
     @property
