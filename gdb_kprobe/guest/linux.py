@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +34,12 @@ from gdb_kprobe.linux.kallsyms_table import read_core_symbols
 from gdb_kprobe.linux.modules import Module, ModuleState, load_of, module_at, read_module_symbols, read_modules
 from gdb_kprobe.linux.proven_types import prove_types
 from gdb_kprobe.linux.redirects import Redirect, read_redirects
-from gdb_kprobe.linux.stack_areas import scan_all_stacks
+from gdb_kprobe.linux.stack_areas import scan_all_stacks, unlisted_stacks
 from gdb_kprobe.linux.state import GuestState, read_state
 from gdb_kprobe.linux.tasks import (
+    Stack,
     StackKind,
+    Task,
     cpu_stacks,
     current_tasks,
     live_stacks,
@@ -321,8 +323,10 @@ class LinuxGuest:
         # In a switch of tasks a CPU is on the stack of the next one, which is not the current one yet.
         running |= {task.addr for task in tasks if any(rsp in task.stack for rsp in pointers)}
         stacks = list(task_stacks([task for task in tasks if not on_vcpus or task.addr in running], running))
+        of_cpus = cpu_stacks(self.memory, self.kallsyms, self.types)
         if elsewhere:
-            stacks += live_stacks(cpu_stacks(self.memory, self.kallsyms, self.types), elsewhere)
+            stacks += live_stacks(of_cpus, elsewhere)
+        stacks += self._unlisted(tasks, of_cpus, pointers)
         words = []
         for stack in stacks:
             # What lies below a vCPU's stack pointer is dead; of exception stacks there are several in a range.
@@ -330,6 +334,13 @@ class LinuxGuest:
             floor = 0 if nested else max((rsp for rsp in pointers if rsp in stack.range), default=0)
             words += [word.value for word in scan_stacks(self.memory, (stack,), target) if word.addr >= floor]
         return words
+
+    def _unlisted(self, tasks: Sequence[Task], of_cpus: Sequence[Stack], pointers: Sequence[int]) -> Iterator[Stack]:
+        """The stacks of tasks that are on no list any more, and may be on a vCPU, or preempted."""
+        known = [stack.range for stack in of_cpus] + [task.stack for task in tasks]
+        size = self.types.size_of("irq_stack")  # THREAD_SIZE: see read_tasks
+        for area in unlisted_stacks(self.memory, self.kallsyms, self.e820(), size, known, pointers):
+            yield Stack("a task that is on no list", area)
 
     def owner_of(self, addr: VirtAddr) -> ModuleLoad | None:
         module = module_at(self._modules, addr)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from gdb_kprobe.errors import GuestStateError, UnmappedError
@@ -27,6 +27,8 @@ _VMALLOC: Final = {4: (0xFFFF_C900_0000_0000, 32 << 40), 5: (0xFFA0_0000_0000_00
 _CPU_ENTRY_AREA: Final = AddressRange(VirtAddr(0xFFFF_FE00_0000_0000), VirtAddr(0xFFFF_FE80_0000_0000))
 _OF_VMAP_STACK: Final = "cached_stacks"
 """A variable of kernel/fork.c that there is with CONFIG_VMAP_STACK alone."""
+_LAST_CALL: Final = "do_task_dead"
+"""A function of kernel/sched/core.c that each task calls once, with preemption off, and that does not return."""
 _CACHED: Final = 2
 """``NR_CACHED_STACKS``: what a CPU keeps of stacks that their tasks have left, each by its ``struct vm_struct``."""
 _VM_STRUCT: Final = struct.Struct("<8xQQ")
@@ -48,17 +50,11 @@ def scan_all_stacks(
     init_stack = next((stack for names in _INIT_STACKS if (stack := kallsyms.section(*names)) is not None), None)
     if kallsyms.find(_OF_VMAP_STACK) is None or init_stack is None:
         return None
-    base, size = _VMALLOC[table.levels]
-    pointer = kallsyms.find("vmalloc_base")
-    if pointer is not None:
-        base = read_pointer(table, pointer)
-    vmalloc = _writable(table, AddressRange(VirtAddr(base), VirtAddr(base + size)))
-    # An area is of memory as a whole, or of a device, which must not be read.
-    runs = [init_stack, *(run for run in vmalloc if ram.is_ram(PhysAddr(table.translate(run.start))))]
+    runs = [init_stack, *_vmalloc_areas(table, kallsyms, ram)]
     if sum(run.size for run in runs) > _MOST:
         return None
     pointers = tuple(stack_pointers)
-    if not all(rsp < base or any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
+    if not all(any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
         runs += _writable(table, _CPU_ENTRY_AREA)
     if not all(any(rsp in run for run in runs) for rsp in pointers if rsp >> 63):
         return None
@@ -72,6 +68,51 @@ def scan_all_stacks(
             if wanted.start <= word < wanted.end and run.start + 8 * index >= floor:
                 words.append(word)
     return words
+
+
+def unlisted_stacks(
+    table: PageTable,
+    kallsyms: Kallsyms,
+    ram: E820Table,
+    size: int,
+    known: Collection[AddressRange],
+    stack_pointers: Iterable[int],
+) -> list[AddressRange]:
+    """Areas of *size* bytes that may be the stack of a task which is on no list of the kernel's any more.
+
+    A task that ends without a parent to ask for its status takes itself off the lists (kernel/exit.c, ``exit_notify``
+    and ``release_task``), and goes on, and may be preempted, until it has called ``do_task_dead``. From there on it
+    only goes on while it is on a CPU.
+
+    :param known: stacks of tasks that are on a list, and those of interrupts.
+    :param stack_pointers: of the CPUs.
+    """
+    if kallsyms.find(_OF_VMAP_STACK) is None:
+        return []
+    others = {run.start for run in known} | {run.start for run in _left_by_their_tasks(table, kallsyms)}
+    areas = [run for run in _vmalloc_areas(table, kallsyms, ram) if run.size == size and run.start not in others]
+    pointers = tuple(stack_pointers)
+    [end, *_] = kallsyms.lookup(_LAST_CALL) or (None,)
+    if end is None:
+        return areas
+    last = AddressRange(end.addr, kallsyms.end(end))
+    return [
+        area
+        for area in areas
+        if any(rsp in area for rsp in pointers)
+        # Its return address into that function: a stack is cleared before another task has it.
+        or not any(last.start <= word < last.end for word in array("Q", table.read(area.start, area.size)))
+    ]
+
+
+def _vmalloc_areas(table: PageTable, kallsyms: Kallsyms, ram: E820Table) -> list[AddressRange]:
+    """What is mapped in the vmalloc area, to be written to, and is memory as a whole; a device must not be read."""
+    base, size = _VMALLOC[table.levels]
+    pointer = kallsyms.find("vmalloc_base")
+    if pointer is not None:
+        base = read_pointer(table, pointer)
+    areas = _writable(table, AddressRange(VirtAddr(base), VirtAddr(base + size)))
+    return [area for area in areas if ram.is_ram(PhysAddr(table.translate(area.start)))]
 
 
 def _left_by_their_tasks(table: PageTable, kallsyms: Kallsyms) -> set[AddressRange]:

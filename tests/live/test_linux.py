@@ -14,6 +14,7 @@ import pytest
 from capstone import CS_ARCH_X86, CS_MODE_64, Cs
 
 from gdb_kprobe.errors import GuestStateError, TargetError
+from gdb_kprobe.guest.linux import open_linux
 from gdb_kprobe.linux.btf import Btf, read_btf
 from gdb_kprobe.linux.e820 import read_e820
 from gdb_kprobe.linux.image import KernelImage, find_build_id, find_image, read_string
@@ -26,6 +27,9 @@ from gdb_kprobe.linux.text import read_text_facts
 from gdb_kprobe.model import AddressRange, PhysAddr, Reason, VirtAddr, offset
 from gdb_kprobe.system import idt, paging
 from gdb_kprobe.system.mapping import CODE_FLAGS, find_hole, map_pages, plan_mapping
+from gdb_kprobe.target.ram import RamView
+from gdb_kprobe.target.rsp import RspSocket
+from gdb_kprobe.target.stub import QemuStub
 from kprobe_guest import GuestSpec, GuestVm
 from tests.support.probed import Booted
 
@@ -503,3 +507,38 @@ def test_what_may_be_touched(kernel: Kernel, symbol: str, reason: Reason | None)
 
 def test_console_shows_nothing_wrong_after_all_that(vm: GuestVm) -> None:
     assert vm.dmesg_problems() == []
+
+
+REAPED = (
+    "httpd -p 127.0.0.1:8099 -h /tmp; sleep 1; "
+    "for i in 1 2 3 4 5 6; do wget -q -O /dev/null http://127.0.0.1:8099/none; done; killall httpd"
+)
+"""A server that ignores the end of its children: they take themselves off the list of tasks."""
+
+
+def test_the_stack_of_a_task_that_is_on_no_list_any_more_is_searched(booted_guest: Booted) -> None:
+    """``release_task`` has taken it off, and its last call has not been made yet; its interrupted callers are there."""
+    vm = booted_guest(GuestSpec())
+    job = vm.spawn(REAPED)
+    found = 0
+    with RspSocket(vm.gdb_address) as channel:
+        stub = QemuStub(channel)
+        kernel = open_linux(stub, RamView(stub, None))
+        [symbol] = kernel.kallsyms.lookup("do_exit")
+        do_exit = AddressRange(symbol.addr, kernel.kallsyms.end(symbol))
+        last = kernel.kallsyms.address("do_task_dead")
+        for _ in range(20):
+            cpu = stub.run_to((last,), 3)
+            if cpu is None:
+                break
+            rsp = stub.read_register(cpu, "rsp")
+            kernel.refresh()
+            listed = any(rsp in task.stack for task in read_tasks(kernel.memory, kernel.kallsyms, kernel.types))
+            words = kernel.stack_words_into(do_exit, {cpu: rsp})
+            assert words, "its caller"
+            found += not listed
+            while stub.read_register(cpu, "rip") == last:
+                stub.step(cpu)  # QEMU would stop there again
+        channel.detach()
+    vm.finish(job)
+    assert found >= 3

@@ -13,7 +13,7 @@ from gdb_kprobe.linux.e820 import E820Entry, E820Table
 from gdb_kprobe.linux.kallsyms import Kallsyms
 from gdb_kprobe.linux.kallsyms_table import SymbolTable
 from gdb_kprobe.linux.proven_types import prove_types
-from gdb_kprobe.linux.stack_areas import scan_all_stacks
+from gdb_kprobe.linux.stack_areas import scan_all_stacks, unlisted_stacks
 from gdb_kprobe.linux.untyped_kprobes import read_untyped_kprobes
 from gdb_kprobe.model import AddressRange, PhysAddr, VirtAddr
 from gdb_kprobe.system.paging import PageTable
@@ -319,6 +319,29 @@ def test_what_no_task_is_on_is_not_searched(
     words = scan_all_stacks(table, symbols(**per_cpu, behind=DATA + mask + 8), RAM, WANTED, ())
     assert words is not None
     assert {word - TEXT for word in words} == (found or {0x800, 0x850, 0x900, 0x910, 0xA00})
+
+
+def test_a_stack_that_no_task_of_the_lists_has_is_told_by_its_size(
+    stacks: tuple[PageTable, dict[int, int]], ram: Any
+) -> None:
+    table, _ = stacks
+    first, second = (AddressRange(VirtAddr(at), VirtAddr(at + 0x2000)) for at in (VMALLOC, VMALLOC + 0x4000))
+    assert unlisted_stacks(table, symbols(), RAM, 0x2000, (), ()) == [first, second]
+    assert unlisted_stacks(table, symbols(), RAM, 0x2000, (first,), ()) == [second]
+    assert unlisted_stacks(table, symbols(), RAM, 0x4000, (), ()) == []
+    without = Kallsyms(SymbolTable(["other"], "d", array("Q", [DATA]), (WANTED,)))
+    assert unlisted_stacks(table, without, RAM, 0x2000, (), ()) == []
+
+
+def test_a_stack_whose_task_has_called_the_last_function_is_dead_unless_a_cpu_is_on_it(
+    stacks: tuple[PageTable, dict[int, int]],
+) -> None:
+    table, _ = stacks
+    first, second = (AddressRange(VirtAddr(at), VirtAddr(at + 0x2000)) for at in (VMALLOC, VMALLOC + 0x4000))
+    # The word in the first area's second page is within.
+    known = symbols(do_task_dead=TEXT + 0x840, behind=TEXT + 0x860)
+    assert unlisted_stacks(table, known, RAM, 0x2000, (), (VMALLOC + 0x5000,)) == [second]
+    assert unlisted_stacks(table, known, RAM, 0x2000, (), (VMALLOC + 0x1000,)) == [first, second]
 
 
 def test_a_device_is_not_read(stacks: tuple[PageTable, dict[int, int]], ram: Any) -> None:
