@@ -39,7 +39,8 @@ class Facts:
 class Plan:
     """A probe, ready to arm: the slot's image first, then the patch of the text.
 
-    *detour* is set exactly on the optimized rung.
+    *detour* is set exactly on the optimized rung, *step_copy*, what the slot holds and how a step of it is put right,
+    exactly on the single-step one (the kernel's ``ainsn``).
     """
 
     insn: Insn
@@ -50,6 +51,7 @@ class Plan:
     patch: CodePatch
     declined: tuple[tuple[Rung, Refusal], ...]
     detour: Detour | None = None
+    step_copy: relocate.StepCopy | None = None
 
     @property
     def slot_image(self) -> bytes:
@@ -145,8 +147,8 @@ def make_plan(insn: Insn, facts: Facts, slots: SlotAllocator) -> Plan:
         if refusal is None:
             prepared = _prepare(rung, insn, facts, slots)
             if not isinstance(prepared, Refusal):
-                slot, code, patch, detour = prepared
-                return Plan(insn, family, rung, slot, code, patch, tuple(declined), detour)
+                slot, code, patch, detour, copy = prepared
+                return Plan(insn, family, rung, slot, code, patch, tuple(declined), detour, copy)
             refusal = prepared
         declined.append((rung, refusal))
     told = next((refusal for _, refusal in reversed(declined) if refusal.reason is not Reason.POLICY), declined[-1][1])
@@ -158,6 +160,7 @@ class _Prepared(NamedTuple):
     code: bytes
     patch: CodePatch
     detour: Detour | None
+    copy: relocate.StepCopy | None = None
 
 
 def _check(rung: Rung, insn: Insn, facts: Facts) -> Refusal | None:
@@ -191,11 +194,12 @@ def _prepare_slot(rung: Rung, insn: Insn, slots: SlotAllocator) -> _Prepared | R
     if isinstance(slot, Refusal):
         return slot
     try:
-        code = relocate.relocate(insn, slot.code) if boosted else relocate.copy_for_step(insn, slot.code).code
+        copy = None if boosted else relocate.copy_for_step(insn, slot.code)
+        code = relocate.relocate(insn, slot.code) if copy is None else copy.code
     except relocate.RelocateError:
         slots.discard(slot)
         raise
-    return _Prepared(slot, code, over(insn.addr, insn.raw, INT3), None)
+    return _Prepared(slot, code, over(insn.addr, insn.raw, INT3), None, copy)
 
 
 def _prepare_detour(detour: Detour, slots: SlotAllocator) -> _Prepared | Refusal:

@@ -28,7 +28,7 @@ from gdb_kprobe.session.probes import Asked, Site
 from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.target.protocols import Cpus
 from gdb_kprobe.x86 import step
-from gdb_kprobe.x86.relocate import StepCopy, copy_for_step
+from gdb_kprobe.x86.relocate import StepCopy
 
 MAX_STEPS = 64
 """Steps that may come back with the program counter unmoved before we give up. One in 500 does."""
@@ -386,4 +386,5 @@ class StubDispatcher:
 
 def _copy_at(site: Site) -> StepCopy:
     """What the slot of *site*, of the single-step rung, holds."""
-    return copy_for_step(site.plan.insn, site.plan.slot.code)
+    assert site.plan.step_copy is not None
+    return site.plan.step_copy
