@@ -105,8 +105,11 @@ class ForbiddenRanges:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """*size* bytes at *addr* that must not be touched; *what* ends with a place for the address."""
+class GuestSite:
+    """*size* bytes at *addr* that the guest itself changes, or looks for: a jump label, say.
+
+    *what* ends with a place for the address.
+    """
 
     addr: int
     size: int
@@ -211,20 +214,20 @@ class TextFacts:
         site = next(self.sites_in(window), None)
         return None if site is None else self._refuse(site.reason, window.start, f"{site.what} {site.addr:#x}")
 
-    def sites_in(self, window: AddressRange) -> Iterator[Site]:
+    def sites_in(self, window: AddressRange) -> Iterator[GuestSite]:
         """Yield the places that share a byte with *window* and that the guest patches, or knows by address."""
         tables = self.tables
         for addr in _around(tables.jump_labels, window, _JUMP_LABEL_SIZE):
             size = self._jump_label_size(addr)
             if addr + size > window.start:
-                yield Site(addr, size, Reason.JUMP_LABEL, "the guest switches the jump label at")
+                yield GuestSite(addr, size, Reason.JUMP_LABEL, "the guest switches the jump label at")
         for sites, size, reason, what in (
             (tables.static_calls, _CALL_SIZE, Reason.STATIC_CALL, "the guest redirects the call at"),
             (tables.bugs, _UD2_SIZE, Reason.BUG_TABLE, "the kernel recognizes its ud2 at"),
             (tables.locks, _LOCK_SIZE, Reason.ALTERNATIVE, "the guest patches the lock prefix at"),
         ):
             for addr in _around(sites, window, size):
-                yield Site(addr, size, reason, what)
+                yield GuestSite(addr, size, reason, what)
 
     def _jump_label_size(self, site: int) -> int:
         # Kernel commit ab3257042c26 "jump_label, x86: Allow short NOPs" (in v5.14): the size is in the text only.
