@@ -353,7 +353,7 @@ def delete(probe: Probe) -> None:
     :raises KprobeError: *probe* was deleted already.
     """
     if probe in the_plugin().noted:
-        the_plugin().noted.remove((probe.name,))
+        the_plugin().noted.remove((probe,))
         return
     link = the_plugin().attachments.need_link()
     with link.stopped():
@@ -364,13 +364,21 @@ def delete_many(probes: Iterable[Probe]) -> None:
     """Delete *probes*.
 
     :raises GuestStateError: the guest runs.
+    :raises KprobeError: one of *probes* was deleted already; none is deleted then.
     """
-    names = {probe.name for probe in probes}
-    the_plugin().noted.remove(names)
-    link = the_plugin().attachments.link
-    if link is not None:
+    wanted = tuple(probes)
+    noted, link = the_plugin().noted, the_plugin().attachments.link
+    armed = () if link is None else tuple(link.session.probes)
+    there = {id(probe) for probe in (*noted, *armed)}
+    for probe in wanted:
+        if id(probe) not in there:
+            raise KprobeError(f"{probe.name} is not there: it was deleted", "'kprobe list' shows those that are")
+    chosen = {id(probe) for probe in wanted}
+    if any(id(probe) in chosen for probe in armed):
+        assert link is not None
         with link.stopped():
-            link.session.delete_many(probe for probe in link.session.probes if probe.name in names)
+            link.session.delete_many(probe for probe in armed if id(probe) in chosen)
+    noted.remove(probe for probe in noted if id(probe) in chosen)
 
 
 def _at_entry(place: Place, *, by_address: bool) -> ProbeSpec:

@@ -30,10 +30,10 @@ class NotedProbes:
             raise NameTakenError(f"there is a probe named {probe.name} already", f"'kprobe delete {probe.name}' first")
         self._probes.append(probe)
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Forget those of *names*, as far as there are any."""
-        gone = set(names)
-        self._probes = [probe for probe in self._probes if probe.name not in gone]
+    def remove(self, probes: Iterable[Probe]) -> None:
+        """Forget *probes*, as far as they are noted: those themselves, and not others of their names."""
+        gone = {id(probe) for probe in probes}
+        self._probes = [probe for probe in self._probes if id(probe) not in gone]
 
     def keep(self, session: Session) -> None:
         """Note all probes of *session*, whose guest is no more."""

@@ -137,6 +137,10 @@ def test_sites_are_what_the_text_and_the_region_hold(probed: Boot, kernel: str) 
         gdb.console("python jump = api.get('jump'); api.delete(jump)")
         assert ask(gdb, "[api.site(jump), api.site(api.get('again')).probes]") == [None, ["again"]]
         assert "jump is not there: it was deleted" in ask(gdb, "failure(lambda: api.delete(jump))")
+        gdb.console("python newer = api.add('p:jump __x64_sys_setpriority')")
+        assert "jump is not there" in ask(gdb, "failure(lambda: api.delete_many([api.get('off'), jump]))")
+        assert {"jump", "off"} <= set(ask(gdb, "[probe.name for probe in api.probes()]"))
+        gdb.console("python api.delete_many([newer])")
         gdb.console("kprobe detach")
         assert "not attached to a guest" in ask(gdb, "failure(lambda: api.sites())")
 

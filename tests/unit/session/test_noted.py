@@ -29,8 +29,9 @@ def test_a_name_is_noted_once() -> None:
     noted = note("p:a f_push", "p:b f_lea")
     with pytest.raises(NameTakenError, match="there is a probe named a already"):
         noted.add(Probe(parse_definition("p:a f_lea")))
-    noted.remove(["a", "nobody"])
-    assert names(noted) == ["b"]
+    first, _ = noted
+    noted.remove([first, Probe(parse_definition("p:b f_lea"))])
+    assert names(noted) == ["b"], "another probe of the same name is another one"
 
 
 def test_what_cannot_be_armed_stays_noted(toy: Toy) -> None:
