@@ -26,11 +26,12 @@ from kprobe_guest.timed_calls import Took, timed_calls, us_of_a_tick
 from tests.bench.machine import TIMEOUT, Machine
 from tests.bench.places import Call
 from tests.support import kernel_events
+from tests.support.calls import BODY
 
 NEVER = "if di == 0x123456789 && (si & 0x40)"
 ALIKE, ALIKE_CALL = "if di == 0x1 && (si & 0x40)", "140 {} 1 0x40"
 """The same, and a system call for which it holds at the entry of :data:`ASIDE`."""
-ASIDE = "__do_sys_getpriority"
+ASIDE = BODY
 """A function that no timed call passes."""
 _ASIDE = 20
 """Its calls before the timed ones, and after."""

@@ -12,12 +12,13 @@ import pytest
 
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import BODY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
 
-FUNCTION = "__do_sys_getpriority"
+FUNCTION = BODY
 CALLS = 3000
 LOAD = f"workload syscall 140 {CALLS} 0 0"
 LAST = 7

@@ -14,12 +14,12 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
 from kprobe_guest import GuestFailedError, GuestSpec, GuestVm
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
 
-GETPRIORITY = 140
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 

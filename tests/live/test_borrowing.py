@@ -10,12 +10,12 @@ import pytest
 
 from gdb_kprobe.linux.ftrace import read_ftrace_records
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 CALLS = 1000
 TRACING = "/sys/kernel/tracing"
 

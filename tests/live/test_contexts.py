@@ -17,12 +17,11 @@ from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import Insn, iter_insns
 from kprobe_guest import GuestSpec
 from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
 SCHED_SETATTR = 314
 """``sched_setattr(pid, attr, flags)`` reads ``attr->size`` by ``get_user``, in ``__get_user_4``."""
 CALLS = 23

@@ -21,6 +21,7 @@ from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbTerminal
 from gdb_kprobe.x86.decode import DecodeError, Insn, decode
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.live
 FULL = bool(os.environ.get("GDB_KPROBE_FULL"))
 PRESSES = 100
 STOPS = 200 if FULL else 60
-GETPRIORITY = 140
 KERNEL = 1 << 63
 
 PROBES = (

@@ -12,13 +12,12 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import GETPRIORITY
 from tests.support.inside import take_for_qemu
 from tests.support.probed import Boot, Booted, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
 CALLS = 400_000
 PROFILE = """\
 gdbstub: {gdbstub}

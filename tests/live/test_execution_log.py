@@ -16,13 +16,14 @@ from kprobe_guest.build.workload import PARTS
 from kprobe_guest.errors import GuestError
 from kprobe_guest.execution_log import KERNEL_TEXT, ExecutionLog
 from kprobe_guest.vm import SHARED_MEMORY
+from tests.support.calls import GETPRIORITY
 from tests.support.path import PathTracer
 
 pytestmark = pytest.mark.live
 
 BootedGuest = Callable[[GuestSpec], GuestVm]
 
-GETPRIORITY, CALLS = 140, 200
+CALLS = 200
 
 
 def spec(vcpus: int) -> GuestSpec:

@@ -8,12 +8,12 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.calls import BODY, GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-FUNCTION = "__do_sys_getpriority"
+FUNCTION = BODY
 """Of the arguments as they were given: which in di, who in si."""
 CALLS = 5000
 

@@ -11,11 +11,11 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbTimeoutError
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Booted, MakeProbed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 CALLS = 23
 
 

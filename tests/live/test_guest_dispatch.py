@@ -10,13 +10,13 @@ from gdb_kprobe.guest.linux import LinuxGuest
 from gdb_kprobe.model import VirtAddr, offset
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.kernel_events import Way, events, hits, missed
 from tests.support.places import behind_jump
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 GETSID = 124
 """A system call that nothing else in the guest makes."""
 GETEUID = 107

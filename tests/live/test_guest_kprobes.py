@@ -16,13 +16,13 @@ import pytest
 from gdb_kprobe.model import Reason
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.functions import function_insns
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 CALLS = 100
 TRACING = "/sys/kernel/tracing"
 NOP_SIZE = 5

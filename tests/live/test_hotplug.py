@@ -7,12 +7,13 @@ from argparse import Namespace
 import pytest
 
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, MakeProbed
 from tests.torture import hotplug
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY, CALLS = 140, 1000
+CALLS = 1000
 ONLINE = "/sys/devices/system/cpu/cpu1/online"
 
 

@@ -15,11 +15,11 @@ import pytest
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 TEXT_BASE = 0xFFFF_FFFF_8100_0000
 """Where a kernel is linked to be."""
 NOP5 = bytes.fromhex("0f1f440000")

@@ -14,13 +14,12 @@ from gdb_kprobe.model import Reason, VirtAddr, offset
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.x86.decode import DecodeError, decode
 from kprobe_guest import GuestSpec
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 CALLS = 20_000
 
 

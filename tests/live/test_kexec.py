@@ -11,11 +11,11 @@ from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.boot_files import boot_files
 from kprobe_guest.command_line import kernel_command_line
+from tests.support.calls import GETPRIORITY
 from tests.support.wire import Wire
 
 pytestmark = [pytest.mark.live, pytest.mark.full]
 
-GETPRIORITY = 140
 REBOOT, KEXEC_FILE_LOAD = 169, 320
 REBOOT_KEXEC = "0xfee1dead 0x28121969 0x45584543 0"
 CALLS = 23

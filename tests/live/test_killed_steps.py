@@ -20,6 +20,7 @@ from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.x86.decode import iter_insns
 from gdb_kprobe.x86.families import Family, classify
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import BODY
 from tests.support.client import StubClient
 from tests.support.cut import CutChannel, is_cut
 from tests.support.guests import environment
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.live
 PROFILE = Path(__file__).resolve().parents[2] / "configs" / "debian.yaml"
 WORKLOAD = "workload syscall 140 20"
 """Calls of getpriority, which nothing else makes."""
-FUNCTION = "__do_sys_getpriority"
+FUNCTION = BODY
 MOST_CHANGES = 30
 
 

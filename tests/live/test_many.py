@@ -9,13 +9,13 @@ import pytest
 from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
 NOP5 = bytes.fromhex("0f1f440000")
 """At a function's entry: the place of ftrace's call. A probe is behind it."""
-GETPRIORITY = 140
 CALLS = 5000
 SOME = "s*"
 """Functions of all kinds of code: scheduler, sockets, security, system calls, seq_file, slab, sysfs."""

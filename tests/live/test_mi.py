@@ -9,11 +9,11 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 CALLS = 7
 
 PROBE = {

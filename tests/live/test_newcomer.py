@@ -17,7 +17,6 @@ from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 CALLS = 23
 REGION = "region:\n  source: {source}\n  size: {size}\n{more}"
 

@@ -6,12 +6,11 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
 IOCTL = 16
 NO_SUCH_COMMAND = 0x1234
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from kprobe_guest import GuestSpec, Snapshots
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 from tests.support.wire import Wire
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 CALLS = 23
 
 

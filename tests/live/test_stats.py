@@ -14,12 +14,11 @@ import pytest
 from gdb_kprobe.testing import GdbCommandError, GdbMi
 from gdb_kprobe.testing.terminal import GdbTerminal
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
-"""Two system calls that nothing else in the guest makes."""
 SETPRIORITY = 141
 PRIO = "p:prio __x64_sys_getpriority"
 NICE = "p:nice __x64_sys_setpriority"

@@ -15,11 +15,12 @@ import pytest
 from gdb_kprobe.session.hits.stepping import MOST_PLACES
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import ENTRY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 STEPS = 12
 NOP_SIZE = 5
 """Of ftrace, at a function's entry: a probe there is behind it."""

@@ -12,11 +12,12 @@ import pytest
 
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestError, GuestSpec, GuestVm, Snapshots, Template, template_of
+from tests.support.calls import GETPRIORITY
 from tests.support.guests import environment, profile
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY, CALLS = 140, 23
+CALLS = 23
 
 
 @pytest.fixture(

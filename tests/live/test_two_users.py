@@ -12,11 +12,11 @@ import pytest
 from gdb_kprobe.config.installation import LOADER
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY = 140
 CALLS = 23
 
 

@@ -18,13 +18,13 @@ import pytest
 
 from gdb_kprobe.testing import GdbCommandError, GdbDiedError, GdbMi, GdbTerminal, GdbTimeoutError
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.inside import CUT
 from tests.support.probed import Boot, Booted, MakeProbed, Probed
 
 pytestmark = pytest.mark.live
 
 
-GETPRIORITY = 140
 CALLS = 100_000
 """Calls of a workload: for the most part made at full speed, after the probes are gone."""
 

@@ -26,6 +26,7 @@ from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.target.stub import QemuStub
 from gdb_kprobe.testing import GdbCommandError, GdbMi, GdbTerminal
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.cut import CutChannel, change_of
 from tests.support.guests import environment, unprepared
 from tests.support.probed import Boot, Booted
@@ -33,8 +34,8 @@ from tests.torture.cell import Cell, check
 
 pytestmark = pytest.mark.live
 
-GETPRIORITY, CALLS = 140, 2300
-FUNCTION = "__x64_sys_getpriority"
+CALLS = 2300
+FUNCTION = ENTRY
 REGION = 16 << 10
 NOISE = 3 << 10
 """KiB that a guest takes by itself in a moment, at the most; less than one block that it gives us."""

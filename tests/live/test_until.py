@@ -12,12 +12,13 @@ import pytest
 
 from gdb_kprobe.testing.terminal import GdbTerminal
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot, Probed
 
 pytestmark = pytest.mark.live
 
 
-GETPRIORITY, SETPRIORITY = 140, 141
+SETPRIORITY = 141
 """Two system calls that nothing else in the guest makes."""
 CALLS = 3000
 PRIO, NEVER = "p:prio __x64_sys_getpriority", "p:never __x64_sys_setpriority"

@@ -18,11 +18,12 @@ from gdb_kprobe.model import VirtAddr
 from gdb_kprobe.testing import GdbMi, GdbTerminal
 from gdb_kprobe.x86.decode import iter_insns
 from kprobe_guest import GuestSpec
+from tests.support.calls import ENTRY
 from tests.support.probed import Boot, Booted, Probed
 
 pytestmark = pytest.mark.live
 
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 CALLS = 5_000
 HANDLER = f"python import gdb_kprobe.gdbext.api as api; api.add('p:handled {FUNCTION}', pre=lambda hit: None)"
 SCHED_SETATTR, UNMAPPED = 314, 0x10_0000

@@ -17,12 +17,12 @@ import pytest
 
 from gdb_kprobe.testing import GdbMi
 from kprobe_guest import GuestSpec
+from tests.support.calls import GETPRIORITY
 from tests.support.probed import Boot
 
 pytestmark = pytest.mark.live
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-GETPRIORITY = 140
 _TIMEOUT = 600
 
 

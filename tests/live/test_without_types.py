@@ -32,6 +32,7 @@ from gdb_kprobe.testing.mi import GdbCommandError, GdbMi
 from kprobe_guest import GuestSpec, GuestVm
 from kprobe_guest.build.debug_info import fetch_debug_info
 from kprobe_guest.build.kernel import find_kernel
+from tests.support.calls import ENTRY
 from tests.support.probed import Probed
 
 pytestmark = pytest.mark.live
@@ -40,7 +41,7 @@ Probing = Callable[[GuestSpec], Any]
 
 TRACED = "do_group_exit"
 """A function that the guest's own kprobes may be in."""
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 CALL = "workload syscall 140 {calls}"
 INNER, CALL_INNER = "sched_getaffinity", "workload syscall 204 {calls} {pid} 8 b:"
 """A function whose first argument is that of the call, in every kernel."""

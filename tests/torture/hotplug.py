@@ -14,14 +14,15 @@ from gdb_kprobe.language.spec import Location
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestVm
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.functions import function_insns
 from tests.support.guests import environment, profile
 from tests.torture.report import FAILURES, conclude, describe, guest_arguments, spec_of
 
-GETPRIORITY, CALLS = 140, 20_000
+CALLS = 20_000
 ONLINE = "/sys/devices/system/cpu/cpu1/online"
 CALL = f"workload syscall {GETPRIORITY} {CALLS}"
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

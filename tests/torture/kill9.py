@@ -29,17 +29,16 @@ from gdb_kprobe.render.text import table
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestVm
+from tests.support.calls import BODY, ENTRY, GETPRIORITY
 from tests.support.guests import environment, profile
 from tests.support.places import behind_jump, entry, first_insns
 from tests.torture.report import conclude_rounds, round_arguments, run_rounds
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 PATTERN = "sched_*"
 """Many probes, to be killed among them."""
 _ADD_MANY = f"kprobe add '{PATTERN}'"
-_BODY = "__do_sys_getpriority"
+_BODY = BODY
 """What FUNCTION calls, if the compiler has not put it in line."""
 _HANDLER = "python import gdb_kprobe.gdbext.api as api; api.add('p:handled {at:#x}', pre=lambda hit: None)"
 _STEPPED = 300

@@ -25,15 +25,14 @@ from gdb_kprobe.testing import GdbCommandError, GdbMi, TextSnapshot
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam, text_of
 from kprobe_guest import GuestVm
 from kprobe_guest.spec import MIB
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.guests import environment, profile
 from tests.support.places import spelled
 from tests.support.wire import Wire
 from tests.torture.report import conclude_rounds, round_arguments, run_rounds
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
 CALLS = 1000
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 PROBES = ((f"p:jump {FUNCTION}", "auto"), (f"p:int3 {FUNCTION}+behind", "boosted"), ("p:open do_sys_openat2", "auto"))
 _TIMEOUT = 60
 _READY = "/tmp/ready-to-reset"

@@ -24,15 +24,14 @@ from enum import StrEnum
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import text_of
 from kprobe_guest import GuestVm, Snapshots
+from tests.support.calls import ENTRY, GETPRIORITY
 from tests.support.guests import environment, profile
 from tests.support.places import spelled
 from tests.support.wire import Wire
 from tests.torture.report import conclude_rounds, round_arguments, run_rounds
 
-GETPRIORITY = 140
-"""A system call that nothing else in the guest makes."""
 CALLS = 1000
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 PROBE = f"p:mine {FUNCTION}"
 OTHERS = (f"p:other {FUNCTION}+behind", "p:inner __do_sys_getpriority", "p:open do_sys_openat2")
 _MOMENT = 0.2

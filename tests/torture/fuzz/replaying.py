@@ -31,6 +31,7 @@ from gdb_kprobe.target.rsp import RspSocket
 from gdb_kprobe.testing import GdbMi
 from gdb_kprobe.testing.oracle import GuestMonitor, GuestRam
 from kprobe_guest import GuestSpec, GuestVm
+from tests.support.calls import ENTRY
 from tests.support.client import StubClient
 from tests.support.guests import environment, profile
 from tests.torture.fuzz.mutation import mutate
@@ -38,7 +39,7 @@ from tests.torture.fuzz.readers import LARGE, READERS, Asked, Reader, damaged_ty
 from tests.torture.fuzz.recording import Machine, Pages, Read, Recorder, Replay, Table, TooMuchReadError, Write
 
 MODULE = "loop"
-FUNCTION = "__x64_sys_getpriority"
+FUNCTION = ENTRY
 PROBES = (
     "p:jump " + FUNCTION,
     "p:cond vfs_read if di == 3",
