@@ -217,8 +217,8 @@ class Reason(StrEnum):
     """With `policy.boost: kernel` only what the guest's own kernel boosts is boosted. `policy.boost: relocate` boosts
     the instruction."""
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"
-    """A post-handler runs right behind the instruction, which only the single step gives back. Leave the post-handler
-    away, or probe the next instruction."""
+    """A post-handler runs right behind the instruction. A repeated one, or `pushf`, must be stepped in a copy of its own
+    for that; or nothing may be stepped in this guest. Leave the post-handler away, or probe the next instruction."""
     REGION_FULL = "region is full"
     """No slot is free. Delete probes, or take a larger region: `region.size`, and `memmap=` on the guest's command
     line."""
@@ -247,6 +247,8 @@ class Reason(StrEnum):
     BREAKPOINT_INSIDE = "a breakpoint within the jump's 5 bytes"
     """The jump would hide an instruction with a breakpoint of gdb. The probe is an int3 until the breakpoint is
     deleted."""
+    STEPPED = "the user steps"
+    """A step of yours may come to the probe, which has a post-handler. The probe is an int3 for that step."""
     NEEDS_HOST = "a hit needs the host"
     """Each hit calls a handler in Python, and only a #BP stops a hit of this guest. The probe is an int3."""
     TRACED = "the host is told of every hit"
@@ -271,6 +273,7 @@ _PASSING = frozenset(
         Reason.WINDOW_BUSY,
         Reason.PROBED_INSIDE,
         Reason.BREAKPOINT_INSIDE,
+        Reason.STEPPED,
         Reason.TRACED,
         Reason.FTRACE_BUSY,
         Reason.GUEST_KPROBE,

@@ -188,7 +188,7 @@ def add(
 ) -> Probe:
     """Add the probe of *definition* (``p:NAME SYMBOL ...``, or just ``SYMBOL``); before an attach it is only noted.
 
-    *pre* is called before the probed instruction, *post* after it (which needs the single-step rung). With *stop* a hit
+    *pre* is called before the probed instruction, *post* after it. With *stop* a hit
     gives the user the prompt, at the probe; one that the definition's condition rejects stops nothing.
 
     :raises RefusedError: a rule forbids it; says which.

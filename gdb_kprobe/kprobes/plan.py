@@ -24,6 +24,7 @@ from gdb_kprobe.x86.decode import Insn
 class Facts:
     """What a rung's rules need to know about the probe point, beyond the instruction.
 
+    *needs_post*: the instruction is to be stepped, in a copy of its own (:func:`steps_alone`).
     *kernel_boost*: only what a kernel with these rules boosts may be boosted; ``None``: all that can be relocated.
     *detour*: what would be out of line for a jump, or why there can be none.
     """
@@ -58,6 +59,19 @@ class Plan:
         return self.slot.image(self.insn.addr, self.code)
 
     @property
+    def first(self) -> AddressRange:
+        """Where the code is that does what the instruction does; not of the single-step rung."""
+        if self.detour is None:
+            return AddressRange(self.slot.code, self.slot.end)
+        return self.detour.code(self.slot.code).displaced.first
+
+    def behind_first(self, rip: VirtAddr) -> VirtAddr:
+        """The address in the text that *rip*, where a vCPU comes to behind :attr:`first`, stands for."""
+        if self.detour is None:
+            return rip
+        return self.detour.code(self.slot.code).displaced.at(rip) or rip
+
+    @property
     def not_optimized(self) -> Refusal | None:
         """Why it is not on the optimized rung."""
         return next((refusal for rung, refusal in self.declined if rung is Rung.OPTIMIZED), None)
@@ -71,6 +85,16 @@ def can_handle(insn: Insn) -> families.Family | Refusal:
     return family
 
 
+def steps_alone(insn: Insn) -> bool:
+    """Whether a post-handler needs *insn* in a copy of its own, for a step of relocated code is not what it sees.
+
+    Others are stepped where they were relocated to. A repeated one may have more iterations than are stepped at one
+    hit, and is executed again then; what pushes the flags may push the step's own trap flag. (A step of what halts does
+    not come back: it is refused there.)
+    """
+    return insn.is_halt or families.classify(insn) in (families.Family.REPEATED, families.Family.PUSH_FLAGS)
+
+
 def can_boost(insn: Insn, facts: Facts) -> Refusal | None:
     """The rules of the boosted rung.
 
@@ -80,7 +104,9 @@ def can_boost(insn: Insn, facts: Facts) -> Refusal | None:
     if Rung.BOOSTED not in facts.rungs:
         return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include boosted")
     if facts.needs_post:
-        return Refusal(Reason.NEEDS_SINGLE_STEP, insn.addr, "it must regain control right after the instruction")
+        return Refusal(
+            Reason.NEEDS_SINGLE_STEP, insn.addr, "a post-handler needs it in a copy of its own, that is stepped"
+        )
     if facts.in_extable:
         return Refusal(Reason.EX_TABLE, insn.addr, "a fault must be seen at the original address")
     if facts.kernel_boost is not None:
@@ -104,7 +130,9 @@ def can_jump(insn: Insn, facts: Facts) -> Refusal | None:
     if Rung.OPTIMIZED not in facts.rungs or facts.detour is None:
         return Refusal(Reason.POLICY, insn.addr, "the allowed rungs do not include optimized")
     if facts.needs_post:
-        return Refusal(Reason.NEEDS_SINGLE_STEP, insn.addr, "it must regain control right after the instruction")
+        return Refusal(
+            Reason.NEEDS_SINGLE_STEP, insn.addr, "a post-handler needs it in a copy of its own, that is stepped"
+        )
     return facts.detour if isinstance(facts.detour, Refusal) else None
 
 

@@ -376,7 +376,7 @@ class Session:
             before = self.sites.shape(), self.region.changes
             self.modules.update()
             problems = self.sites.serve_all()
-            problems += self.sites.match_jumps()
+            problems += self.sites.match_jumps(stepped=self._stepping.is_prepared)
             rebuilt = self._int3.arm_all()
             problems += self.arming.write_patches(self._generation.is_lost, self._check_breakpoints)
             if rebuilt or (self.sites.shape(), self.region.changes) != before:

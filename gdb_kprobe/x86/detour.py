@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gdb_kprobe.model import Reason, VirtAddr
+from gdb_kprobe.model import AddressRange, Reason, VirtAddr, offset
 from gdb_kprobe.x86.assemble import JMP_REL32_SIZE, Assembler, DisplacementError
 from gdb_kprobe.x86.decode import Insn
 from gdb_kprobe.x86.relocate import RelocateError, emit
@@ -26,6 +26,16 @@ class Displaced:
     def original(self, addr: VirtAddr) -> VirtAddr | None:
         """The instruction whose copy *addr* is in; ``None``: it is in front of the first."""
         return next((original for original, copy in reversed(self.ways) if copy <= addr), None)
+
+    @property
+    def first(self) -> AddressRange:
+        """The copy of the first instruction."""
+        behind = self.ways[1][1] if len(self.ways) > 1 else offset(self.start, len(self.code))
+        return AddressRange(self.start, behind)
+
+    def at(self, addr: int) -> VirtAddr | None:
+        """The instruction whose copy begins at *addr*; ``None``: none does."""
+        return next((original for original, copy in self.ways if copy == addr), None)
 
     def way(self, addr: VirtAddr) -> VirtAddr | None:
         """Where the copy of the instruction at *addr* is; ``None`` if there is none."""

@@ -72,6 +72,7 @@ PROGRAM = {
     "f_load": "488b07 count c3",  # mov rax, [rdi]: faults
     "f_store": "488937 count c3",  # mov [rdi], rsi: faults, and has no fixup
     "f_int3": "cc count c3",  # a breakpoint of the guest's own
+    "f_pushf": "9c 58 count 8d0437 c3",  # pushfq; pop rax; ...
     "f_ret": "c3",
     "leaf": "8d0437 c3",
     "fixup": "48c7c0f2ffffff c3",  # mov rax, -14; ret

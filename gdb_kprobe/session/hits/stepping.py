@@ -76,6 +76,11 @@ class Stepping:
         self.watched = frozenset(self._chosen(step))
         self._breakpoints.watch(self.watched)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the machine is about to run, or has run, for a step of the user's."""
+        return self._step is not None
+
     def start(self) -> None:
         """The machine is about to run. Where the stepped vCPU stands is its first arrival: no breakpoint tells of that.
 

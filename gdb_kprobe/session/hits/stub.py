@@ -173,7 +173,8 @@ class StubDispatcher:
             site = self._sites.get(addr)
             if key not in self._stopped or site is None or not site.armed or addr in watched:
                 continue
-            if site.plan.rung is not Rung.SINGLE_STEP:
+            stepped = site.plan.rung is Rung.SINGLE_STEP or _have_post(self._stopped[key])
+            if not stepped:
                 del self._stopped[key]
                 self._write(cpu, {"rip": site.way})
             elif site.asked is not None:
@@ -275,15 +276,17 @@ class StubDispatcher:
             self._leave(cpu, trap, frame)
             return Outcome.STOP
 
-        if site.plan.rung is not Rung.SINGLE_STEP:
-            frame["rip"] = site.way if asked is None else asked.goes_on
-        else:
+        if site.plan.rung is Rung.SINGLE_STEP:
             frame["rip"] = site.plan.slot.code
             values.update(frame)
             # Known before the vCPU is in the slot: who finishes this must not take the hit for another one.
             self._stepping = cpu, site, values, called
             self._leave(cpu, trap, frame)
             return Outcome.STOP if self._single_step(cpu, site, values, called) else Outcome.HANDLED
+        if _have_post(called):
+            self._leave(cpu, trap, {**frame, "rip": site.way})
+            return Outcome.STOP if self._step_relocated(cpu, site, called) else Outcome.HANDLED
+        frame["rip"] = site.way if asked is None else asked.goes_on
         self._leave(cpu, trap, frame)
         return Outcome.HANDLED
 
@@ -318,6 +321,37 @@ class StubDispatcher:
         rip = VirtAddr(after["rip"])
         if not stop and self._trampolines.to(cpu, rip) != rip:
             self._write(cpu, {"rip": self._trampolines.to(cpu, rip)})
+        return stop
+
+    def _step_relocated(self, cpu: CpuId, site: Site, called: Called) -> bool:
+        """Step the instruction of *site* where it was relocated to, and call what wants the state behind it.
+
+        Returns whether to stop for the user, who finds the vCPU in the original text. Cut off anywhere, the vCPU goes
+        on by itself, and no post-handler is called.
+        """
+        first = site.plan.first
+        for _ in range(MAX_STEPS):
+            self._machine.step(cpu)
+            rip = VirtAddr(self._machine.read_register(cpu, "rip"))
+            if rip not in first:
+                break
+        if rip in first or self._is_exception_entry(rip):
+            for probe in called:
+                if probe.post is not None:
+                    probe.count(missed=1)  # the guest executes the instruction without us
+            return False
+        values = self._machine.read_registers(cpu)
+        # What follows it may be in the detour as well: the handler sees where that is in the text.
+        values["rip"] = behind = site.plan.behind_first(rip)
+        regs = Registers(values)
+        stop = self._calls.after(cpu, called, regs)
+        changed = {name: values[name] for name in regs.changed}
+        if "rip" in regs.changed or rip == behind:
+            changed["rip"] = VirtAddr(values["rip"]) if stop else self._trampolines.to(cpu, VirtAddr(values["rip"]))
+        elif stop:
+            changed["rip"] = behind
+        if changed and changed != {"rip": rip}:
+            self._write(cpu, changed)
         return stop
 
     def _fix_up(
@@ -382,6 +416,10 @@ class StubDispatcher:
 
     def _is_exception_entry(self, addr: int) -> bool:
         return addr in self._guest.gates
+
+
+def _have_post(called: Called) -> bool:
+    return any(probe.post is not None for probe in called)
 
 
 def _copy_at(site: Site) -> StepCopy:

@@ -46,6 +46,7 @@ class Jumps:
         self._allowed = allowed
         self._words: frozenset[int] | None = None
         self._taken: Collection[int] | None = None
+        self._stepped = False
 
     def request(self, addr: VirtAddr, probes: Iterable[Probe], watched: bool = False) -> JumpRequest | Refusal:
         """The jump for *probes* at *addr*, or why there must be none.
@@ -57,6 +58,8 @@ class Jumps:
         if watched:
             return Refusal(Reason.NEEDS_HOST, addr, "a hit there ends a fault of another probe's instruction")
         enabled = [probe for probe in probes if probe.enabled]
+        if self._stepped and any(probe.post is not None for probe in enabled):
+            return Refusal(Reason.STEPPED, addr, "a step into the detour would not come to its post-handler")
         action = self._programs.action(addr, enabled)
         if action is None:
             stays = any(probe.needs_host for probe in enabled)
@@ -113,8 +116,12 @@ class Jumps:
         words = self._guest.stack_words_into(AddressRange(addr, offset(addr, 1)), self._stack_pointers(), on_vcpus=True)
         return words is None or bool(words) or any(rip == addr for _, rip in self._positions())
 
-    def forget(self) -> None:
-        """The machine may have run, and the user may have typed: who is where must be found out anew."""
+    def forget(self, *, stepped: bool = False) -> None:
+        """The machine may have run, and the user may have typed: who is where must be found out anew.
+
+        *stepped*: it is about to run for a step of the user's.
+        """
+        self._stepped = stepped
         self._words = None
         self._taken = None
 

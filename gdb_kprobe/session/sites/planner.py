@@ -11,7 +11,16 @@ from gdb_kprobe.kprobes.action import Action
 from gdb_kprobe.kprobes.detour import Flags
 from gdb_kprobe.kprobes.kernel_rules import Rules
 from gdb_kprobe.kprobes.patch import TextMap
-from gdb_kprobe.kprobes.plan import Facts, Plan, can_boost, can_handle, can_jump, can_single_step, make_plan
+from gdb_kprobe.kprobes.plan import (
+    Facts,
+    Plan,
+    can_boost,
+    can_handle,
+    can_jump,
+    can_single_step,
+    make_plan,
+    steps_alone,
+)
 from gdb_kprobe.kprobes.slots import SlotAllocator
 from gdb_kprobe.model import Boost, Reason, Refusal, Rung
 from gdb_kprobe.session.sites.windows import JumpRequest, Windows
@@ -91,10 +100,17 @@ class Planner:
     ) -> Facts:
         """What the rungs' rules need to know of the place of *insn*, which is of *function*."""
         facts = self._plain_facts(insn, needs_post, strategy)
-        if Rung.OPTIMIZED not in facts.rungs or needs_post:
+        if Rung.OPTIMIZED not in facts.rungs or facts.needs_post:
             return facts
         detour = request if isinstance(request, Refusal) else self._windows.detour(function, insn, request)
         return replace(facts, detour=detour)
+
+    def steps_alone(self, insn: Insn) -> bool:
+        """Whether a post-handler has *insn* single-stepped in a copy of its own, and so on the single-step rung.
+
+        Also where nothing is to be stepped: then it is refused there.
+        """
+        return Rung.SINGLE_STEP not in self._rungs or steps_alone(insn)
 
     def flags_under(self, place: Place) -> tuple[Flags, bool]:
         """How the detour of our jump at *place* saves the flags, and whether they are dead there.
@@ -105,7 +121,8 @@ class Planner:
 
     def _plain_facts(self, insn: Insn, needs_post: bool, strategy: Rung | None) -> Facts:
         rungs = tuple(rung for rung in self._rungs if strategy in (None, rung))
-        return Facts(self._guest.fixup_of(insn.addr) is not None, needs_post, rungs, self._kernel_boost)
+        alone = needs_post and self.steps_alone(insn)
+        return Facts(self._guest.fixup_of(insn.addr) is not None, alone, rungs, self._kernel_boost)
 
     def _check_mapped(self, place: Place) -> Refusal | None:
         """What the guest says of the place's first byte.

@@ -115,6 +115,10 @@ class SitePlans:
         """*plan* is replaced by another one: its slot waits until no task is in it."""
         self._slots.free(plan.slot)
 
+    def steps_alone(self, site: Site) -> bool:
+        """Whether a post-handler needs the instruction of *site* in a copy of its own, on the single-step rung."""
+        return self._planner.steps_alone(site.plan.insn)
+
     def flags_under(self, place: Place) -> tuple[Flags, bool]:
         """How the detour of our jump at *place*, which has a kprobe of the guest's on it, saves the flags.
 
@@ -126,9 +130,12 @@ class SitePlans:
         """The sites whose jump must not be written before the machine runs, and why."""
         return self._jumps.disturbed()
 
-    def forget(self) -> None:
-        """The machine may have run, and the user may have typed: who is where must be found out anew."""
-        self._jumps.forget()
+    def forget(self, *, stepped: bool = False) -> None:
+        """The machine may have run, and the user may have typed: who is where must be found out anew.
+
+        *stepped*: it is about to run for a step of the user's.
+        """
+        self._jumps.forget(stepped=stepped)
 
     def _plan_in_room(
         self, place: Place, needs_post: bool, strategy: Rung | None, request: JumpRequest | Refusal

@@ -118,8 +118,8 @@ class SavedSites:
 
         :raises RefusedError: that cannot be.
         """
-        if probe.post is not None:
-            raise self._is_saved(site, site.addr, f"{probe.name} has a post-handler, which a jump does not call")
+        if probe.post is not None and self._plans.steps_alone(site):
+            raise self._is_saved(site, site.addr, f"{probe.name} has a post-handler, which the jump cannot call")
         if probe.strategy not in (None, site.plan.rung):
             raise self._is_saved(site, site.addr, f"so {probe.name} cannot be {probe.strategy}")
         action = self._jumps.action(site.addr, [*site.probes, probe])

@@ -81,7 +81,12 @@ class Sites:
         is_saved = site is not None and site.saved
         if is_saved:
             pass  # its plan stays
-        elif site is not None and probe.post is not None and site.plan.rung is not Rung.SINGLE_STEP:
+        elif (
+            site is not None
+            and probe.post is not None
+            and site.plan.rung is not Rung.SINGLE_STEP
+            and self._plans.steps_alone(site)
+        ):
             self._replan(site, self._plans.plan(at, True, None))
         elif site is not None and not site.probes and strategy not in (None, site.plan.rung):
             # It is only a fixup that is watched: any rung will do.
@@ -202,12 +207,12 @@ class Sites:
         else:
             self._arming.serve(site)
 
-    def match_jumps(self) -> list[str]:
+    def match_jumps(self, *, stepped: bool = False) -> list[str]:
         """Before the machine runs: take jumps away that must not be there, and try those again that could not be.
 
-        Returns what went wrong.
+        *stepped*: it runs for a step of the user's. Returns what went wrong.
         """
-        self._plans.forget()
+        self._plans.forget(stepped=stepped)
         problems: list[str] = []
         for site, refusal in tuple(self._plans.disturbed()):
             if site.is_jump and not site.saved:
@@ -221,7 +226,9 @@ class Sites:
                     )
         for site in self._sites.armed():
             declined = site.plan.not_optimized
-            if declined is not None and declined.reason.is_transient:
+            if (declined is not None and declined.reason.is_transient) or (
+                stepped and site.is_jump and site.needs_post
+            ):
                 try:
                     self._fit(site)
                 except KprobeError as error:
@@ -257,7 +264,7 @@ class Sites:
 
     def _fit(self, site: Site) -> None:
         """Have *site* on the rung that its probes want now, and that the moment allows."""
-        if site.needs_post or not site.probes or site.saved:
+        if not site.probes or site.saved:
             return
         request = self._plans.request(site.addr, site.probes, bool(site.watchers))
         detour, declined = site.plan.detour, site.plan.not_optimized
@@ -270,7 +277,7 @@ class Sites:
                 return
             request = why
         place = self._guest.place_of(site.addr)
-        plan = self._plans.plan(place, False, site.strategy, request)
+        plan = self._plans.plan(place, site.needs_post, site.strategy, request)
         full = plan.not_optimized
         if detour is not None and plan.detour is None and full is not None and full.reason is Reason.REGION_FULL:
             self._plans.discard(plan)
@@ -286,7 +293,7 @@ class Sites:
 
     def _lower_rung(self, site: Site, why: Refusal) -> None:
         """Have *site* use an int3 for now."""
-        self._replan(site, self._plans.plan(self._guest.place_of(site.addr), False, site.strategy, why))
+        self._replan(site, self._plans.plan(self._guest.place_of(site.addr), site.needs_post, site.strategy, why))
 
     def _replan(self, site: Site, plan: Plan) -> None:
         """Put *plan* in the place of the one that *site* has."""

@@ -71,7 +71,7 @@ def test_a_disabled_site_is_told_and_is_not_in_the_text(toy: Toy) -> None:
 
 
 def test_why_not_a_better_rung_is_told(toy: Toy) -> None:
-    site = site_of(toy.session, toy.add("f_push", post=lambda hit: None))
+    site = site_of(toy.session, toy.add("f_pushf", post=lambda hit: None))
     assert site is not None
     assert {rung: refusal.reason for rung, refusal in site.declined} == {
         Rung.OPTIMIZED: Reason.POLICY,

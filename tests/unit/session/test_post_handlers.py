@@ -1,4 +1,4 @@
-"""Post-handlers: after the instruction, with the single step."""
+"""Post-handlers: after the instruction, which is stepped where it was relocated to, or in a copy of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from gdb_kprobe.errors import RefusedError
 from gdb_kprobe.model import Reason, Rung
 from gdb_kprobe.session.hit_context import HitContext
-from tests.support.toy import Toy
+from tests.support.toy import Toy, ToyMachine, ToyWith
 
 
 def test_it_sees_the_state_after_the_instruction_at_the_original_address(toy: Toy) -> None:
@@ -94,6 +94,42 @@ def test_one_that_raises_is_disabled_and_the_guest_goes_on(toy: Toy) -> None:
 
 def test_it_is_refused_where_only_boosting_is_wanted(toy: Toy) -> None:
     with pytest.raises(RefusedError) as caught:
-        toy.add("f_push", post=lambda hit: None, rung=Rung.BOOSTED)
+        toy.add("f_pushf", post=lambda hit: None, rung=Rung.BOOSTED)
     assert caught.value.refusal.reason is Reason.NEEDS_SINGLE_STEP
     toy.assert_idle()
+
+
+def test_it_is_refused_where_nothing_may_be_stepped(machine: ToyMachine, toy_with: ToyWith) -> None:
+    toy = toy_with(machine, (Rung.BOOSTED,))
+    with pytest.raises(RefusedError) as caught:
+        toy.add("f_push", post=lambda hit: None)
+    assert caught.value.refusal.reason is Reason.NEEDS_SINGLE_STEP
+
+
+def states_behind(toy: Toy, place: str, edi: int) -> list[tuple[int, int, int]]:
+    """What RIP, RSP and RAX are behind each execution of *place* in a run without probes."""
+    function, _, offset = place.partition("+")
+    toy.put(function, rdi=edi)
+    values, found = toy.machine.registers[1], []
+    while values["rip"] != toy.addr("done"):
+        was_there = values["rip"] == toy.addr(function, int(offset or "0"))
+        toy.machine.execute(1)
+        if was_there:
+            found.append((values["rip"], values["rsp"], values["rax"]))
+    return found
+
+
+@pytest.mark.parametrize("rung", [Rung.BOOSTED, Rung.SINGLE_STEP])
+@pytest.mark.parametrize("place", ["f_jcc+2", "f_jmp", "f_ret", "f_call", "f_call_register+7", "f_lea", "f_loop+6"])
+@pytest.mark.parametrize("edi", [1, 6])
+def test_it_sees_the_same_on_each_rung(toy: Toy, rung: Rung, place: str, edi: int) -> None:
+    """Where the instruction has led is what the processor itself says of an unprobed run."""
+    seen: list[tuple[int, int, int]] = []
+    function = place.partition("+")[0]
+    plain = toy.call(function, rdi=edi)
+    wanted = states_behind(toy, place, edi)
+    assert wanted
+    probe = toy.add(place, post=lambda hit: seen.append((hit.regs.ip, hit.regs.sp, hit.regs.ax)), rung=rung)
+    assert toy.session.table.need(probe).plan.rung is rung
+    assert toy.call(function, rdi=edi) == plain
+    assert seen == wanted

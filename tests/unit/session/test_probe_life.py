@@ -125,17 +125,21 @@ def test_one_gate_serves_all_sites_and_closes_with_the_last(toy: Toy) -> None:
     assert toy.machine.breakpoints == set()
 
 
-def test_a_post_handler_brings_a_boosted_site_down_to_the_single_step(toy: Toy) -> None:
-    first = toy.add("p:first f_push")
+@pytest.mark.parametrize(("place", "rung"), [("f_push", Rung.BOOSTED), ("f_pushf", Rung.SINGLE_STEP)])
+def test_a_post_handler_leaves_the_rung_but_where_its_instruction_is_stepped_alone(
+    toy: Toy, place: str, rung: Rung
+) -> None:
+    first = toy.add(f"p:first {place}")
+    assert toy.session.table.need(first).plan.rung is Rung.BOOSTED
     seen: list[int] = []
-    second = toy.add("p:second f_push", post=lambda hit: seen.append(hit.regs.ip))
+    second = toy.add(f"p:second {place}", post=lambda hit: seen.append(hit.regs.ip))
     assert toy.session.table.of(first) is toy.session.table.of(second)
-    assert toy.session.table.need(first).plan.rung is Rung.SINGLE_STEP
-    assert toy.call("f_push") == 13
-    assert seen == [toy.addr("f_push", 1)]
+    assert toy.session.table.need(first).plan.rung is rung
+    assert toy.call(place) == 13
+    assert seen == [toy.addr(place, 1)]
     assert (first.hits, second.hits) == (1, 1)
     assert len(toy.records()) == 1
-    assert toy.records()[0].rung is Rung.SINGLE_STEP
+    assert toy.records()[0].rung is rung
 
 
 def test_a_name_is_taken_once(toy: Toy) -> None:

@@ -226,7 +226,7 @@ def test_a_saved_jump_takes_more_probes_as_long_as_there_is_room(jumping: Toy, m
     ("options", "why"),
     [
         ({"pre": lambda hit: None}, "more needs the host, which the jump cannot ask"),
-        ({"post": lambda hit: None}, "more has a post-handler, which a jump does not call"),
+        ({"post": lambda hit: None}, "more needs the host, which the jump cannot ask"),
         ({"rung": Rung.BOOSTED}, "so more cannot be boosted"),
     ],
 )

@@ -151,10 +151,18 @@ def test_a_step_that_does_not_move_is_made_again(toy: Toy, place: str, unmoved: 
 
 def test_a_step_that_never_moves_leaves_the_instruction_to_the_guest(toy: Toy) -> None:
     post: list[int] = []
+    probe = toy.add("f_pushf", post=lambda hit: post.append(hit.hit))
+    toy.machine.unmoved_steps = 64
+    assert toy.call("f_pushf") == 13
+    assert (probe.hits, probe.missed, post) == (1, 0, [1])
+
+
+def test_a_relocated_step_that_never_moves_leaves_the_rest_to_the_guest(toy: Toy) -> None:
+    post: list[int] = []
     probe = toy.add("f_push", post=lambda hit: post.append(hit.hit))
     toy.machine.unmoved_steps = 64
     assert toy.call("f_push") == 13
-    assert (probe.hits, post) == (1, [1])
+    assert (probe.hits, probe.missed, post) == (1, 1, [])
 
 
 # -- faults -------------------------------------------------------------------------------------------------------

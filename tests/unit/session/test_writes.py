@@ -196,13 +196,13 @@ def test_enabling_that_fails_leaves_the_probe_disabled(toy: Toy) -> None:
 
 
 def test_a_post_handler_that_cannot_be_armed_leaves_the_boosted_probe_armed(toy: Toy) -> None:
-    first = toy.add("p:first f_push")
+    first = toy.add("p:first f_pushf")
     before = snapshot(toy)
     toy.machine.rejected.add(at_slot(toy) + 64)
     with pytest.raises(TargetError, match="cannot write"):
-        toy.add("p:second f_push", post=lambda hit: None)
+        toy.add("p:second f_pushf", post=lambda hit: None)
     assert snapshot(toy) == before
-    assert toy.call("f_push") == 13
+    assert toy.call("f_pushf") == 13
     assert first.hits == 1
 
 
