@@ -218,7 +218,8 @@ class Reason(StrEnum):
     the instruction."""
     NEEDS_SINGLE_STEP = "a post-handler needs the single step"
     """A post-handler runs right behind the instruction. A repeated one, or `pushf`, must be stepped in a copy of its
-    own for that; or nothing may be stepped in this guest. Leave the post-handler away, or probe the next instruction."""
+    own for that; or nothing may be stepped in this guest. Leave the post-handler away, or probe the next
+    instruction."""
     REGION_FULL = "region is full"
     """No slot is free. Delete probes, or take a larger region: `region.size`, and `memmap=` on the guest's command
     line."""

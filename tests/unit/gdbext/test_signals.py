@@ -130,21 +130,25 @@ watch.close()
 """
 
 
+# The loop is in a function: CPython 3.13 has the jump back of `while CONDITION` outside of the exception table, so
+# that a KeyboardInterrupt there would pass the `except` around it.
 IN_A_HANDLER = """
 import os, signal, socket, time
 from gdb_kprobe.gdbext.signals import InterruptWatch, uninterrupted
 ours, stub = socket.socketpair()
 stub.settimeout({seconds})
 watch = InterruptWatch(ours.fileno())
+def spin():
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pass
 with uninterrupted():
     watch.resumed()
     for _ in range(2):
         try:
             with watch.handed_over():
                 os.kill(os.getpid(), signal.SIGINT)
-                deadline = time.monotonic() + 30
-                while time.monotonic() < deadline:
-                    pass
+                spin()
         except KeyboardInterrupt:
             print("raised")
     try:
