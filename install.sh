@@ -10,7 +10,7 @@ usage: ./install.sh [COMMAND]
   demo          set up, then show on a live Debian guest what kprobes do and what a hit costs, beside a gdb breakpoint
   test          set up, then run everything that CI runs: half an hour or more on two idle cores
   torture KIND  set up, then prove on guests of its own that probes are safe; --help names the kinds
-  bench         set up, then measure what a hit costs
+  bench         set up, then measure what a hit costs, and what arming all functions does; --only REGEX chooses rows
   matrix        set up, then run cells of userland, kernel, accelerator and kind of guest, which take a minute each;
                 --list names them, --only REGEX chooses, --full does all in each that a cell can do, --markdown FILE
                 writes the table; other releases of Debian are made in chroots, which needs root and debootstrap

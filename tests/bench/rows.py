@@ -17,9 +17,11 @@ _DRAWS: Final = 2000
 class Row:
     """One line of the table.
 
-    *us_per_hit* and *spread*, the width of the interval that it lies in with 95 %, are in us. *again* are the hits more
-    than expected that are no mistake. *evaluated*, of a row whose hits are all rejected: how often the guest has asked
-    the filters, and how often it should.
+    *us_per_hit* and *spread*, the width of the interval that it lies in with 95 %, are in us; in a row of an act they
+    are of the whole act, and *hits* are the sites that were found in memory, or the packets that were answered.
+
+    *again* are the hits more than expected that are no mistake. *evaluated*, of a row whose hits are all rejected: how
+    often the guest has asked the filters, and how often it should.
     """
 
     name: str
@@ -121,3 +123,23 @@ def show(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return table(("row", "us per hit", "spread", "times faster", "hits", "expected", ""), lines)
+
+
+def show_acts(rows: Sequence[Row]) -> str:
+    """The table of acts: milliseconds, and how many times as long as its floor each takes."""
+    by_name = {row.name: row for row in rows}
+    lines = []
+    for row in rows:
+        floor = by_name.get(f"{row.name}_floor")
+        lines.append(
+            (
+                row.name,
+                f"{row.us_per_hit / 1000:.3f}",
+                f"{row.spread / 1000:.3f}",
+                "" if floor is None else f"{row.us_per_hit / floor.us_per_hit:.2f}",
+                str(row.hits),
+                str(row.expected_hits),
+                "noisy" if row.noisy else "",
+            )
+        )
+    return table(("act", "ms", "spread", "times its floor", "done", "expected", ""), lines)

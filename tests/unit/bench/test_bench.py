@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
+import re
 
 import pytest
 
+from gdb_kprobe.errors import KprobeError
 from gdb_kprobe.model import VirtAddr
+from tests.bench import HIT_ROWS, arguments, bulk, run
 from tests.bench.machine import FunctionCode
 from tests.bench.places import Call, far_enough
-from tests.bench.rows import Row, cost_of_a_place, make_row, show, slope
+from tests.bench.rows import Row, cost_of_a_place, make_row, show, show_acts, slope
+
+ROWS = HIT_ROWS + bulk.ROWS
 
 
 def test_slope_of_points_on_a_line() -> None:
@@ -114,3 +120,25 @@ def test_a_call_leads_behind_itself_and_elsewhere() -> None:
 @pytest.mark.parametrize(("nop", "behind"), [(1, 4), (4, 9), (9, None), (2, None), (None, None)])
 def test_what_is_behind_the_nop(nop: int | None, behind: int | None) -> None:
     assert _code({1: (4,), 4: (9,), 9: ()}, nop).behind_nop == behind
+
+
+def test_an_act_is_told_with_how_many_times_its_floor_takes() -> None:
+    rows = [Row("arm_all", 3_000_000.0, 0.0, 9, 9), Row("arm_all_floor", 2_000_000.0, 0.0, 4, 4)]
+    arm, floor = show_acts(rows).splitlines()[1:]
+    assert arm.split() == ["arm_all", "3000.000", "0.000", "1.50", "9", "9"]
+    assert floor.split() == ["arm_all_floor", "2000.000", "0.000", "4", "4"]
+
+
+@pytest.mark.parametrize("pattern", ["", "floor", "^optimized", "attach"])
+def test_only_chooses_rows_by_a_part_of_their_names(pattern: str) -> None:
+    parser = argparse.ArgumentParser()
+    arguments(parser)
+    only = parser.parse_args(["--only", pattern]).only
+    assert [name for name in ROWS if only.search(name)] == [name for name in ROWS if re.search(pattern, name)]
+
+
+def test_a_name_of_no_row_is_refused_before_a_guest_is_started() -> None:
+    parser = argparse.ArgumentParser()
+    arguments(parser)
+    with pytest.raises(KprobeError, match="no row's name has nothing_such"):
+        run(parser.parse_args(["--only", "nothing_such"]))
