@@ -17,7 +17,7 @@ import ctypes
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gdb
@@ -85,6 +85,13 @@ class GdbChannel:
             raise_ctrl_c()
         with self._exchange():
             return self._stream.ask(packet, self._patience)
+
+    def send_all(self, packets: Sequence[bytes]) -> list[bytes]:
+        if self.heeds_ctrl_c:
+            raise_ctrl_c()
+        with self._exchange():
+            patience = self._patience
+            return [self._stream.ask(packet, patience) for packet in packets]
 
     def monitor(self, command: str) -> str:
         with self._exchange():

@@ -174,6 +174,8 @@ class Site:
     """The instruction is in the guest's exception table."""
     service: Service | None = None
     """How the guest's dispatcher serves it; ``None`` when the host handles every hit, and before the first arming."""
+    served: object = None
+    """What decided how its hits are handled, when they were last served at a resume (:meth:`SitePlans.wants`)."""
     asked: Asked | None = None
     """What asks the host now; ``None``: nothing does, or the hits stop at the #BP entry."""
 

@@ -8,7 +8,7 @@ packets (gdb's own connection and our socket client), one implementation of ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from gdb_kprobe.model import CpuId, PhysAddr, VirtAddr
@@ -25,6 +25,12 @@ class PacketChannel(Protocol):
         """Send *packet* (no framing) and return the reply's payload, unescaped.
 
         :raises ConnectionLostError: the other end is gone.
+        """
+
+    def send_all(self, packets: Sequence[bytes]) -> list[bytes]:
+        """Send *packets*, one after the other, and return the reply to each, in one exchange: for many that are short.
+
+        :raises ConnectionLostError: the other end is gone; some of them may have been heard.
         """
 
     def check_can_run(self) -> None:

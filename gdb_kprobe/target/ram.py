@@ -7,6 +7,7 @@ Only ever for data. Text is written through the stub: a write past QEMU's back l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import mmap
 import re
@@ -21,7 +22,7 @@ from gdb_kprobe.target.process_memory import ProcessMemory, find_process_memory
 from gdb_kprobe.target.protocols import Machine, Monitor, PhysicalMemory
 
 _GRAIN = 8
-"""Bytes that are compared at once to find out what a batch has changed."""
+"""Bytes that are compared at once to find out what a batch has changed: ``Q`` of :mod:`struct`."""
 
 _NEAR = 128
 """Two changes that are no further apart are one packet: its cost is that of some hundred bytes."""
@@ -228,12 +229,16 @@ class RamView:
             return self._stub.read_physical(addr, size)
 
     def _flush(self, batch: _Batch) -> None:
+        changes = tuple(batch.changes())
         with self._stub.batch():
-            changes = tuple(batch.changes())
             for addr, data in changes:
                 self._stub.write_physical(addr, data)
-            for addr, data in changes:
-                if self._read(addr, len(data)) != data:
+        for _, group in itertools.groupby(changes, lambda change: change[0] & -PAGE_SIZE):
+            within = tuple(group)
+            start, (last, end) = within[0][0], within[-1]
+            found = self._read(start, last + len(end) - start)
+            for addr, data in within:
+                if found[addr - start : addr - start + len(data)] != data:
                     raise TargetError(f"{len(data)} bytes were written to physical {addr:#x}, and are not there")
 
 
@@ -268,17 +273,17 @@ class _Batch:
         """What is to be written, in ascending order; between two changes that are near each other, what is there."""
         for page in sorted(self._after):
             before, after = self._before[page], self._after[page]
-            start = end = -1
-            for at in range(0, PAGE_SIZE, _GRAIN):
-                if before[at : at + _GRAIN] == after[at : at + _GRAIN]:
-                    continue
-                if start >= 0 and at - end > _NEAR:
+            if before == after:
+                continue
+            words = zip(memoryview(before).cast("Q"), memoryview(after).cast("Q"), strict=True)
+            places = [number * _GRAIN for number, (old, new) in enumerate(words) if old != new]
+            start = end = places[0]
+            for at in places:
+                if at - end > _NEAR:
                     yield PhysAddr(page + start), bytes(after[start:end])
-                    start = -1
-                start = at if start < 0 else start
+                    start = at
                 end = at + _GRAIN
-            if start >= 0:
-                yield PhysAddr(page + start), bytes(after[start:end])
+            yield PhysAddr(page + start), bytes(after[start:end])
 
 
 def _pages(addr: int, size: int) -> range:

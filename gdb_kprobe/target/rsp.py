@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -120,6 +121,9 @@ class RspSocket:
 
     def send(self, packet: bytes) -> bytes:
         return self._stream.ask(packet, self._timeout)
+
+    def send_all(self, packets: Sequence[bytes]) -> list[bytes]:
+        return [self._stream.ask(packet, self._timeout) for packet in packets]
 
     def monitor(self, command: str) -> str:
         return self._stream.monitor(command, self._timeout)

@@ -25,7 +25,12 @@ from gdb_kprobe.target.quirks import Quirks, ask
 _READ_CHUNK = 2048
 """Bytes of one ``m`` packet: QEMU's PacketSize is 0x1000 characters, two for a byte."""
 
-_WRITE_CHUNK = 1024
+_WRITE_CHUNK = 2000
+"""Bytes of one ``M`` packet, which has its address, too."""
+
+_TOGETHER = 128
+"""Writes of a batch that are sent in one exchange: so long does a Ctrl-C wait at the most."""
+
 _XML_CHUNK = 0xFFB
 
 _STEP_PATIENCE = 30.0
@@ -64,6 +69,8 @@ class QemuStub:
         self._states: dict[CpuId, bytes] = {}  # what `g` has told since the machine last ran
         self._quirks: Quirks | None = None
         self._faults: dict[VirtAddr, int] = {}
+        self._kept: list[bytes] | None = None
+        """Packets of writes that a batch has not sent yet; ``None`` outside of one."""
 
     def use_channel(self, channel: PacketChannel) -> None:
         """Go on over another connection to the same machine (after the first was lost)."""
@@ -256,6 +263,7 @@ class QemuStub:
 
     def read_physical(self, addr: PhysAddr, size: int) -> bytes:
         parts: list[bytes] = []
+        self._send_kept()
         with self.physical_mode():
             for start, count in _chunks(addr, size, _READ_CHUNK):
                 reply = self._channel.send(b"m%x,%x" % (start, count))
@@ -269,10 +277,40 @@ class QemuStub:
             for start, count in _chunks(addr, len(data), _WRITE_CHUNK):
                 chunk = data[start - addr : start - addr + count]
                 packet = b"M%x,%x:%b" % (start, count, chunk.hex().encode())
-                self._expect_ok(packet, f"write {count} bytes at physical {start:#x}")
+                if self._kept is None:
+                    self._expect_ok(packet, f"write {count} bytes at physical {start:#x}")
+                else:
+                    self._kept.append(packet)
+                    if len(self._kept) >= _TOGETHER:
+                        self._send_kept()
 
-    def batch(self) -> contextlib.AbstractContextManager[None]:
-        return self.physical_mode()
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        if self._kept is not None:
+            yield
+            return
+        with self.physical_mode():
+            self._kept = []
+            try:
+                yield
+            finally:
+                try:
+                    self._send_kept()
+                finally:
+                    self._kept = None
+
+    def _send_kept(self) -> None:
+        """Send the writes that a batch has kept, if there are any.
+
+        :raises TargetError: one was not possible.
+        """
+        if not self._kept:
+            return
+        packets, self._kept = self._kept, []
+        for packet, reply in zip(packets, self._channel.send_all(packets), strict=True):
+            if reply != b"OK":
+                what = packet[1 : packet.index(b":")].decode()
+                raise TargetError(f"the gdbstub would not write to physical memory ({what}): it answered {reply!r}")
 
     # -- Monitor ------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from gdb_kprobe.testing.oracle import text_of
 from gdb_kprobe.testing.text import TextSnapshot
 from tests.bench.machine import TIMEOUT, Machine
 from tests.bench.ways import Measured
+from tests.support.inside import TIMED_ACTS
 
 _ROUNDS: Final = 3
 """How often the guest is continued and stopped with all armed."""
@@ -38,56 +39,6 @@ ACTS: Final = ("arm_all", "continue_all", "stop_all")
 PLAN: Final = "plan_each"
 """What arming takes beside its floor, for each probe."""
 ROWS: Final = ("attach", PLAN, *(row for act in ACTS for row in (act, f"{act}_floor")))
-
-# Runs in gdb. A packet that reads or writes memory begins with m or M; Qqemu says by which kind of addresses.
-_IN_GDB = """
-import gdb
-import json
-import pathlib
-import time
-from gdb_kprobe.gdbext import api, plugin
-
-bulk_acts = []
-
-def bulk_act(name, link, act):
-    packets, send = [], link.channel.send
-    def noted(packet):
-        packets.append(packet)
-        return send(packet)
-    link.channel.send = noted
-    started = time.monotonic()
-    try:
-        return act()
-    finally:
-        took = time.monotonic() - started
-        link.channel.send = send
-        bulk_acts.append((name, took, [packet for packet in packets if packet[:5] == b"Qqemu" or packet[:1] in b"mM"]))
-
-def bulk_attach(profile):
-    started = time.monotonic()
-    gdb.execute(f"kprobe attach {profile}", to_string=True)
-    print(time.monotonic() - started)
-    link = plugin.the_plugin().need_link()
-    resume, settle = link.arm_all, link.settle
-    link.arm_all = lambda: bulk_act("continue_all", link, resume)
-    link.settle = lambda: bulk_act("stop_all", link, settle)
-
-def bulk_arm():
-    link = plugin.the_plugin().need_link()
-    armed, refused = bulk_act("arm_all", link, lambda: api.add_matching("*"))
-    print(len(armed))
-
-def bulk_sites(path):
-    sites = [(site.addr, site.rung) for site in api.sites() if site.is_armed]
-    pathlib.Path(path).write_text(json.dumps(sites))
-
-def bulk_take(path):
-    with open(path, "wb") as file:
-        for name, took, packets in bulk_acts:
-            file.write(json.dumps([name, took, len(packets)]).encode() + b"\\n")
-            file.writelines(packet + b"\\n" for packet in packets)
-    bulk_acts.clear()
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +59,7 @@ def measure_bulk(machine: Machine, profile: str) -> dict[str, Measured]:
 
     :raises KprobeError: not all is armed that gdb says is, or the text is not what it was.
     """
-    machine.gdb.console(f"python exec({_IN_GDB!r})")
+    machine.gdb.console(f"python exec({TIMED_ACTS!r})")
     before = text_of(machine.guest)
     # gdb says first where the guest was stopped.
     attached = float(machine.gdb.console(f"python bulk_attach({profile!r})", TIMEOUT).split()[-1])

@@ -12,7 +12,7 @@ before it hands over RIP: without a trap flag of the client's own, a step after 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 from gdb_kprobe.errors import TargetError
@@ -133,6 +133,9 @@ class KvmStub:
 
     def check_can_run(self) -> None:
         """A machine of a test always can."""
+
+    def send_all(self, packets: Sequence[bytes]) -> list[bytes]:
+        return [self.send(packet) for packet in packets]
 
     def run_for(self, seconds: float, *, heed: bool = True, how: bytes = RUN) -> bytes | None:
         """The machine executes nothing by itself; it may be stepped."""

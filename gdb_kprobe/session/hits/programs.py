@@ -37,6 +37,10 @@ class Programs:
         """Whether the host is to see the hits of *probe*: it has a handler in Python, is listened to, or stops."""
         return probe.needs_host or self._listeners.concern(probe)
 
+    def wants(self, probes: Iterable[Probe]) -> object:
+        """What decides :meth:`action` for *probes* at one address; equal as long as that is."""
+        return [(probe.spec, probe.place, probe.counter, probe.enabled, self.verdict(probe)) for probe in probes]
+
     def action(self, addr: VirtAddr, probes: Iterable[Probe], *, always: bool = False) -> Action | None:
         """What a hit at *addr* does for *probes*; ``None`` where it would have to ask the host, and cannot.
 

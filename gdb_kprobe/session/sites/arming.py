@@ -21,7 +21,7 @@ from gdb_kprobe.session.probes import Site
 from gdb_kprobe.session.site_table import SiteTable
 from gdb_kprobe.session.sites.ftrace_borrows import FtraceBorrows
 from gdb_kprobe.session.sites.saved_jumps import is_as_saved
-from gdb_kprobe.session.transaction import apply, holds, verify, write_verified
+from gdb_kprobe.session.transaction import apply, apply_by_page, holds, verify, write_verified
 
 
 class Arming:
@@ -165,29 +165,40 @@ class Arming:
 
         :raises KprobeError: *is_lost* says that it is other memory: nothing more is written there.
         """
-        problems = []
+        problems: list[str] = []
+
+        def fail(site: Site, error: KprobeError) -> None:
+            if is_lost():
+                raise error
+            self._mark_disarmed(site)
+            problems.append(f"{self._guest.place_of(site.addr)} is not probed any more: {error.message}")
+
         with self._region.memory.batch():
+            sites: dict[VirtAddr, Site] = {}
             for site in self._sites.armed():
-                if site.saved:
-                    continue  # it was never taken away
-                if site.addr in self._stepping.watched:
+                # One that is saved was never taken away.
+                if site.saved or site.addr in self._stepping.watched:
                     continue
                 try:
                     check(site)
-                    apply(self._guest.memory, [site.plan.patch])
                 except KprobeError as error:
-                    if is_lost():
-                        raise
-                    self._mark_disarmed(site)
-                    problems.append(f"{self._guest.place_of(site.addr)} is not probed any more: {error.message}")
+                    fail(site, error)
+                else:
+                    sites[site.plan.patch.addr] = site
+            for patch in apply_by_page(self._guest.memory, [site.plan.patch for site in sites.values()]):
+                try:
+                    apply(self._guest.memory, [patch])
+                except KprobeError as error:
+                    fail(sites[patch.addr], error)
         return problems
 
     def write_originals(self) -> None:
         """Restore the text of all armed sites; they stay armed."""
         with self._region.memory.batch():
-            for site in self._sites.armed():
-                if not site.saved and self.holds_ours(site):
-                    apply(self._guest.memory, [site.plan.patch.inverse])
+            ours = [site.plan.patch.inverse for site in self._sites.armed() if not site.saved]
+            for patch in apply_by_page(self._guest.memory, ours):
+                if holds(self._guest.memory, patch.addr, patch.old):
+                    apply(self._guest.memory, [patch])
 
     def _release_retired(self, site: Site) -> None:
         """Give back the counters of probes that are gone, and that the code of *site* does not lead to any more."""

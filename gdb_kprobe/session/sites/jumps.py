@@ -67,6 +67,10 @@ class Jumps:
             return Refusal(reason, addr, "only the stub can stop a hit of this guest: at an int3")
         return JumpRequest(action, partial(self.check, addr))
 
+    def wants(self, probes: Iterable[Probe]) -> object:
+        """What decides :meth:`action` for *probes*."""
+        return self._programs.wants(probes)
+
     def action(self, addr: VirtAddr, probes: Iterable[Probe]) -> Action | None:
         """What a hit at *addr* does for all of *probes*; those that are disabled are told so by their enable words.
 

@@ -94,6 +94,10 @@ class SitePlans:
         """The jump for *probes* at *addr*, or why there must be none; *watched*: a hit there tells of a fixup."""
         return self._jumps.request(addr, probes, watched)
 
+    def wants(self, site: Site) -> object:
+        """What decides how the hits of *site* are to be handled: equal as long as there is nothing to be changed."""
+        return site.plan, site.service, bool(site.watchers), self._jumps.wants(site.probes)
+
     def plan(
         self, place: Place, needs_post: bool, strategy: Rung | None, request: JumpRequest | Refusal | None = None
     ) -> Plan:

@@ -192,10 +192,15 @@ class Sites:
         """Have the hits of all handled as their probes and listeners want now; returns what went wrong."""
         problems = []
         for site in self._sites.armed():
+            if site.served is not None and not site.retired and site.served == self._plans.wants(site):
+                continue
+            site.served = None
             try:
                 self.serve(site)
             except KprobeError as error:
                 problems.append(f"{self._guest.place_of(site.addr)} is handled as before: {error.message}")
+            else:
+                site.served = self._plans.wants(site)
         return problems
 
     def serve(self, site: Site) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -127,6 +127,9 @@ class FakeChannel:
         if packet[:1] in (b"m", b"M"):
             return self._memory_packet(packet)
         return b""
+
+    def send_all(self, packets: Sequence[bytes]) -> list[bytes]:
+        return [self.send(packet) for packet in packets]
 
     def run_for(self, seconds: float, *, heed: bool = True, how: bytes = b"vCont;c") -> bytes | None:
         return self.send(how)
