@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from gdb_kprobe.errors import GuestResetError, GuestStateError, KprobeError, SessionOverError
 from gdb_kprobe.guest.fault_entries import GATE_BREAKPOINTS, STEP_BREAKPOINTS, fault_entries
@@ -38,6 +40,9 @@ from gdb_kprobe.session.sites.quarantine import Quarantine
 from gdb_kprobe.session.sites.saved_sites import SavedSites
 from gdb_kprobe.session.sites.sites import Sites
 from gdb_kprobe.target.protocols import Debugger, LiveMemory, Machine
+
+_MANY: Final = 1000
+"""Probes that were added at once, whose objects Python's collector leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,7 @@ class Session:
         self._look()
         added: list[Probe] = []
         refused: list[tuple[Probe, KprobeError]] = []
-        with self._batch():
+        with self._batch(), _collecting_nothing():
             try:
                 for done, probe in enumerate(probes):
                     progress(done)
@@ -159,6 +164,9 @@ class Session:
                         refused.append((probe, error))
                     else:
                         added.append(probe)
+                if len(added) >= _MANY:
+                    # Nor later: it would find nothing, and take a second in the middle of a resume with all functions.
+                    gc.freeze()
             except SessionOverError:
                 raise
             except BaseException:
@@ -646,3 +654,15 @@ class Session:
             except KprobeError as error:
                 # Its probes count, or not, as their enable words say; the next resume has another look.
                 self.notes.append(f"{self.guest.place_of(site.addr)} is handled as before for now: {error.message}")
+
+
+@contextlib.contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Around what makes many objects that stay: Python's collector does not go through them meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

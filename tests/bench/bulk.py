@@ -72,7 +72,7 @@ def measure_bulk(machine: Machine, profile: str) -> dict[str, Measured]:
         time.sleep(_RUN)
         seen.append(_patched(before, sites))
         machine.gdb.interrupt(TIMEOUT)
-    acts = _take(machine)
+    acts = _unchanged(_take(machine))
     machine.gdb.console("kprobe detach", TIMEOUT)
     _check_text(before, "a detach")
     floors = _floors(machine.guest.gdb_address, acts)
@@ -120,6 +120,12 @@ def _take(machine: Machine) -> list[_Act]:
                 act = acts.pop().and_then(act)  # at a stop gdb calls twice
             acts.append(act)
     return acts
+
+
+def _unchanged(acts: list[_Act]) -> list[_Act]:
+    """*acts* without the first continue, at which all sites are new."""
+    first = next(index for index, act in enumerate(acts) if act.name == "continue_all")
+    return acts[:first] + acts[first + 1 :]
 
 
 def _floors(address: str, acts: Sequence[_Act]) -> dict[str, Measured]:
