@@ -14,6 +14,7 @@ from gdb_kprobe.gdbext.connection import connect, is_connected
 from gdb_kprobe.gdbext.errors import STOPPED
 from gdb_kprobe.gdbext.guard import ConnectionGuard
 from gdb_kprobe.gdbext.link import Link
+from gdb_kprobe.gdbext.signals import uninterrupted
 from gdb_kprobe.model import Dispatch, VirtAddr
 from gdb_kprobe.session.adoption import adopt_left
 from gdb_kprobe.session.attach import attach
@@ -61,8 +62,10 @@ class Attachments:
             raise
 
     def _attach(self, profile: Profile, dispatch: Dispatch, arm_noted: bool) -> AttachResult:
-        link = Link(profile, self.drop)
+        link: Link | None = None
         try:
+            with uninterrupted():  # half a link would keep the connection open, and a thread that takes each SIGINT
+                link = Link(profile, self.drop)
             # What is armed in a bare-metal guest is found by its profile only: the watchdog could not see to it.
             if settings.settings().watchdog and profile.kernel.kind is KernelKind.LINUX:
                 link.watchdog = Watchdog(link.address)
@@ -73,11 +76,12 @@ class Attachments:
                 link.session.disarm_all()
                 self._guard.restore_elsewhere(link.stub, region.header.phys)
         except BaseException:
-            if link.attached is not None:
+            if link is not None and link.attached is not None:
                 # Cut off by a Ctrl-C, or by the last step: nothing is armed yet, and the region goes again.
                 with contextlib.suppress(ReportedError), link.stopped():
                     link.session.detach()
-            link.close()
+            if link is not None:
+                link.close()
             raise
         self.link = link
         self._guard.release()
