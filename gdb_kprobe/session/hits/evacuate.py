@@ -194,7 +194,7 @@ def _drop_trap_flag(machine: Cpus, guest: Trapping, cpu: CpuId, sites: tuple[Rec
     elif registers["rip"] in guest.gates:
         frame = machine.read_current(cpu, VirtAddr(registers["rsp"]), 16) or bytes(16)
         words = int.from_bytes(frame[:8], "little"), int.from_bytes(frame[8:], "little")
-        if any(word in site.slot.range for word in words for site in sites if site.rung is Rung.SINGLE_STEP):
+        if any(word in site.slot.range for word in words for site in sites):
             machine.drop_trap_flag(cpu)
 
 

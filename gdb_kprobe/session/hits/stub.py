@@ -81,6 +81,7 @@ class StubDispatcher:
         # What is being written to a vCPU and its stack, and the step that is being made: for who must finish it.
         self._writing: tuple[CpuId, _Memory, dict[str, int]] | None = None
         self._stepping: tuple[CpuId, Site, dict[str, int], Called] | None = None
+        self._relocated: CpuId | None = None
 
     def trap_of(self, cpu: CpuId) -> Trap | None:
         """The trap that *cpu* stands at, or ``None`` when it does not stand at the gate."""
@@ -221,6 +222,11 @@ class StubDispatcher:
             after = self._machine.read_registers(cpu)
             self._fix_up(cpu, site, before, after if step.stepped(_copy_at(site), after) else None, called)
 
+        if self._relocated is not None:
+            # The rest it does by itself.
+            self._machine.drop_trap_flag(self._relocated)
+            self._relocated = None
+
     def forget_stopped(self) -> None:
         """The user has moved the program counter: a stopped probe's instruction is not what is executed next."""
         self._stopped.clear()
@@ -229,7 +235,7 @@ class StubDispatcher:
         """The machine is at another moment: nothing that was under way is."""
         self._faulted.clear()
         self._stopped.clear()
-        self._writing = self._stepping = None
+        self._writing = self._stepping = self._relocated = None
 
     def forget(self, site: Site) -> None:
         """*site* is not probed any more: no vCPU comes back to it."""
@@ -330,11 +336,13 @@ class StubDispatcher:
         on by itself, and no post-handler is called.
         """
         first = site.plan.first
+        self._relocated = cpu
         for _ in range(MAX_STEPS):
             self._machine.step(cpu)
             rip = VirtAddr(self._machine.read_register(cpu, "rip"))
             if rip not in first:
                 break
+        self._relocated = None
         if rip in first or self._is_exception_entry(rip):
             for probe in called:
                 if probe.post is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gdb_kprobe.errors import RefusedError
-from gdb_kprobe.model import Reason, Rung
+from gdb_kprobe.errors import ConnectionLostError, RefusedError
+from gdb_kprobe.model import CpuId, Reason, Rung
 from gdb_kprobe.session.hit_context import HitContext
+from tests.support.kvm_stub import TF
 from tests.support.toy import Toy, ToyMachine, ToyWith
 
 
@@ -97,6 +98,30 @@ def test_it_is_refused_where_only_boosting_is_wanted(toy: Toy) -> None:
         toy.add("f_pushf", post=lambda hit: None, rung=Rung.BOOSTED)
     assert caught.value.refusal.reason is Reason.NEEDS_SINGLE_STEP
     toy.assert_idle()
+
+
+def test_a_relocated_step_that_the_connection_was_lost_in_is_the_guests_to_end(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post: list[int] = []
+    probe = toy.add("f_push", post=lambda hit: post.append(hit.hit))
+    step = type(toy.session.machine).step
+
+    def lost(self: object, cpu: CpuId) -> None:
+        step(self, cpu)  # type: ignore[arg-type]  # of the same class
+        toy.machine.registers[cpu]["eflags"] |= TF
+        raise ConnectionLostError("lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(toy.session.machine), "step", lost)
+        with pytest.raises(ConnectionLostError):
+            toy.call("f_push")
+    toy.session._dispatcher.complete()
+    steps_by_trap_flag = toy.session.machine.quirks.steps_by_trap_flag
+    assert bool(toy.machine.registers[1]["eflags"] & TF) is not steps_by_trap_flag, "it is the stub's own, else"
+    toy.machine.registers[1]["eflags"] &= ~TF
+    assert toy.resume() == 13
+    assert (probe.hits, post) == (1, [])
 
 
 def test_it_is_refused_where_nothing_may_be_stepped(machine: ToyMachine, toy_with: ToyWith) -> None:
