@@ -136,8 +136,11 @@ def cpu_stacks(memory: Memory, kallsyms: Kallsyms, types: Types) -> tuple[Stack,
     irq_size = types.size_of("irq_stack")
     stacks = []
     for cpu, offset in per_cpu_offsets(memory, kallsyms, types).items():
-        # The pointer is to the last word: arch/x86/kernel/irq_64.c, map_irq_stack().
-        top = read_pointer(memory, per_cpu_ptr(hardirq_ptr, offset)) + 8
+        # The pointer is to the last word: arch/x86/kernel/irq_64.c, map_irq_stack(). A CPU that never was up has none.
+        last = read_pointer(memory, per_cpu_ptr(hardirq_ptr, offset))
+        if not last:
+            continue
+        top = last + 8
         # Exceptions use theirs through cpu_entry_area, with a guard page in front of each: mm/cpu_entry_area.c.
         used_at = read_pointer(memory, per_cpu_ptr(kallsyms.address("cea_exception_stacks"), offset))
         used = guest_range(
